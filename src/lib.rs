@@ -1,0 +1,9 @@
+//! Afterimage: disk virtualization for Linux KVM hosts.
+
+pub mod clock;
+pub mod codec;
+pub mod error;
+pub mod media;
+pub mod sync;
+pub mod sys;
+pub mod units;

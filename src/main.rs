@@ -1,0 +1,3 @@
+//! The command: see [`afterimage`].
+
+fn main() {}

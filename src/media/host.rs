@@ -1,0 +1,1 @@
+//! Host files under one directory.

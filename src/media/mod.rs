@@ -1,0 +1,92 @@
+//! The disk seam: every host file the storage layers touch goes through these two traits.
+//!
+//! [`host::HostMedia`] is the real thing, rooted at a pool directory. [`sim::SimMedia`] keeps a volatile and a durable
+//! image of every file and directory in memory, can fail or "lose power" at any I/O, and decides by a seed which of the
+//! writes that were not synced survive, whole, torn or not at all.
+//!
+//! # Rules
+//! 1. Paths are relative to the root, with `/` between components; they are made by the program, never by a user.
+//! 2. A write is durable after [`File::sync`] of that file returned; a new, renamed or removed name after
+//!    [`Media::sync_dir`] of its directory. Nothing else is ever durable.
+//! 3. `write_at` is whole or an error. `read_at` returns what is there: fewer bytes only at the end of the file.
+//! 4. A hole reads as zeros. Punching frees whole 4 KiB blocks and needs no new space.
+//!
+//! # Why a trait
+//! A disk format can only be trusted after it has crashed at every I/O. Six verbs suffice for that.
+
+pub mod host;
+pub mod sim;
+
+use std::fmt::Debug;
+use std::io;
+use std::sync::Arc;
+
+
+
+
+/// How a file is opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Open {
+    /// The file must exist.
+    Existing,
+    /// The file must not exist; it is made with mode 0600 (O_EXCL).
+    New,
+    /// The file must exist and is never written.
+    ReadOnly,
+}
+
+/// Free and total bytes of the host file system, as an ordinary user may use them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Space {
+    /// Bytes that can still be allocated.
+    pub free: u64,
+    /// Size of the file system.
+    pub total: u64,
+}
+
+/// A directory tree on the host (or in the simulator).
+pub trait Media: Send + Sync + Debug {
+    /// Opens a file.
+    fn open(&self, path: &str, how: Open) -> io::Result<Arc<dyn File>>;
+    /// Makes a directory (mode 0700); its parent must exist. `AlreadyExists` if it is there.
+    fn make_dir(&self, path: &str) -> io::Result<()>;
+    /// Removes a file.
+    fn remove(&self, path: &str) -> io::Result<()>;
+    /// Renames a file over `to`, atomically.
+    fn rename(&self, from: &str, to: &str) -> io::Result<()>;
+    /// Lists the names in a directory, sorted; the root is "".
+    fn list(&self, path: &str) -> io::Result<Vec<String>>;
+    /// Makes the names in a directory durable; the root is "".
+    fn sync_dir(&self, path: &str) -> io::Result<()>;
+    /// Returns the room on the host file system.
+    fn space(&self) -> io::Result<Space>;
+}
+
+/// A host file. All methods take `&self`: positions are explicit and callers bring their own order.
+pub trait File: Send + Sync + Debug {
+    /// Reads into `buf` from `offset`; returns how many bytes there were (fewer only at the end of the file).
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize>;
+    /// Writes all of `data` at `offset`, growing the file as needed.
+    fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()>;
+    /// Makes data and length durable (fdatasync).
+    fn sync(&self) -> io::Result<()>;
+    /// Returns the length.
+    fn len(&self) -> io::Result<u64>;
+    /// Cuts or extends (with a hole) to `len`.
+    fn set_len(&self, len: u64) -> io::Result<()>;
+    /// Frees the range; it reads as zeros after. The length stays.
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()>;
+    /// Returns the first extent of data at or after `offset` as `(start, end)`, or `None` when only holes follow.
+    fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>>;
+    /// Returns the bytes that are allocated on the host.
+    fn allocated(&self) -> io::Result<u64>;
+
+    /// Reads exactly `buf.len()` bytes.
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        let got = self.read_at(buf, offset)?;
+        if got == buf.len() {
+            return Ok(());
+        }
+        Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file ends early"))
+    }
+}
