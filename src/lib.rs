@@ -1,8 +1,10 @@
 //! Afterimage: disk virtualization for Linux KVM hosts.
 
+
 pub mod clock;
 pub mod codec;
 pub mod error;
+pub mod map;
 pub mod media;
 pub mod sync;
 pub mod sys;
