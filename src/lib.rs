@@ -6,6 +6,8 @@ pub mod codec;
 pub mod error;
 pub mod map;
 pub mod media;
+pub mod pool;
+pub mod store;
 pub mod sync;
 pub mod sys;
 pub mod units;

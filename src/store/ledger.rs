@@ -1,0 +1,433 @@
+//! The ledger: rows as of now, through three layers - submitted, journaled, folded.
+//!
+//! `submit` puts a change in front of everybody's eyes and in the queue; `wait` makes it durable. Whoever waits first
+//! writes one frame with everything queued (group commit), the others find their change in it. `fold` moves what is
+//! durable from memory into the catalog and gives the room of the journal back.
+//!
+//! ```text
+//!   submit -> pending -> inflight --frame, sync--> journaled -> folding --fold--> catalog
+//! ```
+//!
+//! # Rules
+//! 1. A submit is atomic: all of its rows are in one frame.
+//! 2. Data that a row names is synced before the row is submitted (invariant 3); the ledger cannot know that.
+//! 3. Look-ups see every submitted row, durable or not. What acts on the outside (punching, answering) waits first.
+//! 4. After any failed write or sync nothing more is submitted: the pool is poisoned with the reason.
+//!
+//! # After a crash
+//! Frames after the mark are read into `journaled`; they are folded later.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::catalog::{Catalog, View};
+use super::journal::{Journal, encode_row};
+use super::rows::{Key, Row};
+use crate::codec::Writer;
+use crate::error::{Error, Kind, Result};
+use crate::sync::{Mutex, RwLock};
+
+type Layer = BTreeMap<Key, Option<Arc<[u8]>>>;
+
+/// A place in the order of all submits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub struct Ticket(u64);
+
+/// What nobody has written yet.
+#[derive(Debug, Default)]
+struct Pending {
+    layer: Layer,
+    body: Writer,
+    rows: u32,
+    last: Ticket,
+}
+
+#[derive(Debug)]
+struct Layers {
+    pending: Pending,
+    /// In the frame that is being written; not durable yet, so no fold may take it.
+    inflight: Layer,
+    journaled: Layer,
+    folding: Arc<Layer>,
+    view: Arc<View>,
+}
+
+impl Layers {
+    /// The layers in memory, newest first.
+    fn newest_first(&self) -> [&Layer; 4] {
+        [&self.pending.layer, &self.inflight, &self.journaled, &self.folding]
+    }
+
+    /// What memory says of a key: nothing, or its value or deletion.
+    fn get(&self, key: &Key) -> Option<Option<Arc<[u8]>>> {
+        self.newest_first().into_iter().find_map(|layer| layer.get(key)).cloned()
+    }
+}
+
+/// Rows, with the journal and the catalog behind them.
+#[derive(Debug)]
+pub struct Ledger {
+    layers: Mutex<Layers>,
+    writer: Mutex<Writing>,
+    catalog: Mutex<Option<Catalog>>,
+    poison: RwLock<Option<String>>,
+    body_max: usize,
+    /// Frames written and folds done, for the metrics.
+    pub counters: LedgerCounters,
+}
+
+/// What the ledger did since it was opened.
+#[derive(Debug, Default)]
+pub struct LedgerCounters {
+    /// Frames written.
+    pub frames: AtomicU64,
+    /// Folds done.
+    pub folds: AtomicU64,
+}
+
+#[derive(Debug)]
+struct Writing {
+    journal: Journal,
+    durable: Ticket,
+}
+
+impl Ledger {
+    /// Puts the ledger together from an opened catalog and the frames that follow it.
+    ///
+    /// # Errors
+    /// When the catalog cannot be read.
+    pub fn new(catalog: Catalog, journal: Journal, frames: Vec<Vec<Row>>) -> Result<Self> {
+        let mut journaled = Layer::new();
+        for row in frames.into_iter().flatten() {
+            journaled.insert(row.key, row.value.map(Arc::from));
+        }
+        let view = Arc::new(catalog.view()?);
+        let body_max = journal.body_max();
+        let layers =
+            Layers { pending: Pending::default(), inflight: Layer::new(), journaled, folding: Arc::default(), view };
+        Ok(Self {
+            layers: Mutex::new(layers),
+            writer: Mutex::new(Writing { journal, durable: Ticket(0) }),
+            catalog: Mutex::new(Some(catalog)),
+            poison: RwLock::new(None),
+            body_max,
+            counters: LedgerCounters::default(),
+        })
+    }
+
+    /// Returns why writes are refused, if they are.
+    pub fn poisoned(&self) -> Option<String> {
+        self.poison.read().clone()
+    }
+
+    /// Refuses every write from now on.
+    pub fn poison(&self, error: &Error) {
+        let mut poison = self.poison.write();
+        if poison.is_none() {
+            tracing::error!("the pool refuses writes from now on: {error}");
+            *poison = Some(error.to_string());
+        }
+    }
+
+    /// Fails when writes are refused.
+    ///
+    /// # Errors
+    /// `ReadOnly` with the reason.
+    pub fn writable(&self) -> Result<()> {
+        match &*self.poison.read() {
+            None => Ok(()),
+            Some(why) => Err(Error::read_only(format!("the pool refuses writes after a failure: {why}"))
+                .hint("see to the host's disk, then close the pool and open it again")),
+        }
+    }
+
+    /// Returns the most bytes of rows that one submit may carry.
+    pub fn submit_max(&self) -> usize {
+        self.body_max
+    }
+
+    /// Queues a change. Everybody sees it at once; it is durable after [`Ledger::wait`].
+    ///
+    /// # Errors
+    /// `ReadOnly` when the pool refuses writes; `Failed` when the rows are more than the journal could ever take.
+    pub fn submit(&self, rows: Vec<Row>) -> Result<Ticket> {
+        self.writable()?;
+        let size: usize = rows.iter().map(row_size).sum();
+        if size > self.body_max {
+            return Err(Error::failed(format!("a change of {size} bytes is too large for the journal")));
+        }
+        let mut layers = self.layers.lock();
+        while layers.pending.body.len() + size > self.body_max {
+            let last = layers.pending.last;
+            drop(layers);
+            self.wait(last)?;
+            layers = self.layers.lock();
+        }
+        let pending = &mut layers.pending;
+        for row in rows {
+            encode_row(&row, &mut pending.body);
+            pending.rows += 1;
+            pending.layer.insert(row.key, row.value.map(Arc::from));
+        }
+        pending.last.0 += 1;
+        Ok(pending.last)
+    }
+
+    /// Returns the ticket of the latest submit.
+    pub fn latest(&self) -> Ticket {
+        self.layers.lock().pending.last
+    }
+
+    /// Returns when everything up to the ticket is durable.
+    ///
+    /// # Errors
+    /// `ReadOnly` when the journal could not be written; the pool is poisoned then.
+    pub fn wait(&self, ticket: Ticket) -> Result<()> {
+        let mut folded = 0;
+        loop {
+            let mut writer = self.writer.lock();
+            if writer.durable >= ticket {
+                return Ok(());
+            }
+            self.writable()?;
+            if self.write_frame(&mut writer)? {
+                continue;
+            }
+            // The ring is full. The lock is given up: a fold needs it twice.
+            drop(writer);
+            if folded == 3 {
+                return Err(Error::failed("the journal has no room even after a fold"));
+            }
+            folded += 1;
+            self.fold()?;
+        }
+    }
+
+    /// Submits and waits.
+    ///
+    /// # Errors
+    /// As [`Ledger::submit`] and [`Ledger::wait`].
+    pub fn commit(&self, rows: Vec<Row>) -> Result<()> {
+        let ticket = self.submit(rows)?;
+        self.wait(ticket)
+    }
+
+    /// Writes everything queued as one frame. Returns false, having done nothing, when the ring has no room.
+    fn write_frame(&self, writer: &mut Writing) -> Result<bool> {
+        let (body, rows, last) = {
+            let mut layers = self.layers.lock();
+            if !writer.journal.has_room(layers.pending.body.len()) {
+                return Ok(false);
+            }
+            let pending = std::mem::take(&mut layers.pending);
+            layers.pending.last = pending.last;
+            layers.inflight = pending.layer;
+            (pending.body.finish(), pending.rows, pending.last)
+        };
+        if let Err(error) = writer.journal.append(&body, rows) {
+            self.poison(&error);
+            return Err(error);
+        }
+        let mut layers = self.layers.lock();
+        let durable = std::mem::take(&mut layers.inflight);
+        layers.journaled.extend(durable);
+        writer.durable = last;
+        self.counters.frames.fetch_add(1, Ordering::Relaxed);
+        Ok(true)
+    }
+
+    /// Moves everything durable into the catalog. Returns whether there was anything.
+    ///
+    /// # Errors
+    /// `NoSpace` when the host has no room: the rows stay in memory and in the journal, and a later fold may succeed.
+    /// Any other error poisons the pool.
+    pub fn fold(&self) -> Result<bool> {
+        let mut catalog = self.catalog.lock();
+        let Some(open) = catalog.as_mut() else { return Err(Error::read_only("the pool is closed")) };
+        let (folding, mark) = {
+            let writer = self.writer.lock();
+            let mut layers = self.layers.lock();
+            if layers.journaled.is_empty() {
+                return Ok(false);
+            }
+            layers.folding = Arc::new(std::mem::take(&mut layers.journaled));
+            (Arc::clone(&layers.folding), writer.journal.mark())
+        };
+        let rows = folding.iter().map(|(key, value)| (*key, value.as_deref()));
+        let folded = open.fold(&mut { rows }, mark).and_then(|()| open.view());
+        match folded {
+            Ok(view) => {
+                let mut writer = self.writer.lock();
+                let mut layers = self.layers.lock();
+                layers.view = Arc::new(view);
+                layers.folding = Arc::default();
+                writer.journal.folded(mark);
+                self.counters.folds.fetch_add(1, Ordering::Relaxed);
+                Ok(true)
+            }
+            Err(error) => {
+                drop(folding);
+                Err(self.unfold(open, error))
+            }
+        }
+    }
+
+    /// After a failed fold: its rows count as journaled again, and the catalog is opened anew.
+    fn unfold(&self, catalog: &mut Catalog, error: Error) -> Error {
+        {
+            let mut layers = self.layers.lock();
+            let back = std::mem::take(&mut layers.folding);
+            let newer = std::mem::take(&mut layers.journaled);
+            layers.journaled = Arc::try_unwrap(back).unwrap_or_else(|shared| (*shared).clone());
+            layers.journaled.extend(newer);
+        }
+        let reopened = if error.kind() == Kind::NoSpace { self.reopen(catalog) } else { Err(error.again()) };
+        if let Err(worse) = reopened {
+            self.poison(&worse);
+        }
+        error
+    }
+
+    fn reopen(&self, catalog: &mut Catalog) -> Result<()> {
+        catalog.reopen()?;
+        let fresh = Arc::new(catalog.view()?);
+        let old = std::mem::replace(&mut self.layers.lock().view, fresh);
+        // Pages that the old view can see may be reused by the folds to come.
+        while Arc::strong_count(&old) > 1 {
+            std::thread::yield_now();
+        }
+        Ok(())
+    }
+
+    /// Returns how full the journal is, from 0 to 100.
+    pub fn journal_percent(&self) -> u64 {
+        self.writer.lock().journal.percent_used()
+    }
+
+    /// Returns the value of a row as of now.
+    ///
+    /// # Errors
+    /// When the catalog cannot be read.
+    pub fn get(&self, key: &Key) -> Result<Option<Vec<u8>>> {
+        let view = {
+            let layers = self.layers.lock();
+            if let Some(found) = layers.get(key) {
+                return Ok(found.map(|value| value.to_vec()));
+            }
+            Arc::clone(&layers.view)
+        };
+        view.get(key)
+    }
+
+    /// Returns the last row from `low` to `high`, both included, as of now.
+    ///
+    /// # Errors
+    /// When the catalog cannot be read.
+    pub fn last_in(&self, low: &Key, high: &Key) -> Result<Option<(Key, Vec<u8>)>> {
+        let mut high = *high;
+        loop {
+            let (newest, view) = {
+                let layers = self.layers.lock();
+                let tops = layers.newest_first().map(|layer| layer.range(low..=&high).next_back().map(|(key, _)| *key));
+                let newest = tops.into_iter().flatten().max().map(|key| (key, layers.get(&key).expect("just seen")));
+                (newest, Arc::clone(&layers.view))
+            };
+            let below = view.last_in(low, &high)?;
+            match (newest, below) {
+                (None, below) => return Ok(below),
+                (Some((key, _)), Some((stored, value))) if stored > key => return Ok(Some((stored, value))),
+                (Some((key, Some(value))), _) => return Ok(Some((key, value.to_vec()))),
+                // Deleted in memory: look below it.
+                (Some((key, None)), _) => match key.before() {
+                    Some(lower) if lower >= *low => high = lower,
+                    _ => return Ok(None),
+                },
+            }
+        }
+    }
+
+    /// Returns rows from `low` to `high`, both included, in order: at most about `most`, and the key to go on from when
+    /// there may be more.
+    ///
+    /// # Errors
+    /// When the catalog cannot be read.
+    pub fn page(&self, low: &Key, high: &Key, most: usize) -> Result<Page> {
+        let (memory, view) = {
+            let layers = self.layers.lock();
+            let mut memory: Layer = Layer::new();
+            for layer in layers.newest_first() {
+                for (key, value) in layer.range(low..=high).take(most) {
+                    memory.entry(*key).or_insert_with(|| value.clone());
+                }
+            }
+            (memory, Arc::clone(&layers.view))
+        };
+        let stored = view.page(low, high, most)?;
+        // Beyond the last key of a full batch, any layer may have keys that were not taken.
+        let mut end = *high;
+        let mut more = false;
+        let mut cut = |last: Option<Key>, count: usize| {
+            if let Some(last) = last.filter(|last| count == most && *last < end) {
+                end = last;
+                more = true;
+            }
+        };
+        cut(stored.last().map(|row| row.0), stored.len());
+        // `memory` is a union: its first `most` keys are complete up to the last of them.
+        cut(memory.keys().nth(most - 1).copied(), memory.len().min(most));
+        let mut merged: BTreeMap<Key, Vec<u8>> = stored.into_iter().filter(|row| row.0 <= end).collect();
+        for (key, value) in memory.range(..=end) {
+            match value {
+                Some(value) => drop(merged.insert(*key, value.to_vec())),
+                None => drop(merged.remove(key)),
+            }
+        }
+        Ok(Page { rows: merged.into_iter().collect(), next: more.then(|| end.after()) })
+    }
+
+    /// Calls `each` for every row from `low` to `high`, in order, page by page.
+    ///
+    /// # Errors
+    /// When the catalog cannot be read, or what `each` returns.
+    pub fn scan(&self, low: &Key, high: &Key, each: &mut dyn FnMut(Key, Vec<u8>) -> Result<()>) -> Result<()> {
+        let mut from = Some(*low);
+        while let Some(low) = from.filter(|low| low <= high) {
+            let page = self.page(&low, high, PAGE)?;
+            for (key, value) in page.rows {
+                each(key, value)?;
+            }
+            from = page.next;
+        }
+        Ok(())
+    }
+
+    /// Makes everything queued durable, folds it, and closes the catalog.
+    ///
+    /// # Errors
+    /// Any error of the host.
+    pub fn close(&self) -> Result<()> {
+        self.wait(self.latest())?;
+        self.fold()?;
+        match self.catalog.lock().take() {
+            Some(open) => open.close(),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A batch of rows.
+#[derive(Debug)]
+pub struct Page {
+    /// The rows, in order.
+    pub rows: Vec<(Key, Vec<u8>)>,
+    /// Where to go on, if there may be more.
+    pub next: Option<Key>,
+}
+
+const PAGE: usize = 1024;
+
+/// Returns an upper bound of the bytes a row takes in a frame.
+pub fn row_size(row: &Row) -> usize {
+    row.value.as_ref().map_or(0, Vec::len) + 32
+}
