@@ -14,6 +14,8 @@
 //! # Why a trait
 //! A disk format can only be trusted after it has crashed at every I/O. Six verbs suffice for that.
 
+#[cfg(test)]
+mod conformance;
 pub mod host;
 pub mod sim;
 
@@ -21,8 +23,8 @@ use std::fmt::Debug;
 use std::io;
 use std::sync::Arc;
 
-
-
+pub use host::HostMedia;
+pub use sim::SimMedia;
 
 /// How a file is opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,6 +65,7 @@ pub trait Media: Send + Sync + Debug {
 }
 
 /// A host file. All methods take `&self`: positions are explicit and callers bring their own order.
+#[expect(clippy::len_without_is_empty, reason = "a length that can fail to be read; nobody asks for emptiness")]
 pub trait File: Send + Sync + Debug {
     /// Reads into `buf` from `offset`; returns how many bytes there were (fewer only at the end of the file).
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize>;
@@ -89,4 +92,12 @@ pub trait File: Send + Sync + Debug {
         }
         Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file ends early"))
     }
+}
+
+/// Passes on a path of at least one name; a path that could leave the root is a bug of the caller (EINVAL).
+fn checked(path: &str) -> io::Result<&str> {
+    if path.split('/').any(|name| matches!(name, "" | "." | "..")) {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    Ok(path)
 }
