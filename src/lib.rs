@@ -3,10 +3,13 @@
 
 pub mod clock;
 pub mod codec;
+pub mod disk;
 pub mod error;
 pub mod map;
 pub mod media;
 pub mod pool;
+pub mod progress;
+pub mod snapshot;
 pub mod store;
 pub mod sync;
 pub mod sys;

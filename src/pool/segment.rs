@@ -234,14 +234,21 @@ impl Segments {
         Ok(segment)
     }
 
+    /// Returns the segment if it is open.
+    pub fn opened(&self, id: SegmentId) -> Option<Arc<Segment>> {
+        let open = self.open.lock();
+        let found = open.get(&id)?;
+        found.used.store(self.clock.fetch_add(1, Ordering::Relaxed), Ordering::Relaxed);
+        Some(Arc::clone(found))
+    }
+
     /// Returns the segment, opening and checking it if need be.
     ///
     /// # Errors
     /// `Corrupt` when the file is missing or is not the one the catalog names.
     pub fn get(&self, id: SegmentId, nonce: u64) -> Result<Arc<Segment>> {
-        if let Some(found) = self.open.lock().get(&id) {
-            found.used.store(self.clock.fetch_add(1, Ordering::Relaxed), Ordering::Relaxed);
-            return Ok(Arc::clone(found));
+        if let Some(found) = self.opened(id) {
+            return Ok(found);
         }
         let path = segment_path(id);
         let file = self.media.open(&path, Open::Existing).map_err(|e| match e.kind() {

@@ -17,10 +17,10 @@
 use std::io;
 use std::sync::Arc;
 
-use redb::{Database, ReadableDatabase, ReadableTable, ReadableTableMetadata, StorageBackend, TableDefinition};
+use redb::{Database, ReadableDatabase, ReadableTableMetadata, StorageBackend, TableDefinition};
 
 use super::journal::Mark;
-use super::rows::{Key, Row};
+use super::rows::Key;
 use crate::codec::{Reader, Writer, unseal};
 use crate::error::{Error, Kind, Result};
 use crate::media::File;

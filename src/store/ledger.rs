@@ -130,6 +130,11 @@ impl Ledger {
         }
     }
 
+    /// Refuses every write from now on, in order.
+    pub fn shut(&self) {
+        self.poison.write().get_or_insert_with(|| "the pool is closed".into());
+    }
+
     /// Fails when writes are refused.
     ///
     /// # Errors
@@ -305,6 +310,16 @@ impl Ledger {
         self.writer.lock().journal.percent_used()
     }
 
+    /// Returns all rows as of one instant; they stay as they are while others go on.
+    pub fn frozen(&self) -> Frozen {
+        let layers = self.layers.lock();
+        let mut memory = Layer::new();
+        for layer in layers.newest_first().into_iter().rev() {
+            memory.extend(layer.iter().map(|(key, value)| (*key, value.clone())));
+        }
+        Frozen { memory, view: Arc::clone(&layers.view) }
+    }
+
     /// Returns the value of a row as of now.
     ///
     /// # Errors
@@ -412,6 +427,42 @@ impl Ledger {
         match self.catalog.lock().take() {
             Some(open) => open.close(),
             None => Ok(()),
+        }
+    }
+}
+
+/// All rows as of one instant.
+#[derive(Debug)]
+pub struct Frozen {
+    memory: Layer,
+    view: Arc<View>,
+}
+
+impl Frozen {
+    /// Calls `each` for every row from `low` to `high`, in order.
+    ///
+    /// # Errors
+    /// When the catalog cannot be read, or what `each` returns.
+    pub fn scan(&self, low: &Key, high: &Key, each: &mut dyn FnMut(Key, Vec<u8>) -> Result<()>) -> Result<()> {
+        let mut at = *low;
+        loop {
+            let stored = self.view.page(&at, high, PAGE)?;
+            let full = stored.len() == PAGE;
+            let end = if full { stored[PAGE - 1].0 } else { *high };
+            let mut merged: BTreeMap<Key, Vec<u8>> = stored.into_iter().collect();
+            for (key, value) in self.memory.range(at..=end) {
+                match value {
+                    Some(value) => drop(merged.insert(*key, value.to_vec())),
+                    None => drop(merged.remove(key)),
+                }
+            }
+            for (key, value) in merged {
+                each(key, value)?;
+            }
+            at = end.after();
+            if !full || at > *high {
+                return Ok(());
+            }
         }
     }
 }

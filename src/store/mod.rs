@@ -1,2 +1,243 @@
-//! placeholder
-pub mod catalog; pub mod journal; pub mod ledger; pub mod rows; pub mod states; pub mod settings; pub mod seal_file;
+//! The commit point of a pool: journal and catalog, names, epochs, and what is written but not yet durable.
+//!
+//! # Parts
+//! [`ledger`] keeps rows durable; `tables` and `tree` are the small tables in memory; `head` is the live side of a disk;
+//! `commit` turns changed chunks into rows; `reclaim` finds addresses that no state holds any more, `punch` gives them
+//! back to the host; `view` answers look-ups for any state; `space` watches the host file system; `check` proves the whole.
+//!
+//! # Locks, in the order in which they are taken
+//! | lock | guards | may wait for the disk while held |
+//! |---|---|---|
+//! | `Head::commit` of several disks in order of id | the order of frames of a disk: flush, snapshot, revert | yes |
+//! | `Head::gate` in order of id | shared by writers, exclusive for an epoch switch, resize, revert | shared: one write; exclusive: no |
+//! | claims on blocks of a chunk (`ChunkGuard::claim`), chunks in order | the blocks being written | yes |
+//! | a chunk's lock | its entry | only to load it |
+//! | `Head::alloc` | the slab to hand out next | to make a segment |
+//! | `Store::reclaim` | who holds what, while it is decided what becomes free | reads only |
+//! | `Store::tables` | the small tables | no |
+//! | the ledger's own locks | rows | as its header says |
+//! | leaves: `Head::line`, `dirty`, `frozen`, `slabs`, `owed`, `crcs` | single fields | no |
+//!
+//! # After a crash
+//! Opening reads the catalog, then the frames of the journal behind it. What was submitted and not in a whole frame never
+//! happened; every acknowledged flush, snapshot or name is in one.
+//!
+#![doc = include_str!("FORMAT.md")]
+
+mod catalog;
+mod check;
+mod commit;
+mod flatten;
+mod head;
+mod journal;
+mod keeper;
+pub mod ledger;
+mod limits;
+mod listing;
+mod open;
+mod punch;
+mod reclaim;
+pub mod rows;
+mod seal;
+pub mod seal_file;
+mod settings;
+mod space;
+mod states;
+mod tables;
+mod tree;
+mod unmap;
+mod view;
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+pub use check::{CheckReport, Problem, check};
+pub use commit::Capture;
+pub use head::{Head, Line, Slab};
+pub use journal::{JOURNAL_MIN, Journal, Mark};
+pub use listing::{DiskInfo, SnapshotInfo, SnapshotState};
+pub use open::{InitOptions, OpenOptions};
+pub use punch::ReclaimReport;
+pub use settings::{EnospcPolicy, Settings};
+pub use states::{DiskRow, StateRow, Status};
+pub use tables::{Edit, StateKey, Tables};
+pub use tree::Stretch;
+pub use view::{Resolved, Source};
+
+use std::collections::{BTreeMap, HashMap};
+
+use uuid::Uuid;
+
+use crate::map::Cache;
+use crate::media::Media;
+use crate::pool::{Segments, Superblock};
+use crate::sync::{Fence, Mutex, RwLock};
+use crate::units::{BlockAddress, DiskId, SnapshotId};
+
+/// A change that others may have cached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Change {
+    /// A disk was made, renamed, resized, removed, or its content was replaced.
+    Disk {
+        /// The disk.
+        id: DiskId,
+        /// Its name now (the last one, when it is gone).
+        name: String,
+        /// Its name before, after a rename.
+        was: Option<String>,
+        /// It was removed.
+        gone: bool,
+        /// Its size changed.
+        resized: bool,
+        /// Its content was replaced, as by a revert.
+        data: bool,
+    },
+    /// A snapshot was taken, renamed or removed.
+    Snapshot {
+        /// The disk.
+        disk: DiskId,
+        /// Name of the disk.
+        disk_name: String,
+        /// The snapshot.
+        id: SnapshotId,
+        /// Its name now (the last one, when it is gone).
+        name: String,
+        /// Its name before, after a rename.
+        was: Option<String>,
+        /// It was removed.
+        gone: bool,
+    },
+}
+
+type Hook = Box<dyn Fn(&Change) + Send + Sync>;
+
+/// An open pool.
+pub struct Store {
+    media: Arc<dyn Media>,
+    superblock: Superblock,
+    options: OpenOptions,
+    /// Rows.
+    pub ledger: ledger::Ledger,
+    /// Small tables.
+    pub tables: RwLock<Tables>,
+    /// Segment files.
+    pub segments: Segments,
+    /// Decoded chunks.
+    pub cache: Cache,
+    /// Everyone who reads or writes segments is inside; punching waits for those who were.
+    pub fence: Fence,
+    heads: Mutex<HashMap<DiskId, Arc<Head>>>,
+    owners: AtomicU64,
+    reclaim: Mutex<reclaim::Progressing>,
+    holders: Mutex<HashMap<SnapshotId, usize>>,
+    bad: RwLock<BTreeMap<BlockAddress, u64>>,
+    space: space::SpaceGuard,
+    opening: u64,
+    hooks: RwLock<Vec<Hook>>,
+    changes: AtomicU64,
+    keeper: keeper::Keeper,
+    /// Counters for `metrics`.
+    pub counters: Counters,
+}
+
+/// What the store did since it was opened.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Bytes read by users of disks and snapshots.
+    pub read_bytes: AtomicU64,
+    /// Reads.
+    pub reads: AtomicU64,
+    /// Bytes written by users of disks.
+    pub written_bytes: AtomicU64,
+    /// Writes.
+    pub writes: AtomicU64,
+    /// Flushes asked for.
+    pub flushes: AtomicU64,
+    /// Blocks given back to the host.
+    pub punched_blocks: AtomicU64,
+    /// Hole punching calls.
+    pub punches: AtomicU64,
+    /// Snapshots taken.
+    pub snapshots: AtomicU64,
+    /// Nanoseconds the last snapshot kept writers out.
+    pub snapshot_stop_ns: AtomicU64,
+    /// The longest of those.
+    pub snapshot_stop_ns_max: AtomicU64,
+}
+
+impl std::fmt::Debug for Store {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Store").field("pool", &self.superblock.uuid).finish_non_exhaustive()
+    }
+}
+
+impl Store {
+    /// Returns the identity of the pool.
+    #[must_use]
+    pub fn uuid(&self) -> Uuid {
+        self.superblock.uuid
+    }
+
+    /// Returns why the pool refuses writes, if it does.
+    #[must_use]
+    pub fn health(&self) -> Option<String> {
+        self.ledger.poisoned()
+    }
+
+    /// Returns the host directory.
+    pub fn media(&self) -> &Arc<dyn Media> {
+        &self.media
+    }
+
+    /// Calls `hook` after each change of names, sizes or content. It is called without any lock of the store, on the
+    /// thread that made the change.
+    pub fn subscribe(&self, hook: Hook) {
+        self.hooks.write().push(hook);
+    }
+
+    /// Returns a number that grows with every change told to the hooks.
+    #[must_use]
+    pub fn changes(&self) -> u64 {
+        self.changes.load(std::sync::atomic::Ordering::Acquire)
+    }
+
+    /// Tells everybody of a change.
+    pub fn tell(&self, change: &Change) {
+        self.changes.fetch_add(1, std::sync::atomic::Ordering::AcqRel);
+        for hook in &*self.hooks.read() {
+            hook(change);
+        }
+    }
+
+    /// Hands out a number for an owner of cached chunks.
+    pub fn new_owner(&self) -> u64 {
+        self.owners.fetch_add(1, std::sync::atomic::Ordering::Relaxed)
+    }
+
+    /// Keeps the data of a snapshot while somebody reads it.
+    pub fn hold_open(&self, id: SnapshotId) {
+        *self.holders.lock().entry(id).or_default() += 1;
+    }
+
+    /// Ends [`Store::hold_open`].
+    pub fn let_go(&self, id: SnapshotId) {
+        let mut holders = self.holders.lock();
+        if let Some(count) = holders.get_mut(&id) {
+            *count -= 1;
+            if *count == 0 {
+                holders.remove(&id);
+            }
+        }
+        drop(holders);
+        self.keeper.wake();
+    }
+
+    /// Asks the background to look for work at once.
+    pub fn wake_keeper(&self) {
+        self.keeper.wake();
+    }
+
+    fn is_held_open(&self, id: SnapshotId) -> bool {
+        self.holders.lock().contains_key(&id)
+    }
+}

@@ -1,0 +1,1 @@
+//! Bringing images into the pool.

@@ -1,0 +1,272 @@
+//! Making, naming and removing disks.
+
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use crate::clock;
+use crate::error::{Error, Result};
+use crate::store::rows::BranchRow;
+use crate::store::{Change, DiskInfo, DiskRow, Edit, Settings, Status, Store};
+use crate::units::{BlockAddress, BranchId, DISK_SIZE_MAX, DiskId, Epoch};
+
+const DISK_NAME_MAX: usize = 128;
+const SNAPSHOT_NAME_MAX: usize = 120;
+
+fn check_name(kind: &str, name: &str, most: usize) -> Result<()> {
+    let why = if name.is_empty() {
+        "it is empty".to_owned()
+    } else if name.len() > most {
+        format!("it has {} bytes, and {most} are allowed", name.len())
+    } else if let Some(c) = name.chars().find(|c| c.is_control() || ['/', '@', '#'].contains(c)) {
+        format!("it contains {c:?}")
+    } else if name.starts_with(['-', '.']) {
+        "it begins with '-' or '.'".to_owned()
+    } else if name.contains("..") {
+        "it contains '..'".to_owned()
+    } else {
+        return Ok(());
+    };
+    let shown: String = name.chars().take(40).collect();
+    Err(Error::usage(format!("{shown:?} cannot be the name of a {kind}: {why}")))
+}
+
+/// Checks the name of a disk.
+///
+/// # Errors
+/// `Usage` with the reason.
+pub fn check_disk_name(name: &str) -> Result<()> {
+    check_name("disk", name, DISK_NAME_MAX)
+}
+
+/// Checks the name of a snapshot.
+///
+/// # Errors
+/// `Usage` with the reason.
+pub fn check_snapshot_name(name: &str) -> Result<()> {
+    check_name("snapshot", name, SNAPSHOT_NAME_MAX)
+}
+
+/// Rounds a size a person gave up to 512 bytes, and checks it.
+///
+/// # Errors
+/// `Usage` for 0 and for more than 64 TiB.
+pub fn round_size(size: u64) -> Result<u64> {
+    if size == 0 {
+        return Err(Error::usage("a disk of 0 bytes makes no sense").hint("give a size such as 10G"));
+    }
+    match size.checked_next_multiple_of(512) {
+        Some(size) if size <= DISK_SIZE_MAX => Ok(size),
+        _ => Err(Error::usage(format!("{size} bytes is more than the largest disk, 64 TiB"))),
+    }
+}
+
+/// Makes a thin disk.
+///
+/// # Errors
+/// `Usage` for a bad name or size, `Exists`, `ReadOnly`.
+pub fn create(store: &Arc<Store>, name: &str, size: u64) -> Result<DiskInfo> {
+    let size = round_size(size)?;
+    make(store, name, size)
+}
+
+/// Makes a disk of 0 bytes, as a mount does between create and truncate.
+///
+/// # Errors
+/// As [`create`].
+pub fn create_empty(store: &Arc<Store>, name: &str) -> Result<DiskInfo> {
+    make(store, name, 0)
+}
+
+fn make(store: &Arc<Store>, name: &str, size: u64) -> Result<DiskInfo> {
+    check_disk_name(name)?;
+    let (id, ticket) = {
+        let mut tables = store.tables.write();
+        if tables.has_disk(name) {
+            return Err(Error::exists(format!("there is a disk '{name}' already")));
+        }
+        store.ledger.writable()?;
+        let mut edit = Edit::new(&mut tables);
+        let meta = edit.meta(|meta| {
+            meta.disk = meta.disk.next();
+            meta.branch = meta.branch.next();
+            meta.epoch = meta.epoch.next();
+        });
+        let branch = BranchRow { parent: None, inherits: false, depth: 1, lineage: meta.branch };
+        edit.put_branch(meta.branch, branch);
+        let floor = BlockAddress::new(meta.segment.next(), 0).raw();
+        edit.put_disk(meta.disk, new_row(name, size, meta.branch, meta.epoch, floor));
+        (meta.disk, store.ledger.submit(edit.finish())?)
+    };
+    store.ledger.wait(ticket)?;
+    let info = store.disk_info_by_id(id)?;
+    store.tell(&Change::Disk { id, name: name.to_owned(), was: None, gone: false, resized: false, data: false });
+    Ok(info)
+}
+
+/// Returns the row of a fresh disk.
+pub(crate) fn new_row(name: &str, size: u64, branch: BranchId, epoch: Epoch, floor: u64) -> DiskRow {
+    let now = clock::wall_seconds();
+    DiskRow {
+        name: name.to_owned(),
+        uuid: Uuid::new_v4(),
+        size,
+        trim: false,
+        branch,
+        epoch,
+        base: None,
+        floor,
+        created: now,
+        modified: now,
+        stamp: 0,
+        referenced: 0,
+        written: 0,
+        origin: None,
+        touched: false,
+        settings: Settings::default(),
+    }
+}
+
+/// Renames a disk; its snapshots follow.
+///
+/// # Errors
+/// `NotFound`, `Exists`, `Usage` for a bad name, `ReadOnly`.
+pub fn rename(store: &Arc<Store>, old: &str, new: &str) -> Result<()> {
+    check_disk_name(new)?;
+    let (id, ticket) = {
+        let mut tables = store.tables.write();
+        let id = tables.disk_id(old)?;
+        if old == new {
+            return Ok(());
+        }
+        if tables.has_disk(new) {
+            return Err(Error::exists(format!("there is a disk '{new}' already")));
+        }
+        store.ledger.writable()?;
+        let mut edit = Edit::new(&mut tables);
+        edit.change_disk(id, |row| row.name = new.to_owned())?;
+        (id, store.ledger.submit(edit.finish())?)
+    };
+    store.ledger.wait(ticket)?;
+    let was = Some(old.to_owned());
+    store.tell(&Change::Disk { id, name: new.to_owned(), was, gone: false, resized: false, data: false });
+    Ok(())
+}
+
+/// Removes a disk, and with `recursive` all its snapshots; their blocks are freed in the background unless clones hold them.
+///
+/// # Errors
+/// `NotFound`; `Busy` when it has snapshots or somebody writes to it.
+pub fn remove(store: &Arc<Store>, name: &str, recursive: bool) -> Result<()> {
+    let id = store.tables.read().disk_id(name)?;
+    let head = store.head(id)?;
+    let mut order = head.order();
+    store.flush_ordered(&head, &mut order)?;
+    let gate = head.gate.write();
+    // A write may have come between: what it handed out must be known before the disk goes.
+    let late = head.take_dirty();
+    let line = head.line();
+    let ticket = {
+        store.refuse_leased(&head)?;
+        if !late.is_empty() {
+            return Err(Error::busy(format!("disk '{name}' is being written to")));
+        }
+        let mut tables = store.tables.write();
+        let row = tables.disk(id)?.clone();
+        let states: Vec<_> = tables.states_of(id).map(|(key, row)| (key, row.clone())).collect();
+        let named: Vec<_> = states.iter().filter(|(_, row)| !row.name.is_empty()).collect();
+        if !named.is_empty() && !recursive {
+            return Err(Error::busy(format!("disk '{name}' has {} snapshots", named.len()))
+                .hint(format!("delete them first, or all at once with `afterimage rm {name} --recursive`")));
+        }
+        if let Some((_, held)) = named.iter().find(|(_, row)| !row.holds.is_empty()) {
+            let why = held.holds.join(", ");
+            return Err(Error::busy(format!("snapshot '{name}@{}' is held: {why}", held.name))
+                .hint("let it go with `afterimage release`"));
+        }
+        let mut edit = Edit::new(&mut tables);
+        Store::abandon_head(&mut edit, &line, id, &row);
+        for (key, _) in states.iter().filter(|(_, row)| row.status != Status::Ghost) {
+            edit.change_state(*key, |row| {
+                row.status = Status::Dying;
+                row.name = String::new();
+            });
+        }
+        edit.delete_disk(id);
+        store.ledger.submit(edit.finish())?
+    };
+    drop(gate);
+    drop(order);
+    store.ledger.wait(ticket)?;
+    store.forget_head(id);
+    store.tell(&Change::Disk { id, name: name.to_owned(), was: None, gone: true, resized: false, data: false });
+    store.wake_keeper();
+    Ok(())
+}
+
+/// Changes a setting of a disk.
+///
+/// # Errors
+/// `NotFound`, `Usage` for an unknown key or a value that makes no sense.
+pub fn set(store: &Arc<Store>, name: &str, key: &str, value: &str) -> Result<Settings> {
+    let (settings, ticket) = {
+        let mut tables = store.tables.write();
+        let id = tables.disk_id(name)?;
+        let mut settings = tables.disk(id)?.settings.clone();
+        settings.set(key, value)?;
+        store.ledger.writable()?;
+        let mut edit = Edit::new(&mut tables);
+        edit.change_disk(id, |row| row.settings = settings.clone())?;
+        (settings, store.ledger.submit(edit.finish())?)
+    };
+    store.ledger.wait(ticket)?;
+    Ok(settings)
+}
+
+/// Returns the bytes that only the live disk holds.
+///
+/// # Errors
+/// `NotFound`; `Corrupt` when rows are damaged.
+pub fn unique(store: &Arc<Store>, name: &str) -> Result<u64> {
+    let id = store.tables.read().disk_id(name)?;
+    store.flush(&*store.head(id)?)?;
+    let node = {
+        let tables = store.tables.read();
+        let row = tables.disk(id)?;
+        (row.branch, row.epoch)
+    };
+    store.unique_bytes(node)
+}
+
+impl Store {
+    /// Tells everybody that the size of a disk changed.
+    pub(crate) fn tell_resized(&self, id: DiskId) {
+        let name = self.tables.read().disk(id).map(|row| row.name.clone()).unwrap_or_default();
+        self.tell(&Change::Disk { id, name, was: None, gone: false, resized: true, data: false });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_checked() {
+        for good in ["a", "vm-1.root", "\u{fc}ml\u{e4}ut", "with space", &"x".repeat(128)] {
+            check_disk_name(good).unwrap();
+        }
+        for bad in ["", "a/b", "a@b", "a#b", "a\nb", "..", "a..b", "-x", ".x", &"x".repeat(129)] {
+            assert!(check_disk_name(bad).is_err(), "{bad:?}");
+        }
+        assert!(check_snapshot_name(&"x".repeat(121)).is_err());
+    }
+
+    #[test]
+    fn sizes_are_rounded_and_bounded() {
+        assert_eq!(round_size(1).unwrap(), 512);
+        assert_eq!(round_size(64 << 40).unwrap(), 64 << 40);
+        assert!(round_size(0).is_err());
+        assert!(round_size((64 << 40) + 1).is_err());
+        assert!(round_size(u64::MAX).is_err());
+    }
+}

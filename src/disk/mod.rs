@@ -1,0 +1,244 @@
+//! Disks: named, thin, resizable; read, written, flushed, discarded.
+//!
+//! # Rules
+//! 1. A snapshot contains every write that returned before it was asked for; a flush makes them durable.
+//! 2. The first write of a block in a slot is always the whole 4096 bytes, merged from the older block where the write
+//!    covers only a part. A slot that is not mapped is never trusted to be zero.
+//! 3. Blocks born in the current epoch are overwritten in place; all others are left alone and get a new address.
+//! 4. Writers of one block take turns; writers of different blocks do not wait for each other.
+//!
+//! # After a crash
+//! Every flushed write is there. A write that was not flushed is there, or not, block by block.
+
+mod import;
+mod lease;
+mod manage;
+mod scrub;
+mod write;
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+pub use lease::Lease;
+pub(crate) use manage::new_row;
+pub use manage::{
+    check_disk_name, check_snapshot_name, create, create_empty, remove, rename, round_size, set, unique,
+};
+pub use scrub::{Damage, ScrubReport, scrub};
+
+use crate::error::{Error, Result};
+use crate::store::{Edit, Head, Line, Store};
+use crate::units::{BLOCK_SIZE, DISK_SIZE_MAX, DiskId};
+
+/// Something that is read and written in bytes and keeps blocks.
+pub trait BlockDevice: Send + Sync {
+    /// Returns the size in bytes.
+    fn size(&self) -> u64;
+    /// Reads any range inside the size; unmapped blocks are zeros.
+    ///
+    /// # Errors
+    /// `Usage` beyond the size, `Corrupt` for a block that cannot be trusted, any error of the host.
+    fn read(&self, buf: &mut [u8], offset: u64) -> Result<()>;
+    /// Writes any range inside the size. It is durable after a flush.
+    ///
+    /// # Errors
+    /// `Usage` beyond the size, `NoSpace`, `ReadOnly`, any error of the host.
+    fn write(&self, data: &[u8], offset: u64) -> Result<()>;
+    /// Makes every write that returned before durable.
+    ///
+    /// # Errors
+    /// `ReadOnly` or the error of the host that made it so.
+    fn flush(&self) -> Result<()>;
+    /// Unmaps whole blocks; partial ones at the edges are left alone.
+    ///
+    /// # Errors
+    /// As [`BlockDevice::write`].
+    fn discard(&self, offset: u64, len: u64) -> Result<()>;
+    /// Makes the range read as zeros: whole blocks are unmapped, partial ones are written.
+    ///
+    /// # Errors
+    /// As [`BlockDevice::write`].
+    fn write_zeroes(&self, offset: u64, len: u64) -> Result<()>;
+    /// Returns the first mapped extent at or after `offset`, as `(start, end)` clipped to the size.
+    ///
+    /// # Errors
+    /// When the map cannot be read.
+    fn next_data(&self, offset: u64) -> Result<Option<(u64, u64)>>;
+    /// Returns the bytes mapped.
+    fn mapped(&self) -> u64;
+    /// Tells whether writes are refused.
+    fn read_only(&self) -> bool;
+}
+
+/// A live disk. Cheap to make: everything shared is in the store.
+#[derive(Debug)]
+pub struct Disk {
+    store: Arc<Store>,
+    head: Arc<Head>,
+}
+
+/// Opens a disk.
+///
+/// # Errors
+/// `NotFound`.
+pub fn open(store: &Arc<Store>, name: &str) -> Result<Arc<Disk>> {
+    let id = store.tables.read().disk_id(name)?;
+    open_by_id(store, id)
+}
+
+/// Opens a disk.
+///
+/// # Errors
+/// `NotFound`.
+pub fn open_by_id(store: &Arc<Store>, id: DiskId) -> Result<Arc<Disk>> {
+    let head = store.head(id)?;
+    Ok(Arc::new(Disk { store: Arc::clone(store), head }))
+}
+
+impl Disk {
+    /// Returns the id.
+    #[must_use]
+    pub fn id(&self) -> DiskId {
+        self.head.id
+    }
+
+    /// Tells whether nothing was ever written to it, so that it may become a clone.
+    #[must_use]
+    pub fn never_written(&self) -> bool {
+        let row_touched = self.store.tables.read().disk(self.head.id).is_ok_and(|row| row.touched);
+        !row_touched && self.head.dirty_chunks() == 0
+    }
+
+    fn inside(&self, line: &Line, what: &str, offset: u64, len: u64) -> Result<()> {
+        if offset.checked_add(len).is_some_and(|end| end <= line.size) {
+            return Ok(());
+        }
+        Err(Error::usage(format!("{what} of {len} bytes at {offset} lies beyond the end of the disk ({} bytes)", line.size)))
+    }
+
+    /// Changes the size. Growing is online; shrinking drops everything beyond for ever and must be asked for.
+    ///
+    /// # Errors
+    /// `Failed` for a shrink without `shrink`, `Busy` for a shrink while somebody has the disk for writing.
+    pub fn resize(&self, size: u64, shrink: bool) -> Result<()> {
+        if size > DISK_SIZE_MAX {
+            return Err(Error::usage(format!("{size} bytes is more than the largest disk, 64 TiB")));
+        }
+        let now = self.head.line().size;
+        if size < now && !shrink {
+            return Err(Error::failed(format!(
+                "the disk has {now} bytes; making it {size} would lose what lies beyond"
+            ))
+            .hint("say --shrink if that is what you want"));
+        }
+        if size < now {
+            self.shrink(size)?;
+        } else if size > now {
+            self.grow(size)?;
+        }
+        self.store.tell_resized(self.head.id);
+        Ok(())
+    }
+
+    fn grow(&self, size: u64) -> Result<()> {
+        if self.store.tables.read().disk(self.head.id)?.trim {
+            // What a shrink left beyond the end must not come to light again.
+            self.store.trim(&self.head)?;
+        }
+        let gate = self.head.gate.write();
+        let line = self.head.line();
+        if size <= line.size {
+            return Ok(());
+        }
+        let ticket = {
+            let mut tables = self.store.tables.write();
+            let mut edit = Edit::new(&mut tables);
+            edit.change_disk(self.head.id, |row| row.size = size)?;
+            self.store.ledger.submit(edit.finish())?
+        };
+        self.head.set_line(Line { size, ..line });
+        drop(gate);
+        self.store.ledger.wait(ticket)
+    }
+
+    /// One row commits the new size; what lies beyond is unmapped after.
+    fn shrink(&self, size: u64) -> Result<()> {
+        // The tail of the last block is zeroed first: it is inside a block that stays.
+        let tail = size.next_multiple_of(BLOCK_SIZE).min(self.head.line().size);
+        if tail > size {
+            self.write_zeroes(size, tail - size)?;
+        }
+        let mut order = self.head.order();
+        self.store.flush_ordered(&self.head, &mut order)?;
+        let gate = self.head.gate.write();
+        let line = self.head.line();
+        let ticket = {
+            let mut tables = self.store.tables.write();
+            let mut edit = Edit::new(&mut tables);
+            edit.change_disk(self.head.id, |row| {
+                row.size = size;
+                row.trim = true;
+                row.touched = true;
+            })?;
+            self.store.ledger.submit(edit.finish())?
+        };
+        self.head.set_line(Line { size, ..line });
+        drop(gate);
+        drop(order);
+        self.store.ledger.wait(ticket)
+    }
+}
+
+impl BlockDevice for Disk {
+    fn size(&self) -> u64 {
+        self.head.line().size
+    }
+
+    fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        self.head.limits.take(&self.store, self.head.id, buf.len() as u64);
+        self.store.read(&self.head.line().source(), buf, offset)
+    }
+
+    fn write(&self, data: &[u8], offset: u64) -> Result<()> {
+        self.head.limits.take(&self.store, self.head.id, data.len() as u64);
+        self.write_bytes(data, offset)
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.store.flush(&self.head)
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> Result<()> {
+        self.store.ledger.writable()?;
+        let line = self.head.line();
+        self.inside(&line, "a discard", offset, len)?;
+        let end = offset + len;
+        // The last block of a disk may be shorter than a block: it is whole as far as the disk goes.
+        let last = if end == line.size { end.next_multiple_of(BLOCK_SIZE) } else { end / BLOCK_SIZE * BLOCK_SIZE };
+        let first = offset.next_multiple_of(BLOCK_SIZE);
+        if first < last { self.store.unmap(&self.head, first, last) } else { Ok(()) }
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
+        self.store.ledger.writable()?;
+        self.inside(&self.head.line(), "write-zeroes", offset, len)?;
+        let end = offset + len;
+        let first = offset.next_multiple_of(BLOCK_SIZE).min(end);
+        self.zero_part(offset, first)?;
+        let last = (end / BLOCK_SIZE * BLOCK_SIZE).max(first);
+        self.discard(first, last - first)?;
+        self.zero_part(last, end)
+    }
+
+    fn next_data(&self, offset: u64) -> Result<Option<(u64, u64)>> {
+        self.store.next_data(&self.head.line().source(), Some(&self.head), offset)
+    }
+
+    fn mapped(&self) -> u64 {
+        u64::try_from(self.head.referenced.load(Ordering::Relaxed)).unwrap_or(0) * BLOCK_SIZE
+    }
+
+    fn read_only(&self) -> bool {
+        self.store.health().is_some()
+    }
+}

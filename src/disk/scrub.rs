@@ -1,0 +1,155 @@
+//! `scrub`: reads every sealed block and compares it with the checksum it was sealed with.
+//!
+//! Seal files are read one after the other, record by record. A block that is damaged is named by every disk and snapshot
+//! that shows it, and reads of it fail from then on. Damage in a seal file itself is reported as such.
+
+use std::sync::Arc;
+
+use roaring::RoaringTreemap;
+use serde::{Deserialize, Serialize};
+
+use crate::codec::crc32;
+use crate::error::{Error, Kind, Result};
+use crate::map::{BlockSet, Run};
+use crate::progress::Progress;
+use crate::store::seal_file::{SealFile, SealedSlab};
+use crate::store::{Status, Store};
+use crate::units::{BLOCK_SIZE, BlockAddress, ChunkIndex, Epoch, SegmentId};
+
+/// A block that is not what was sealed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Damage {
+    /// The disk that shows it.
+    pub disk: String,
+    /// The snapshot that shows it; `None` for the live disk.
+    pub snapshot: Option<String>,
+    /// Byte of the disk.
+    pub offset: u64,
+    /// Segment id.
+    pub segment: u64,
+    /// What is wrong.
+    pub why: String,
+}
+
+/// What a scrub found.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScrubReport {
+    /// Blocks read and compared.
+    pub blocks: u64,
+    /// Bytes read and compared.
+    pub bytes: u64,
+    /// Blocks that are mapped and not sealed yet: written since the last snapshot.
+    pub unverified: u64,
+    /// What is damaged.
+    pub damaged: Vec<Damage>,
+}
+
+/// Reads and compares every sealed block.
+///
+/// # Errors
+/// Any error of the host but those of reading blocks, which are in the report; `Failed` when cancelled.
+pub fn scrub(store: &Arc<Store>, progress: &dyn Progress) -> Result<ScrubReport> {
+    store.flush_all()?;
+    while store.seal_one()? {}
+    let mut mapped = RoaringTreemap::new();
+    store.every_entry(&mut |_, _, entry| {
+        for piece in entry.pieces() {
+            for (start, end) in piece.set.runs() {
+                mapped.insert_range(piece.base.at(start).raw()..piece.base.raw() + end as u64);
+            }
+        }
+        Ok(())
+    })?;
+    progress.total(mapped.len() * BLOCK_SIZE);
+    let mut scrub = Scrub { store, progress, mapped, report: ScrubReport::default() };
+    for (segment, epoch) in store.seals_on_disk()? {
+        if progress.cancelled() {
+            return Err(Error::failed("the scrub was cancelled"));
+        }
+        if let Err(error) = scrub.seal(segment, epoch) {
+            if error.kind() != Kind::Corrupt {
+                return Err(error);
+            }
+            scrub.damage("", None, 0, segment, error.to_string());
+        }
+    }
+    scrub.report.unverified = scrub.mapped.len();
+    Ok(scrub.report)
+}
+
+struct Scrub<'a> {
+    store: &'a Arc<Store>,
+    progress: &'a dyn Progress,
+    /// Mapped and not compared yet.
+    mapped: RoaringTreemap,
+    report: ScrubReport,
+}
+
+impl Scrub<'_> {
+    fn damage(&mut self, disk: &str, snapshot: Option<String>, offset: u64, segment: SegmentId, why: String) {
+        self.report.damaged.push(Damage { disk: disk.to_owned(), snapshot, offset, segment: segment.0, why });
+    }
+
+    fn seal(&mut self, segment: SegmentId, epoch: Epoch) -> Result<()> {
+        if self.store.tables.read().segment(segment).is_err() {
+            return Ok(());
+        }
+        let (header, records) = SealFile::open(&**self.store.media(), segment, epoch)?;
+        if header.pool != self.store.uuid() || header.nonce != self.store.tables.read().segment(segment)?.nonce {
+            return Err(Error::corrupt(format!("the seal of segment {segment} epoch {epoch} belongs to another segment")));
+        }
+        for record in records {
+            if let SealedSlab::Written { base, chunk, set, crcs } = record? {
+                self.slab(base, chunk, &set, &crcs)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn slab(&mut self, base: BlockAddress, chunk: ChunkIndex, set: &BlockSet, crcs: &[u32]) -> Result<()> {
+        let mut buf = vec![0; BLOCK_SIZE as usize];
+        for (index, crc) in set.iter().zip(crcs) {
+            let address = base.at(index);
+            // Freed since, or compared already: a copy of a seal says the same.
+            if !self.mapped.remove(address.raw()) {
+                continue;
+            }
+            let inside = self.store.fence.enter();
+            let run = Run { start: index, len: 1, address: Some(address) };
+            let read = self.store.read_run(&run, &mut buf, 0);
+            drop(inside);
+            let why = match read {
+                Ok(()) if crc32(&buf) == *crc => None,
+                Ok(()) => Some("it does not match its checksum".to_owned()),
+                Err(error) => Some(error.to_string()),
+            };
+            self.report.blocks += 1;
+            self.report.bytes += BLOCK_SIZE;
+            self.progress.advance(BLOCK_SIZE);
+            if let Some(why) = why {
+                self.name_damage(address, chunk, &why)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Finds every disk and snapshot that shows an address. If none does, it was freed meanwhile.
+    fn name_damage(&mut self, address: BlockAddress, chunk: ChunkIndex, why: &str) -> Result<()> {
+        let shows: Vec<_> = {
+            let tables = self.store.tables.read();
+            let name = |id| tables.disk(id).map(|row| row.name.clone()).unwrap_or_default();
+            let live = tables.disks().map(|(_, row)| ((row.branch, row.epoch), row.name.clone(), None));
+            let states = tables.states().filter(|(_, row)| row.status == Status::Live);
+            live.chain(states.map(|(key, row)| (key, name(row.disk), Some(row.name.clone())))).collect()
+        };
+        let offset = chunk.byte() + address.index() as u64 * BLOCK_SIZE;
+        for (node, disk, snapshot) in shows {
+            if self.store.resolve(node, chunk)?.entry.get(address.index()) == Some(address) {
+                self.store.mark_bad(address, offset);
+                tracing::error!("damaged block: disk '{disk}' byte {offset}, segment {}: {why}", address.segment());
+                self.damage(&disk, snapshot, offset, address.segment(), why.to_owned());
+            }
+        }
+        Ok(())
+    }
+}

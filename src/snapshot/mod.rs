@@ -1,0 +1,24 @@
+//! Snapshots: one instant of one or more disks; read, cloned, reverted to, deleted in any order.
+//!
+//! # Rules
+//! 1. A snapshot contains every write that was acknowledged before it was asked for. Several disks are one instant, all or
+//!    none, because all their rows are in one frame.
+//! 2. The stop of the writers is an exchange of numbers: no I/O, whatever the size of the disk. What was written before
+//!    is synced mostly before the stop and fully after it, before the answer.
+//! 3. A revert moves a pointer. It deletes no snapshot, and nothing that was snapshotted.
+//! 4. A snapshot that somebody reads keeps its data until the last reader lets go, whatever its name has become.
+//!
+//! # After a crash
+//! A snapshot that was answered is there. One that was not is there whole, for all its disks, or not at all.
+
+mod branch;
+mod device;
+mod prune;
+mod remove;
+mod take;
+
+pub use branch::{RevertReport, clone, clone_into, revert};
+pub use device::{SnapshotDevice, open, open_by_id};
+pub use prune::{Keep, PruneLine, prune};
+pub use remove::{hold, release, remove, rename, unique};
+pub use take::take;

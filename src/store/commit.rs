@@ -1,0 +1,320 @@
+//! Flush: from changed chunks to rows in a durable frame.
+//!
+//! # Order of a flush
+//! 1. Copy the changed entries. Every block in the copies has had its pwrite return.
+//! 2. Sync the segments that were written (this covers at least those blocks).
+//! 3. Submit map, index, disk, segment and free rows; wait for their frame. No changed entries: no frame.
+//!
+//! # Rules
+//! 1. Requests that come while a flush runs share the next one.
+//! 2. An address that an entry lost is queued for punching in the same frame, if no other state holds it.
+//! 3. A failed sync poisons the pool: which writes it lost is unknown.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
+
+use super::head::{Head, Line, Order};
+use super::ledger::{Ledger, Ticket, row_size};
+use super::rows::{Key, Row, decode_set, encode_count, encode_entry, encode_set};
+use super::tables::Edit;
+use super::{DiskRow, Store};
+use crate::clock;
+use crate::error::{Kind, Result};
+use crate::map::{BlockSet, ChunkGuard, Entry, Piece};
+use crate::units::{BlockAddress, BranchId, ChunkIndex, DiskId, Epoch, SegmentId};
+
+/// A changed chunk, copied for a frame.
+#[derive(Debug, Clone)]
+pub struct Capture {
+    /// The chunk.
+    pub chunk: ChunkIndex,
+    /// The epoch in which it changed.
+    pub epoch: Epoch,
+    /// Its entry as it is to be stored.
+    pub entry: Entry,
+    /// Its entry as it is stored.
+    pub saved: Entry,
+    /// Where that is stored.
+    pub row: Option<(BranchId, Epoch)>,
+    /// Addresses handed out and dropped in between.
+    pub dropped: Vec<Piece>,
+}
+
+impl Capture {
+    /// Copies a changed chunk, which counts as saved from then on.
+    pub fn take(branch: BranchId, chunk: ChunkIndex, state: &mut ChunkGuard<'_>) -> Self {
+        let saved = state.saved.take().expect("only changed chunks are captured");
+        let epoch = state.epoch;
+        let row = state.row.replace((branch, epoch));
+        let dropped = std::mem::take(&mut state.dropped);
+        Self { chunk, epoch, entry: state.entry.clone(), saved, row, dropped }
+    }
+}
+
+/// Blocks per segment, for its row.
+type Tally = BTreeMap<SegmentId, i64>;
+
+/// What one batch of captures adds up to.
+#[derive(Debug, Default)]
+struct Sums {
+    mapped: Tally,
+    referenced: i64,
+    written: i64,
+    free: Vec<Piece>,
+    index: IndexChanges,
+}
+
+/// Chunks to enter into the index and to take out of it.
+#[derive(Debug, Default)]
+pub struct IndexChanges(BTreeMap<(BranchId, Epoch, u32), [BlockSet; 2]>);
+
+impl IndexChanges {
+    fn slot(&mut self, branch: BranchId, epoch: Epoch, chunk: ChunkIndex, which: usize) {
+        let group = chunk.0 / CHUNKS_PER_GROUP;
+        self.0.entry((branch, epoch, group)).or_default()[which].add((chunk.0 % CHUNKS_PER_GROUP) as usize);
+    }
+
+    /// Enters a chunk for which the epoch has an entry now.
+    pub fn add(&mut self, branch: BranchId, epoch: Epoch, chunk: ChunkIndex) {
+        self.slot(branch, epoch, chunk, 0);
+    }
+
+    /// Takes out a chunk for which it has none any more.
+    pub fn remove(&mut self, branch: BranchId, epoch: Epoch, chunk: ChunkIndex) {
+        self.slot(branch, epoch, chunk, 1);
+    }
+
+    /// Appends the rows; the caller keeps others from changing them until they are submitted.
+    ///
+    /// # Errors
+    /// When the catalog cannot be read.
+    pub fn rows(&self, ledger: &Ledger, rows: &mut Vec<Row>) -> Result<()> {
+        for ((branch, epoch, group), [added, removed]) in &self.0 {
+            let key = Key::index(*branch, *epoch, *group);
+            let known = ledger.get(&key)?.map_or(Ok(BlockSet::EMPTY), |value| decode_set(&value))?;
+            let now = known.or(added).minus(removed);
+            rows.push(if now.is_empty() { Row::delete(key) } else { Row::put(key, encode_set(&now)) });
+        }
+        Ok(())
+    }
+}
+
+/// Chunks of one index row.
+pub const CHUNKS_PER_GROUP: u32 = 512;
+
+impl Store {
+    /// Makes every write of the disk that was acknowledged before durable.
+    ///
+    /// # Errors
+    /// `ReadOnly` when the pool refuses writes, now or since a failure in this very flush.
+    pub fn flush(&self, head: &Head) -> Result<()> {
+        self.counters.flushes.fetch_add(1, Ordering::Relaxed);
+        let mine = head.requested.fetch_add(1, Ordering::AcqRel) + 1;
+        let mut order = head.order();
+        if order.completed >= mine {
+            return Ok(());
+        }
+        self.flush_ordered(head, &mut order)
+    }
+
+    /// As [`Store::flush`], for a caller that holds the order.
+    ///
+    /// # Errors
+    /// As [`Store::flush`].
+    pub fn flush_ordered(&self, head: &Head, order: &mut Order) -> Result<()> {
+        self.ledger.writable()?;
+        let covered = head.requested.load(Ordering::Acquire);
+        let line = head.line();
+        let mut captures = Vec::new();
+        for chunk in head.take_dirty() {
+            let cached = self.cache.peek(line.owner, chunk).expect("changed chunks stay cached");
+            captures.push(Capture::take(line.branch, chunk, &mut cached.lock()));
+        }
+        self.sync_owed(head)?;
+        if !captures.is_empty() {
+            let ticket = self.submit_captures(head.id, &line, captures)?;
+            self.ledger.wait(ticket)?;
+        }
+        order.completed = covered;
+        Ok(())
+    }
+
+    /// Syncs the segments a disk wrote to.
+    ///
+    /// # Errors
+    /// Any error of the host; the pool refuses writes then.
+    pub fn sync_owed(&self, head: &Head) -> Result<()> {
+        for segment in head.take_owed() {
+            if let Err(error) = segment.sync() {
+                self.ledger.poison(&error);
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// Flushes every disk that is in use.
+    ///
+    /// # Errors
+    /// The first one; the others are flushed all the same.
+    pub fn flush_all(&self) -> Result<()> {
+        let results: Vec<_> = self.open_heads().iter().map(|head| self.flush(head)).collect();
+        results.into_iter().collect()
+    }
+
+    /// Submits captures of one epoch of a disk, in as many frames as they need; the data they name is synced. Returns the
+    /// ticket of the last.
+    ///
+    /// # Errors
+    /// `ReadOnly` when the pool refuses writes; any error of reading the catalog, which poisons the pool.
+    pub fn submit_captures(&self, id: DiskId, line: &Line, mut captures: Vec<Capture>) -> Result<Ticket> {
+        captures.sort_by_key(|capture| capture.chunk);
+        let mut ticket = self.ledger.latest();
+        let mut rest = captures.into_iter().peekable();
+        while rest.peek().is_some() {
+            let result = self.submit_batch(id, line, &mut rest);
+            // What was captured counts as saved: it must not be forgotten silently.
+            ticket = result.inspect_err(|error| self.ledger.poison(error))?;
+        }
+        Ok(ticket)
+    }
+
+    fn submit_batch(
+        &self,
+        id: DiskId,
+        line: &Line,
+        captures: &mut std::iter::Peekable<std::vec::IntoIter<Capture>>,
+    ) -> Result<Ticket> {
+        let most = self.ledger.submit_max() / 4;
+        let reclaim = self.reclaim.lock();
+        let mut sums = Sums::default();
+        let mut rows = Vec::new();
+        let mut size = 0;
+        let Some(epoch) = captures.peek().map(|first| first.epoch) else { return Ok(self.ledger.latest()) };
+        let disk = self.tables.read().disk(id)?.clone();
+        while size < most && let Some(capture) = captures.next() {
+            assert_eq!(capture.epoch, epoch, "captures of one epoch go together");
+            let before = rows.len();
+            self.capture_rows(&disk, line.branch, &capture, &reclaim, &mut sums, &mut rows)?;
+            size += rows[before..].iter().map(row_size).sum::<usize>() + 64;
+        }
+        sums.index.rows(&self.ledger, &mut rows)?;
+        free_rows(&sums.free, &mut rows);
+        let mut tables = self.tables.write();
+        let mut edit = Edit::new(&mut tables);
+        for (segment, change) in &sums.mapped {
+            edit.change_segment(*segment, |row| {
+                row.mapped = row.mapped.checked_add_signed(*change).expect("no more is unmapped than was mapped");
+            })?;
+        }
+        edit.change_disk(id, |row| {
+            row.referenced = row.referenced.checked_add_signed(sums.referenced).expect("counted block by block");
+            row.written = row.written.checked_add_signed(sums.written).expect("counted block by block");
+            row.modified = clock::wall_seconds();
+            row.touched = true;
+        })?;
+        rows.into_iter().for_each(|row| edit.row(row));
+        self.ledger.submit(edit.finish())
+    }
+
+    /// Rows and sums of one chunk.
+    fn capture_rows(
+        &self,
+        disk: &DiskRow,
+        branch: BranchId,
+        capture: &Capture,
+        reclaim: &super::reclaim::Progressing,
+        sums: &mut Sums,
+        rows: &mut Vec<Row>,
+    ) -> Result<()> {
+        let key = Key::map(branch, capture.chunk, capture.epoch);
+        let own_row = capture.row == Some((branch, capture.epoch));
+        for piece in capture.entry.minus(&capture.saved) {
+            let count = i64::from(piece.set.count());
+            *sums.mapped.entry(piece.base.segment()).or_default() += count;
+            sums.referenced += count;
+            sums.written += count;
+        }
+        let mut old = Vec::new();
+        for piece in capture.saved.minus(&capture.entry) {
+            let count = i64::from(piece.set.count());
+            sums.referenced -= count;
+            if disk.owns(piece.base) {
+                *sums.mapped.entry(piece.base.segment()).or_default() -= count;
+                sums.written -= count;
+                sums.free.push(piece);
+            } else {
+                old.push(piece);
+            }
+        }
+        sums.free.extend(capture.dropped.iter().copied());
+        let mut stale = None;
+        if (!old.is_empty() || !own_row) && !self.base_holds(disk, reclaim) {
+            let answer = self.lost_by_head(disk, capture, old, reclaim)?;
+            for piece in &answer.free {
+                *sums.mapped.entry(piece.base.segment()).or_default() -= i64::from(piece.set.count());
+            }
+            sums.free.extend(answer.free);
+            stale = answer.stale;
+        }
+        if let Some((stale_branch, stale_epoch)) = stale {
+            rows.push(Row::delete(Key::map(stale_branch, capture.chunk, stale_epoch)));
+            sums.index.remove(stale_branch, stale_epoch, capture.chunk);
+        }
+        // A tombstone that hides nothing is not stored.
+        let needed = !capture.entry.is_empty() || self.older_shows(branch, capture.chunk, capture.epoch, stale)?;
+        match (needed, own_row) {
+            (true, _) => rows.push(Row::put(key, encode_entry(&capture.entry))),
+            (false, true) => rows.push(Row::delete(key)),
+            (false, false) => return Ok(()),
+        }
+        if needed && !own_row {
+            sums.index.add(branch, capture.epoch, capture.chunk);
+        } else if !needed {
+            sums.index.remove(branch, capture.epoch, capture.chunk);
+        }
+        Ok(())
+    }
+
+    /// Tells whether a look-up would find an older entry if the branch had none of this epoch.
+    fn older_shows(
+        &self,
+        branch: BranchId,
+        chunk: ChunkIndex,
+        epoch: Epoch,
+        stale: Option<(BranchId, Epoch)>,
+    ) -> Result<bool> {
+        let Some(before) = epoch.0.checked_sub(1) else { return Ok(false) };
+        let path = self.tables.read().lookup_path(branch, Epoch(before));
+        let below = self.resolve_on(&path, chunk)?;
+        Ok(below.row.is_some_and(|row| Some(row) != stale))
+    }
+
+    /// Refuses further writes after an error that leaves it unknown what is on the disk.
+    pub fn poison_unless_full(&self, error: &crate::error::Error) {
+        if error.kind() != Kind::NoSpace {
+            self.ledger.poison(error);
+        }
+    }
+}
+
+/// Queues addresses for punching: neighbouring ones as one row.
+pub fn free_rows(pieces: &[Piece], rows: &mut Vec<Row>) {
+    let mut runs: Vec<(u64, u64)> = pieces
+        .iter()
+        .flat_map(|piece| piece.set.runs().map(|(start, end)| (piece.base.at(start).raw(), (end - start) as u64)))
+        .collect();
+    runs.sort_unstable();
+    let mut merged: Vec<(u64, u64)> = Vec::new();
+    for (first, count) in runs {
+        match merged.last_mut() {
+            // A run never crosses into another segment: slot 0 of a segment is never data.
+            Some(last) if last.0 + last.1 == first => last.1 += count,
+            _ => merged.push((first, count)),
+        }
+    }
+    for (first, count) in merged {
+        let first = BlockAddress::from_raw(first).expect("taken from an address");
+        rows.push(Row::put(Key::free(first), encode_count(count)));
+    }
+}

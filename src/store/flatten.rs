@@ -1,0 +1,129 @@
+//! Keeps look-ups short: a branch that began deep inside others gets copies of the entries it inherits, and is cut loose.
+//!
+//! Only metadata is copied. The branch keeps its place in the tree - its states still share addresses with their
+//! ancestors - but its look-ups end in itself.
+//!
+//! # Rules
+//! 1. A copied entry is stored under the epoch at which the branch began, which no state of the branch has.
+//! 2. Entries that only this branch could see in the branches above are removed before it is cut loose, after their
+//!    copies were made; so at every moment a look-up finds the one or the other.
+//!
+//! # After a crash
+//! Copies without the last step are harmless: they say what the look-up would have found anyway. The work starts over.
+
+use super::Store;
+use super::commit::IndexChanges;
+use super::rows::{Key, KeyParts, Row, encode_entry};
+use super::tables::Edit;
+use super::view::Source;
+use crate::error::Result;
+use crate::units::{BranchId, ChunkIndex, Epoch};
+
+/// Branches a look-up goes through at most before they are cut loose.
+pub const DEPTH_MAX: u32 = 32;
+const STEP: usize = 128;
+
+impl Store {
+    /// Cuts one branch loose that lies too deep. Returns false when there is none.
+    ///
+    /// # Errors
+    /// `ReadOnly` when the pool refuses writes; any error of reading the catalog.
+    pub fn flatten_one(&self) -> Result<bool> {
+        let deep = {
+            let tables = self.tables.read();
+            let mut deep = tables.branches().filter(|(_, row)| row.inherits && row.depth > DEPTH_MAX);
+            deep.next().map(|(id, row)| (id, *row))
+        };
+        let Some((branch, row)) = deep else { return Ok(false) };
+        let Some(parent) = row.parent else { return Ok(false) };
+        let source = Source { owner: self.new_owner(), branch: parent.0, upto: parent.1, size: u64::MAX };
+        let mut from = Some(ChunkIndex(0));
+        while let Some(at) = from {
+            from = self.copy_entries(branch, parent, &source, at)?;
+        }
+        self.drop_private_rows(branch)?;
+        let _reclaim = self.reclaim.lock();
+        let mut tables = self.tables.write();
+        let mut edit = Edit::new(&mut tables);
+        edit.put_branch(branch, super::rows::BranchRow { inherits: false, depth: 1, ..row });
+        // Branches above this one are as deep as they were; the ones below are measured anew.
+        let mut todo: Vec<(BranchId, u32)> = vec![(branch, 1)];
+        while let Some((at, depth)) = todo.pop() {
+            let below: Vec<BranchId> = edit.tables.offspring(at, Epoch(0)).map(|(_, id)| id).collect();
+            for id in below {
+                let child = *edit.tables.branch(id)?;
+                if child.inherits {
+                    edit.put_branch(id, super::rows::BranchRow { depth: depth + 1, ..child });
+                    todo.push((id, depth + 1));
+                }
+            }
+        }
+        let _ticket = self.ledger.submit(edit.finish())?;
+        Ok(true)
+    }
+
+    /// Removes the rows above a branch that only it can see: those after the last state before it began.
+    fn drop_private_rows(&self, branch: BranchId) -> Result<()> {
+        let private: Vec<_> = {
+            let tables = self.tables.read();
+            let first = tables.next_state(branch, Epoch(0));
+            let head = tables.head_of(branch).map(|(_, disk)| (branch, disk.epoch));
+            let Some(node) = first.or(head) else { return Ok(()) };
+            tables.stretches(node).into_iter().filter(|stretch| stretch.branch != branch).collect()
+        };
+        for stretch in private {
+            let chunks: Vec<ChunkIndex> = self.indexed_chunks(&[stretch])?.into_iter().collect();
+            for batch in chunks.chunks(STEP) {
+                let _reclaim = self.reclaim.lock();
+                let mut rows = Vec::new();
+                let mut index = IndexChanges::default();
+                for chunk in batch {
+                    let low = Key::map(stretch.branch, *chunk, stretch.after.next());
+                    let high = Key::map(stretch.branch, *chunk, stretch.upto);
+                    self.ledger.scan(&low, &high, &mut |key, _| {
+                        if let KeyParts::Map(above, chunk, epoch) = key.parts()? {
+                            rows.push(Row::delete(key));
+                            index.remove(above, epoch, chunk);
+                        }
+                        Ok(())
+                    })?;
+                }
+                index.rows(&self.ledger, &mut rows)?;
+                let _ticket = self.ledger.submit(rows)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies the inherited entries of a batch of chunks; returns where to go on.
+    fn copy_entries(
+        &self,
+        branch: BranchId,
+        parent: (BranchId, Epoch),
+        source: &Source,
+        from: ChunkIndex,
+    ) -> Result<Option<ChunkIndex>> {
+        let _reclaim = self.reclaim.lock();
+        let mut rows = Vec::new();
+        let mut index = IndexChanges::default();
+        let mut next = Some(from);
+        for _ in 0..STEP {
+            let Some(chunk) = self.next_chunk(source, None, next.expect("set below"))? else {
+                next = None;
+                break;
+            };
+            next = Some(ChunkIndex(chunk.0 + 1));
+            let low = Key::map(branch, chunk, Epoch(0));
+            let page = self.ledger.page(&low, &Key::map(branch, chunk, parent.1), 1)?;
+            let copied = page.rows.first().is_some_and(|(key, _)| matches!(key.parts(), Ok(KeyParts::Map(..))));
+            let found = self.resolve(parent, chunk)?;
+            if !copied && !found.entry.is_empty() {
+                rows.push(Row::put(Key::map(branch, chunk, parent.1), encode_entry(&found.entry)));
+                index.add(branch, parent.1, chunk);
+            }
+        }
+        index.rows(&self.ledger, &mut rows)?;
+        let _ticket = self.ledger.submit(rows)?;
+        Ok(next)
+    }
+}

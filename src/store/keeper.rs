@@ -1,0 +1,141 @@
+//! The threads in the background: flush every five seconds, fold, seal, reclaim, punch, cut loose.
+//!
+//! # Rules
+//! 1. Everything they do can also be called directly, step by step; tests and the crash simulator run without them.
+//! 2. They hold the store weakly: a store that is closed or dropped ends them.
+//! 3. An error is logged and tried again later with a pause; errors that matter have poisoned the pool by themselves.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use super::Store;
+use crate::error::{Kind, Result};
+use crate::sync::{Condvar, Mutex};
+
+const FLUSH_EVERY: Duration = Duration::from_secs(5);
+const TIDY_EVERY: Duration = Duration::from_secs(1);
+/// The journal is folded when it is this full, in percent.
+const FOLD_AT: u64 = 40;
+
+#[derive(Debug, Default)]
+struct Bell {
+    rung: Mutex<bool>,
+    bell: Condvar,
+    stop: AtomicBool,
+}
+
+impl Bell {
+    /// Sleeps until rung or the time is over; returns false when it is time to end.
+    fn sleep(&self, time: Duration) -> bool {
+        let mut rung = self.rung.lock();
+        if !*rung && !self.stop.load(Ordering::Acquire) {
+            let _timeout = self.bell.wait_for(&mut rung, time);
+        }
+        *rung = false;
+        !self.stop.load(Ordering::Acquire)
+    }
+
+    fn ring(&self) {
+        *self.rung.lock() = true;
+        self.bell.notify_all();
+    }
+}
+
+/// The background threads of a store.
+#[derive(Debug, Default)]
+pub struct Keeper {
+    flusher: Arc<Bell>,
+    tidier: Arc<Bell>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Keeper {
+    /// Starts the threads.
+    ///
+    /// # Errors
+    /// When the host has no threads to give.
+    pub fn start(&self, store: &Arc<Store>) -> std::io::Result<()> {
+        self.spawn("afterimage-flush", &self.flusher, store, FLUSH_EVERY, |store| {
+            store.flush_all()?;
+            Ok(false)
+        })?;
+        self.spawn("afterimage-tidy", &self.tidier, store, TIDY_EVERY, Store::tidy_step)
+    }
+
+    fn spawn(
+        &self,
+        name: &str,
+        bell: &Arc<Bell>,
+        store: &Arc<Store>,
+        every: Duration,
+        step: fn(&Store) -> Result<bool>,
+    ) -> std::io::Result<()> {
+        let (bell, store) = (Arc::clone(bell), Arc::downgrade(store));
+        let run = move || run(&bell, &store, every, step);
+        self.threads.lock().push(std::thread::Builder::new().name(name.into()).spawn(run)?);
+        Ok(())
+    }
+
+    /// Asks the tidier to look at once.
+    pub fn wake(&self) {
+        self.tidier.ring();
+    }
+
+    /// Ends the threads and waits for them.
+    pub fn stop(&self) {
+        for bell in [&self.flusher, &self.tidier] {
+            bell.stop.store(true, Ordering::Release);
+            bell.ring();
+        }
+        for thread in std::mem::take(&mut *self.threads.lock()) {
+            // A store may be dropped by one of its own threads, which cannot wait for itself.
+            if thread.thread().id() != std::thread::current().id() && thread.join().is_err() {
+                tracing::error!("a background thread of the pool panicked");
+            }
+        }
+    }
+}
+
+fn run(bell: &Bell, store: &Weak<Store>, every: Duration, step: fn(&Store) -> Result<bool>) {
+    while bell.sleep(every) {
+        loop {
+            let Some(store) = store.upgrade() else { return };
+            match step(&store) {
+                Ok(true) if !bell.stop.load(Ordering::Acquire) => {}
+                Ok(_) => break,
+                Err(error) => {
+                    if error.kind() != Kind::ReadOnly {
+                        tracing::warn!("work in the background failed and is tried again: {error}");
+                    }
+                    break;
+                }
+            }
+        }
+    }
+}
+
+impl Store {
+    /// Does one piece of the work that waits in the background. Returns whether there may be more.
+    ///
+    /// # Errors
+    /// What the piece of work returns.
+    pub fn tidy_step(&self) -> Result<bool> {
+        if self.ledger.writable().is_err() {
+            return Ok(false);
+        }
+        let mut more = self.ledger.journal_percent() >= FOLD_AT && self.fold()?;
+        more |= self.trim_one()?;
+        more |= self.seal_one()?;
+        more |= self.reclaim_one()?;
+        more |= self.flatten_one()?;
+        more |= self.sweep()?;
+        more |= self.punch_step(true)? > 0;
+        if !more {
+            self.remove_empty_segments()?;
+            self.restore_ballast();
+        }
+        Ok(more)
+    }
+}

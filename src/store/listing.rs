@@ -1,0 +1,236 @@
+//! What `ls` and `info` show; answered from memory.
+
+use serde::{Deserialize, Serialize};
+use std::sync::atomic::Ordering;
+use uuid::Uuid;
+
+use super::states::{StateRow, Status};
+use super::tables::Tables;
+use super::{Settings, Store};
+use crate::error::Result;
+use crate::units::{BLOCK_SIZE, DiskId, SnapshotId};
+
+/// A disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct DiskInfo {
+    /// Id in the pool.
+    pub id: DiskId,
+    /// Name.
+    pub name: String,
+    /// Identity, kept over renames.
+    pub uuid: Uuid,
+    /// Bytes.
+    pub size: u64,
+    /// Bytes mapped.
+    pub referenced: u64,
+    /// Of them, bytes written since the previous snapshot.
+    pub written: u64,
+    /// Seconds since 1970 when it was made.
+    pub created: u64,
+    /// Seconds since 1970 when its map last changed.
+    pub modified: u64,
+    /// Snapshots, retired ones included.
+    pub snapshots: usize,
+    /// What it was cloned from.
+    pub origin: Option<String>,
+    /// Its settings.
+    pub settings: Settings,
+    /// Who has it open for writing.
+    pub holder: Option<String>,
+}
+
+/// Whether a snapshot has its data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SnapshotState {
+    /// It can be read.
+    Live,
+    /// Only its addresses are left.
+    Retired,
+}
+
+/// A snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct SnapshotInfo {
+    /// Id in the pool.
+    pub id: SnapshotId,
+    /// Name of its disk.
+    pub disk: String,
+    /// Its disk.
+    pub disk_id: DiskId,
+    /// Name.
+    pub name: String,
+    /// Identity, kept over renames and transfers.
+    pub uuid: Uuid,
+    /// Bytes of the disk when it was taken.
+    pub size: u64,
+    /// Bytes mapped.
+    pub referenced: u64,
+    /// Of them, bytes written since the snapshot before.
+    pub written: u64,
+    /// Seconds since 1970 when it was taken.
+    pub created: u64,
+    /// Whether it has its data.
+    pub state: SnapshotState,
+    /// Why it must not be deleted.
+    pub holds: Vec<String>,
+}
+
+fn snapshot(tables: &Tables, row: &StateRow) -> SnapshotInfo {
+    SnapshotInfo {
+        id: row.snapshot,
+        disk: tables.disk(row.disk).map(|disk| disk.name.clone()).unwrap_or_default(),
+        disk_id: row.disk,
+        name: row.name.clone(),
+        uuid: row.uuid,
+        size: row.size,
+        referenced: row.referenced * BLOCK_SIZE,
+        written: row.written * BLOCK_SIZE,
+        created: row.created,
+        state: if row.status == Status::Retired { SnapshotState::Retired } else { SnapshotState::Live },
+        holds: row.holds.clone(),
+    }
+}
+
+impl Store {
+    fn disk_of(&self, tables: &Tables, id: DiskId) -> Result<DiskInfo> {
+        let row = tables.disk(id)?;
+        let head = self.heads.lock().get(&id).cloned();
+        let now = head.as_ref().map(|head| head.referenced.load(Ordering::Relaxed));
+        let referenced = now.map_or(row.referenced, |blocks| u64::try_from(blocks).unwrap_or(0));
+        Ok(DiskInfo {
+            id,
+            name: row.name.clone(),
+            uuid: row.uuid,
+            size: row.size,
+            referenced: referenced * BLOCK_SIZE,
+            written: row.written * BLOCK_SIZE,
+            created: row.created,
+            modified: row.modified,
+            snapshots: tables.snapshots_of(id).count(),
+            origin: row.origin.clone(),
+            settings: row.settings.clone(),
+            holder: head.and_then(|head| head.tenancy.lock().holder.clone()),
+        })
+    }
+
+    /// Returns all disks, by name.
+    pub fn disks(&self) -> Vec<DiskInfo> {
+        let tables = self.tables.read();
+        tables.disks_by_name().filter_map(|(id, _)| self.disk_of(&tables, id).ok()).collect()
+    }
+
+    /// Returns a disk.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn disk_info(&self, name: &str) -> Result<DiskInfo> {
+        let tables = self.tables.read();
+        self.disk_of(&tables, tables.disk_id(name)?)
+    }
+
+    /// Returns a disk.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn disk_info_by_id(&self, id: DiskId) -> Result<DiskInfo> {
+        self.disk_of(&self.tables.read(), id)
+    }
+
+    /// Returns the snapshots of a disk, oldest first.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn snapshots(&self, disk: &str) -> Result<Vec<SnapshotInfo>> {
+        let id = self.tables.read().disk_id(disk)?;
+        self.snapshots_by_id(id)
+    }
+
+    /// Returns the snapshots of a disk, oldest first.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn snapshots_by_id(&self, id: DiskId) -> Result<Vec<SnapshotInfo>> {
+        let tables = self.tables.read();
+        tables.disk(id)?;
+        Ok(tables.snapshots_of(id).map(|(_, row)| snapshot(&tables, row)).collect())
+    }
+
+    /// Returns a snapshot.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn snapshot_info(&self, disk: &str, name: &str) -> Result<SnapshotInfo> {
+        let tables = self.tables.read();
+        let (_, row) = tables.snapshot(tables.disk_id(disk)?, name)?;
+        Ok(snapshot(&tables, row))
+    }
+
+    /// Returns a snapshot.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn snapshot_info_by_id(&self, id: SnapshotId) -> Result<SnapshotInfo> {
+        let tables = self.tables.read();
+        let (_, row) = tables.snapshot_by_id(id)?;
+        Ok(snapshot(&tables, row))
+    }
+
+    /// Returns the newest live snapshot of a disk.
+    pub fn latest(&self, disk: DiskId) -> Option<SnapshotInfo> {
+        let tables = self.tables.read();
+        let newest = tables.snapshots_of(disk).filter(|(_, row)| row.status == Status::Live).last();
+        newest.map(|(_, row)| snapshot(&tables, row))
+    }
+
+    /// Returns the metrics in the text format of Prometheus.
+    pub fn metrics_text(&self) -> String {
+        let mut out = String::new();
+        let mut put = |name: &str, kind: &str, help: &str, value: u64| {
+            out.push_str(&format!("# HELP afterimage_{name} {help}\n# TYPE afterimage_{name} {kind}\n"));
+            out.push_str(&format!("afterimage_{name} {value}\n"));
+        };
+        let c = &self.counters;
+        let load = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+        put("reads_total", "counter", "Reads of disks and snapshots.", load(&c.reads));
+        put("read_bytes_total", "counter", "Bytes read.", load(&c.read_bytes));
+        put("writes_total", "counter", "Writes of disks.", load(&c.writes));
+        put("written_bytes_total", "counter", "Bytes written.", load(&c.written_bytes));
+        put("flushes_total", "counter", "Flushes asked for.", load(&c.flushes));
+        put("journal_frames_total", "counter", "Journal frames written.", load(&self.ledger.counters.frames));
+        put("folds_total", "counter", "Folds of the journal.", load(&self.ledger.counters.folds));
+        put("journal_used_percent", "gauge", "How full the journal is.", self.ledger.journal_percent());
+        put("snapshots_total", "counter", "Snapshots taken.", load(&c.snapshots));
+        put("snapshot_stop_ns", "gauge", "How long the last snapshot stopped writers.", load(&c.snapshot_stop_ns));
+        put("snapshot_stop_ns_max", "gauge", "The longest such stop.", load(&c.snapshot_stop_ns_max));
+        put("punched_blocks_total", "counter", "Blocks given back to the host.", load(&c.punched_blocks));
+        put("punches_total", "counter", "Hole punching calls.", load(&c.punches));
+        put("map_cache_bytes", "gauge", "Bytes of the map cache.", self.cache.used() as u64);
+        put("pool_poisoned", "gauge", "1 when the pool refuses writes.", u64::from(self.health().is_some()));
+        if let Ok(space) = self.space() {
+            put("host_free_bytes", "gauge", "Free bytes of the host file system.", space.free);
+        }
+        self.disk_metrics(&mut out);
+        out
+    }
+
+    fn disk_metrics(&self, out: &mut String) {
+        type Column = (&'static str, &'static str, fn(&DiskInfo) -> u64);
+        let columns: [Column; 4] = [
+            ("disk_size_bytes", "Size of the disk.", |d| d.size),
+            ("disk_referenced_bytes", "Bytes mapped.", |d| d.referenced),
+            ("disk_written_bytes", "Bytes written since the previous snapshot.", |d| d.written),
+            ("disk_snapshots", "Snapshots, retired ones included.", |d| d.snapshots as u64),
+        ];
+        let disks = self.disks();
+        for (name, help, value) in columns {
+            out.push_str(&format!("# HELP afterimage_{name} {help}\n# TYPE afterimage_{name} gauge\n"));
+            for disk in &disks {
+                let label = disk.name.replace('\\', "\\\\").replace('"', "\\\"");
+                out.push_str(&format!("afterimage_{name}{{disk=\"{label}\"}} {}\n", value(disk)));
+            }
+        }
+    }
+}

@@ -1,0 +1,257 @@
+//! Making, opening and closing a pool.
+//!
+//! # Order of opening
+//! Superblock; catalog; frames after its mark; check that nothing follows them (unless the pool was closed in order); small
+//! tables; segments against the directory. Nothing is written until the first change; then the opening is numbered and
+//! the pool counts as not closed in order.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use uuid::Uuid;
+
+use super::catalog::Catalog;
+use super::journal::{JOURNAL_MIN, Journal};
+use super::ledger::Ledger;
+use super::rows::{Key, Meta, Row};
+use super::space::{BALLAST_SIZE, make_ballast};
+use super::tables::{Edit, Tables};
+use super::{Counters, Store, keeper, space};
+use crate::error::{Error, Result};
+use crate::map::Cache;
+use crate::media::{Media, Open};
+use crate::pool::{CATALOG, JOURNAL, SEGMENTS_DIR, SUPERBLOCK, Segments, Superblock, probe};
+use crate::sync::{Fence, Mutex, RwLock};
+use crate::units::SegmentId;
+
+/// How a pool is made.
+#[derive(Debug, Clone, Copy)]
+pub struct InitOptions {
+    /// Bytes of the journal, preallocated.
+    pub journal: u64,
+    /// Bytes of the ballast.
+    pub ballast: u64,
+    /// Whether to try out the host file system first.
+    pub probe: bool,
+}
+
+impl Default for InitOptions {
+    fn default() -> Self {
+        Self { journal: 64 << 20, ballast: BALLAST_SIZE, probe: true }
+    }
+}
+
+/// How a pool is opened.
+#[derive(Debug, Clone, Copy)]
+pub struct OpenOptions {
+    /// Bytes of the map cache.
+    pub cache_bytes: u64,
+    /// Bytes of the cache of the catalog.
+    pub catalog_cache_bytes: u64,
+    /// Whether to run the threads in the background.
+    pub background: bool,
+    /// Bytes kept free on the host; by default the larger of 256 MiB and 1 %.
+    pub low_water: Option<u64>,
+    /// Bytes of the ballast.
+    pub ballast: u64,
+    /// Blocks in a segment at which a snapshot goes on in a new one.
+    pub segment_blocks: u64,
+}
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        Self {
+            cache_bytes: 512 << 20,
+            catalog_cache_bytes: 128 << 20,
+            background: true,
+            low_water: None,
+            ballast: BALLAST_SIZE,
+            segment_blocks: (4 << 30) / crate::units::BLOCK_SIZE,
+        }
+    }
+}
+
+impl Store {
+    /// Makes a pool in an empty directory and returns its identity.
+    ///
+    /// # Errors
+    /// `Exists` when there is one; `Failed` when the directory has other things in it; `Unsupported` when the host file
+    /// system lacks something; any error of the host.
+    pub fn init(media: &Arc<dyn Media>, options: InitOptions) -> Result<Uuid> {
+        let names = media.list("").map_err(|e| Error::io("cannot list the directory", e))?;
+        if names.iter().any(|name| name == SUPERBLOCK) {
+            return Err(Error::exists("there is a pool in this directory already"));
+        }
+        if let Some(name) = names.iter().find(|name| !LEFTOVERS.contains(&name.as_str())) {
+            return Err(Error::failed(format!("the directory is not empty: '{name}' is in it"))
+                .hint("make the pool in an empty directory"));
+        }
+        if options.probe {
+            probe(&**media)?.require()?;
+        }
+        let superblock = Superblock::new();
+        let journal = fresh(&**media, JOURNAL)?;
+        Journal::create(&journal, superblock.uuid, options.journal.max(JOURNAL_MIN))?;
+        match media.make_dir(SEGMENTS_DIR) {
+            Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => {
+                return Err(Error::io(format!("cannot make {SEGMENTS_DIR}"), e));
+            }
+            _ => {}
+        }
+        let catalog = Catalog::create(fresh(&**media, CATALOG)?, 1 << 20)?;
+        let meta = Meta { clean: true, ..Meta::default() }.encode();
+        catalog.fold(&mut std::iter::once((Key::meta(), Some(&meta[..]))), super::Mark::START)?;
+        catalog.close()?;
+        drop(fresh(&**media, crate::pool::BALLAST)?);
+        media.remove(crate::pool::BALLAST).map_err(|e| Error::io("cannot make the ballast", e))?;
+        make_ballast(&**media, options.ballast).map_err(|e| Error::io("cannot make the ballast", e))?;
+        media.sync_dir("").map_err(|e| Error::io("cannot sync the directory", e))?;
+        superblock.write(&**media)?;
+        Ok(superblock.uuid)
+    }
+
+    /// Opens a pool. The caller holds its lock.
+    ///
+    /// # Errors
+    /// `NotFound` when there is none, `Corrupt` when it is damaged, `Unsupported` for a newer format.
+    pub fn open(media: Arc<dyn Media>, options: OpenOptions) -> Result<Arc<Self>> {
+        let superblock = Superblock::read(&*media)?;
+        let existing = |name: &str| {
+            media.open(name, Open::Existing).map_err(|e| match e.kind() {
+                std::io::ErrorKind::NotFound => Error::corrupt(format!("the pool has lost its file '{name}'")),
+                _ => Error::io(format!("cannot open {name}"), e),
+            })
+        };
+        let cache = usize::try_from(options.catalog_cache_bytes).unwrap_or(usize::MAX);
+        let catalog = Catalog::open(existing(CATALOG)?, cache)?;
+        let (journal, frames) = Journal::open(existing(JOURNAL)?, superblock.uuid, catalog.mark()?)?;
+        let clean = frames.is_empty() && {
+            let meta = catalog.view()?.get(&Key::meta())?;
+            meta.map_or(Ok(Meta::default()), |value| Meta::decode(&value))?.clean
+        };
+        if !clean {
+            journal.check_end()?;
+        }
+        let ledger = Ledger::new(catalog, journal, frames)?;
+        let tables = Tables::load(&ledger)?;
+        let opening = tables.meta.openings + 1;
+        let store = Arc::new(Self {
+            segments: Segments::new(Arc::clone(&media), superblock.uuid),
+            media,
+            superblock,
+            options,
+            ledger,
+            tables: RwLock::new(tables),
+            cache: Cache::new(usize::try_from(options.cache_bytes).unwrap_or(usize::MAX)),
+            fence: Fence::default(),
+            heads: Mutex::default(),
+            owners: AtomicU64::new(1),
+            reclaim: Mutex::default(),
+            holders: Mutex::default(),
+            bad: RwLock::default(),
+            space: space::SpaceGuard::default(),
+            opening,
+            hooks: RwLock::default(),
+            changes: AtomicU64::new(0),
+            keeper: keeper::Keeper::default(),
+            counters: Counters::default(),
+        });
+        store.compare_segments(clean)?;
+        store.begin_opening()?;
+        if options.background {
+            store.keeper.start(&store).map_err(|e| Error::io("cannot start the background threads", e))?;
+        }
+        Ok(store)
+    }
+
+    /// Compares the segments of the catalog with the files: a missing one is corruption, an unlisted one an orphan of a
+    /// crash.
+    fn compare_segments(&self, _clean: bool) -> Result<()> {
+        let on_disk = self.segments.on_disk()?;
+        let tables = self.tables.read();
+        for (id, row) in tables.segments() {
+            if !row.removed && on_disk.binary_search(&id).is_err() {
+                return Err(Error::corrupt(format!(
+                    "segment file {} is missing; {} blocks of disks or snapshots were in it",
+                    crate::pool::segment_path(id),
+                    row.mapped
+                ))
+                .hint("put the file back from a copy of the pool; other disks are not affected by leaving it out"));
+            }
+        }
+        let listed: Vec<SegmentId> = tables.segments().map(|(id, _)| id).collect();
+        drop(tables);
+        for id in on_disk.into_iter().filter(|id| listed.binary_search(id).is_err()) {
+            tracing::info!("segment {id} was made and never used before a crash; it is removed");
+            self.segments.remove(id)?;
+        }
+        Ok(())
+    }
+
+    /// Numbers the opening, durably: from here on the pool counts as not closed in order.
+    fn begin_opening(&self) -> Result<()> {
+        let ticket = {
+            let mut tables = self.tables.write();
+            let mut edit = Edit::new(&mut tables);
+            let opening = self.opening;
+            edit.meta(|meta| {
+                meta.openings = opening;
+                meta.clean = false;
+            });
+            self.ledger.submit(edit.finish())?
+        };
+        self.ledger.wait(ticket)
+    }
+
+    /// Makes everything durable, folds the journal, and marks the pool as closed in order. Later changes are refused.
+    /// A pool that refuses writes is only let go of.
+    ///
+    /// # Errors
+    /// Any error of the host; the pool then opens by replay.
+    pub fn close(&self) -> Result<()> {
+        self.keeper.stop();
+        if self.ledger.writable().is_err() {
+            return Ok(());
+        }
+        self.flush_all()?;
+        self.mark_swept()?;
+        {
+            let mut tables = self.tables.write();
+            let mut edit = Edit::new(&mut tables);
+            edit.meta(|meta| meta.clean = true);
+            let _ticket = self.ledger.submit(edit.finish())?;
+        }
+        let result = self.ledger.wait(self.ledger.latest()).and_then(|()| self.fold().map(drop));
+        let closed = self.ledger.close();
+        self.ledger.shut();
+        result.and(closed)
+    }
+
+    /// After everything is flushed nothing of this opening was written and left unmapped, except what is queued.
+    fn mark_swept(&self) -> Result<()> {
+        let mut tables = self.tables.write();
+        let mine: Vec<SegmentId> =
+            tables.segments().filter(|(_, row)| row.opening == self.opening && !row.swept).map(|(id, _)| id).collect();
+        let mut edit = Edit::new(&mut tables);
+        for id in mine {
+            edit.change_segment(id, |row| row.swept = true)?;
+        }
+        let rows: Vec<Row> = edit.finish();
+        let _ticket = self.ledger.submit(rows)?;
+        Ok(())
+    }
+}
+
+/// What an interrupted `init` may have left, and what the command line puts there before.
+const LEFTOVERS: [&str; 8] =
+    ["lock", JOURNAL, CATALOG, SEGMENTS_DIR, crate::pool::BALLAST, "afterimage.toml.new", "probe.tmp", "lost+found"];
+
+/// Makes an empty file, replacing what an interrupted `init` left.
+fn fresh(media: &dyn Media, name: &str) -> Result<Arc<dyn crate::media::File>> {
+    let fail = |e| Error::io(format!("cannot make {name}"), e);
+    match media.remove(name) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(fail(e)),
+        _ => {}
+    }
+    media.open(name, Open::New).map_err(fail)
+}

@@ -1,0 +1,188 @@
+//! Sealing: after an epoch has ended, the checksums of everything it wrote go to a file beside its segment.
+//!
+//! # Rules
+//! 1. A checksum is noted while a whole block is written, under the claim on the block; a partial overwrite drops it.
+//! 2. What has no noted checksum when the epoch is sealed is read back. Sealed blocks never change again.
+//! 3. Checksums in memory have their own budget; beyond it they are dropped, and read back later.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use super::Store;
+use super::rows::{Key, KeyParts, decode_entry};
+use super::seal_file::{SealFile, SealedSlab};
+use super::states::StateRow;
+use super::tables::{Edit, StateKey};
+use super::tree::Stretch;
+use crate::codec::crc32;
+use crate::error::Result;
+use crate::map::{BlockSet, Entry, Piece, Run};
+use crate::sync::Mutex;
+use crate::units::{BLOCK_SIZE, BlockAddress, CHUNK_BLOCKS, ChunkIndex, SegmentId};
+
+/// Slabs with noted checksums per disk at most: 2 KiB each.
+const SLABS_MAX: usize = 16 * 1024;
+
+#[derive(Debug)]
+struct SlabChecksums {
+    known: BlockSet,
+    crcs: Box<[u32; CHUNK_BLOCKS as usize]>,
+}
+
+/// Checksums of blocks that no seal has yet.
+#[derive(Debug, Default)]
+pub struct Checksums {
+    slabs: Mutex<HashMap<BlockAddress, SlabChecksums>>,
+    /// Read back for want of a note, for the metrics.
+    pub read_back: AtomicUsize,
+}
+
+impl Checksums {
+    /// Notes the checksums of whole blocks that were written at consecutive addresses from `first`.
+    pub fn note(&self, first: BlockAddress, data: &[u8]) {
+        let fresh: Vec<u32> = data.chunks_exact(BLOCK_SIZE as usize).map(crc32).collect();
+        let mut slabs = self.slabs.lock();
+        if slabs.len() >= SLABS_MAX && !slabs.contains_key(&first.slab()) {
+            return;
+        }
+        let slab = slabs
+            .entry(first.slab())
+            .or_insert_with(|| SlabChecksums { known: BlockSet::EMPTY, crcs: Box::new([0; CHUNK_BLOCKS as usize]) });
+        for (index, crc) in (first.index()..).zip(fresh) {
+            slab.crcs[index] = crc;
+            slab.known.add(index);
+        }
+    }
+
+    /// Drops the checksum of a block that is about to be overwritten in part.
+    pub fn drop_one(&self, address: BlockAddress) {
+        if let Some(slab) = self.slabs.lock().get_mut(&address.slab()) {
+            slab.known = slab.known.minus(&std::iter::once(address.index()).collect());
+        }
+    }
+
+    fn get(&self, address: BlockAddress) -> Option<u32> {
+        let slabs = self.slabs.lock();
+        let slab = slabs.get(&address.slab())?;
+        slab.known.has(address.index()).then(|| slab.crcs[address.index()])
+    }
+
+    fn forget(&self, base: BlockAddress) {
+        self.slabs.lock().remove(&base);
+    }
+}
+
+impl Store {
+    /// Writes the seal files of one ended epoch. Returns false when every epoch is sealed.
+    ///
+    /// # Errors
+    /// Any error of the host.
+    pub fn seal_one(&self) -> Result<bool> {
+        let next = {
+            let tables = self.tables.read();
+            let mut open = tables.states().filter(|(_, row)| !row.sealed && row.status.readable());
+            open.next().map(|(key, row)| (key, row.clone()))
+        };
+        let Some((key, row)) = next else { return Ok(false) };
+        // Held open, so that nothing of it is punched while it is read.
+        self.hold_open(row.snapshot);
+        let result = self.seal_epoch(key, &row);
+        self.let_go(row.snapshot);
+        result?;
+        let mut tables = self.tables.write();
+        let mut edit = Edit::new(&mut tables);
+        edit.change_state(key, |row| row.sealed = true);
+        let _ticket = self.ledger.submit(edit.finish())?;
+        Ok(true)
+    }
+
+    fn seal_epoch(&self, key: StateKey, row: &StateRow) -> Result<()> {
+        let own = Stretch { branch: key.0, after: crate::units::Epoch(key.1.0 - 1), upto: key.1 };
+        let parent = self.tables.read().lookup_path(key.0, crate::units::Epoch(key.1.0 - 1));
+        let mut by_segment: BTreeMap<SegmentId, Vec<(ChunkIndex, Piece)>> = BTreeMap::new();
+        let mut unmapped: Vec<SealedSlab> = Vec::new();
+        for chunk in self.indexed_chunks(&[own])? {
+            let stored = self.ledger.get(&Key::map(key.0, chunk, key.1))?;
+            let entry = stored.map_or(Ok(Entry::EMPTY), |value| decode_entry(&value))?;
+            for piece in entry.pieces().into_iter().filter(|piece| piece.base.raw() >= row.floor) {
+                by_segment.entry(piece.base.segment()).or_default().push((chunk, piece));
+            }
+            let gone = self.resolve_on(&parent, chunk)?.entry.mapped().minus(&entry.mapped());
+            if !gone.is_empty() {
+                unmapped.push(SealedSlab::Unmapped { chunk, set: gone });
+            }
+        }
+        // Unmapped blocks go with the first segment of the epoch; an epoch that only unmapped has no seal of its own.
+        for (segment, slabs) in by_segment {
+            let nonce = self.tables.read().segment(segment)?.nonce;
+            let header = SealFile {
+                pool: self.uuid(),
+                segment,
+                nonce,
+                disk: row.disk,
+                branch: key.0,
+                epoch: key.1,
+            };
+            let extra = std::mem::take(&mut unmapped);
+            let records = slabs.iter().map(|(chunk, piece)| self.sealed_slab(row, *chunk, piece));
+            header.write(&*self.media, records.chain(extra.into_iter().map(Ok)))?;
+            if let Ok(head) = self.head(row.disk) {
+                slabs.iter().for_each(|(_, piece)| head.crcs.forget(piece.base));
+            }
+        }
+        Ok(())
+    }
+
+    fn sealed_slab(&self, row: &StateRow, chunk: ChunkIndex, piece: &Piece) -> Result<SealedSlab> {
+        let head = self.heads.lock().get(&row.disk).cloned();
+        let mut crcs = Vec::with_capacity(piece.set.count() as usize);
+        let mut block = vec![0; BLOCK_SIZE as usize];
+        for index in piece.set.iter() {
+            let address = piece.base.at(index);
+            let noted = head.as_ref().and_then(|head| head.crcs.get(address));
+            crcs.push(match noted {
+                Some(crc) => crc,
+                None => {
+                    if let Some(head) = &head {
+                        head.crcs.read_back.fetch_add(1, Ordering::Relaxed);
+                    }
+                    self.read_run(&Run { start: index, len: 1, address: Some(address) }, &mut block, 0)?;
+                    crc32(&block)
+                }
+            });
+        }
+        Ok(SealedSlab::Written { base: piece.base, chunk, set: piece.set, crcs })
+    }
+
+    /// Returns the `(segment, epoch)` of every seal file there is.
+    ///
+    /// # Errors
+    /// Any error of the host.
+    pub fn seals_on_disk(&self) -> Result<Vec<(SegmentId, crate::units::Epoch)>> {
+        use crate::pool::SEGMENTS_DIR;
+        let fail = |e| crate::error::Error::io(format!("cannot list {SEGMENTS_DIR}"), e);
+        let mut out = Vec::new();
+        for dir in self.media.list(SEGMENTS_DIR).map_err(fail)? {
+            for name in self.media.list(&format!("{SEGMENTS_DIR}/{dir}")).map_err(fail)? {
+                let parts = name.strip_suffix(".seal").and_then(|stem| stem.split_once('-'));
+                if let Some((Ok(segment), Ok(epoch))) = parts.map(|(s, e)| (s.parse(), e.parse())) {
+                    out.push((SegmentId(segment), crate::units::Epoch(epoch)));
+                }
+            }
+        }
+        out.sort_unstable();
+        Ok(out)
+    }
+
+    /// Calls `each` for every piece of every stored map entry, with the row it is in.
+    ///
+    /// # Errors
+    /// When rows are damaged, or what `each` returns.
+    pub fn every_entry(&self, each: &mut dyn FnMut(StateKey, ChunkIndex, Entry) -> Result<()>) -> Result<()> {
+        let (low, high) = (Key::first_of(super::rows::Table::Map), Key::beyond(super::rows::Table::Map));
+        self.ledger.scan(&low, &high, &mut |key, value| match key.parts()? {
+            KeyParts::Map(branch, chunk, epoch) => each((branch, epoch), chunk, decode_entry(&value)?),
+            _ => Err(crate::error::Error::corrupt("a map key of the catalog is damaged")),
+        })
+    }
+}

@@ -1,0 +1,157 @@
+//! Watches the room on the host file system, so that a full one is met by refusing new data, never by losing any.
+//!
+//! # Rules
+//! 1. New blocks are refused below a low-water mark; metadata, deletes and retires go on below it.
+//! 2. The host is asked only every so many bytes: a credit is handed out and used up. It is never more than a quarter of
+//!    what was free above the mark, so that several writers cannot overrun it.
+//! 3. A preallocated ballast file is given up when even metadata finds no room, and made again when there is room.
+
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::Duration;
+
+use super::Store;
+use super::settings::EnospcPolicy;
+use crate::clock;
+use crate::error::{Error, Result};
+use crate::media::{Media, Open, Space};
+use crate::pool::BALLAST;
+use crate::units::{BLOCK_SIZE, DiskId, show_size};
+
+/// Bytes of the ballast.
+pub const BALLAST_SIZE: u64 = 16 << 20;
+const CREDIT_MAX: u64 = 64 << 20;
+
+/// Credit for new blocks.
+#[derive(Debug, Default)]
+pub struct SpaceGuard {
+    credit: AtomicI64,
+}
+
+impl Store {
+    /// Returns the room on the host file system.
+    ///
+    /// # Errors
+    /// Any error of the host.
+    pub fn space(&self) -> Result<Space> {
+        self.media.space().map_err(|e| Error::io("cannot ask the host file system for its room", e))
+    }
+
+    fn low_water(&self, space: Space) -> u64 {
+        self.options.low_water.unwrap_or_else(|| (256u64 << 20).max(space.total / 100))
+    }
+
+    /// Takes room for new blocks, or fails.
+    ///
+    /// # Errors
+    /// `NoSpace` when the host is below the low-water mark.
+    fn take_room(&self, bytes: u64) -> Result<()> {
+        let want = i64::try_from(bytes).expect("a write is bounded");
+        if self.space.credit.fetch_sub(want, Ordering::Relaxed) >= want {
+            return Ok(());
+        }
+        let space = self.space()?;
+        let mark = self.low_water(space);
+        let above = space.free.saturating_sub(mark);
+        if above <= bytes {
+            self.space.credit.store(0, Ordering::Relaxed);
+            return Err(Error::no_space(format!(
+                "the host file system is full: {} are free, and the last {} are kept for deleting and for metadata",
+                show_size(space.free),
+                show_size(mark)
+            ))
+            .hint("delete snapshots or make room on the host"));
+        }
+        let credit = i64::try_from((above / 4).min(CREDIT_MAX)).expect("bounded");
+        self.space.credit.store(credit, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn take_quota(&self, id: DiskId, bytes: u64, quota: Option<u64>) -> Result<()> {
+        let Some(quota) = quota else { return Ok(()) };
+        let held = self.tables.read().held(id) * BLOCK_SIZE;
+        if held + bytes <= quota {
+            return Ok(());
+        }
+        Err(Error::no_space(format!(
+            "the disk and its snapshots hold {}, which is the quota of {}",
+            show_size(held),
+            show_size(quota)
+        ))
+        .hint("delete snapshots of the disk, or raise it with `afterimage set DISK quota=SIZE`"))
+    }
+
+    /// Takes room for new blocks of a disk, by its own policy: fails, or waits until there is some.
+    ///
+    /// # Errors
+    /// `NoSpace` when the disk says so; `ReadOnly` when the pool stops taking writes meanwhile.
+    pub fn room_for(&self, id: DiskId, bytes: u64) -> Result<()> {
+        let mut told = false;
+        loop {
+            let (policy, quota) = {
+                let tables = self.tables.read();
+                let settings = &tables.disk(id)?.settings;
+                (settings.enospc, settings.quota)
+            };
+            let Err(error) = self.take_quota(id, bytes, quota).and_then(|()| self.take_room(bytes)) else {
+                return Ok(());
+            };
+            if policy == EnospcPolicy::Fail || error.kind() != crate::error::Kind::NoSpace {
+                return Err(error);
+            }
+            if !told {
+                tracing::warn!("writes of disk {id} wait: {error}");
+                told = true;
+            }
+            self.ledger.writable()?;
+            self.keeper.wake();
+            clock::sleep(Duration::from_millis(200));
+        }
+    }
+
+    /// Folds, giving up the ballast if the catalog finds no room.
+    ///
+    /// # Errors
+    /// `NoSpace` when that was not enough; other errors have poisoned the pool.
+    pub fn fold(&self) -> Result<bool> {
+        match self.ledger.fold() {
+            Err(error) if error.kind() == crate::error::Kind::NoSpace => {
+                match self.media.remove(BALLAST) {
+                    Ok(()) => tracing::warn!("the host file system is full; the ballast is given up: {error}"),
+                    Err(_) => return Err(error),
+                }
+                self.ledger.fold()
+            }
+            other => other,
+        }
+    }
+
+    /// Makes the ballast again when there is plenty of room.
+    pub fn restore_ballast(&self) {
+        let plenty = self.space().is_ok_and(|space| space.free > 2 * self.low_water(space) + BALLAST_SIZE);
+        if plenty && self.media.open(BALLAST, Open::ReadOnly).is_err() {
+            // Best effort: without it the pool works, only less room is kept for a full host.
+            if let Err(error) = make_ballast(&*self.media, self.options.ballast) {
+                tracing::debug!("the ballast could not be made: {error}");
+            }
+        }
+    }
+}
+
+/// Writes the ballast file.
+///
+/// # Errors
+/// Any error of the host; what was written of it is removed.
+pub fn make_ballast(media: &dyn Media, bytes: u64) -> std::io::Result<()> {
+    let file = media.open(BALLAST, Open::New)?;
+    let zeros = vec![0u8; 1 << 20];
+    let mut at = 0;
+    while at < bytes {
+        let part = &zeros[..usize::try_from((bytes - at).min(1 << 20)).expect("at most 1 MiB")];
+        if let Err(error) = file.write_at(part, at) {
+            media.remove(BALLAST)?;
+            return Err(error);
+        }
+        at += part.len() as u64;
+    }
+    file.sync()
+}

@@ -1,0 +1,389 @@
+//! The small tables, in memory: disks, branches, states, segments. Loaded at opening, changed only together with rows.
+//!
+//! # Rules
+//! 1. An [`Edit`] changes the table and queues the row in one step, under the write lock, so the two never differ.
+//! 2. Nothing here waits for the disk.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use super::ledger::Ledger;
+use super::rows::{BranchRow, Key, KeyParts, Meta, Row, SegmentRow, Table};
+use super::states::{DiskRow, StateRow, Status};
+use crate::error::{Error, Result};
+use crate::units::{BranchId, DiskId, Epoch, SegmentId, SnapshotId};
+
+/// A place in a tree of states: an ended epoch, or the epoch being written.
+pub type StateKey = (BranchId, Epoch);
+
+/// All small tables.
+#[derive(Debug, Clone, Default)]
+pub struct Tables {
+    /// Ids handed out.
+    pub meta: Meta,
+    disks: BTreeMap<DiskId, DiskRow>,
+    disk_names: BTreeMap<String, DiskId>,
+    branches: BTreeMap<BranchId, BranchRow>,
+    offspring: HashMap<BranchId, BTreeSet<(Epoch, BranchId)>>,
+    states: BTreeMap<StateKey, StateRow>,
+    snapshot_ids: HashMap<SnapshotId, StateKey>,
+    snapshot_names: BTreeMap<(DiskId, String), StateKey>,
+    by_disk: HashMap<DiskId, BTreeSet<(Epoch, BranchId)>>,
+    heads: HashMap<BranchId, DiskId>,
+    segments: BTreeMap<SegmentId, SegmentRow>,
+    held: HashMap<DiskId, u64>,
+}
+
+impl Tables {
+    /// Loads everything from the ledger.
+    ///
+    /// # Errors
+    /// `Corrupt` when a row makes no sense.
+    pub fn load(ledger: &Ledger) -> Result<Self> {
+        let mut tables = Self::default();
+        let meta = ledger.get(&Key::meta())?;
+        tables.meta = Meta::decode(&meta.ok_or_else(|| Error::corrupt("the catalog has no meta row"))?)?;
+        for table in [Table::Disk, Table::Branch, Table::State, Table::Segment] {
+            ledger.scan(&Key::first_of(table), &Key::beyond(table), &mut |key, value| tables.take(&key, &value))?;
+        }
+        tables.check()?;
+        Ok(tables)
+    }
+
+    fn take(&mut self, key: &Key, value: &[u8]) -> Result<()> {
+        match key.parts()? {
+            KeyParts::Disk(id) => self.set_disk(id, DiskRow::decode(value)?),
+            KeyParts::Branch(id) => self.set_branch(id, BranchRow::decode(value)?),
+            KeyParts::State(branch, epoch) => self.set_state((branch, epoch), StateRow::decode(value)?),
+            KeyParts::Segment(id) => self.set_segment(id, SegmentRow::decode(value)?),
+            _ => return Err(Error::corrupt("a row of the catalog is in the wrong table")),
+        }
+        Ok(())
+    }
+
+    /// Checks that the rows fit each other: every id that is named exists and was handed out.
+    fn check(&self) -> Result<()> {
+        let bad = |what: String| Err(Error::corrupt(format!("the catalog is damaged: {what}")));
+        for (id, disk) in &self.disks {
+            if !self.branches.contains_key(&disk.branch) || *id > self.meta.disk || disk.epoch > self.meta.epoch {
+                return bad(format!("disk '{}' names a branch or epoch that was never made", disk.name));
+            }
+        }
+        if self.disk_names.len() != self.disks.len() || self.heads.len() != self.disks.len() {
+            return bad("two disks share a name or a branch".into());
+        }
+        for (key, state) in &self.states {
+            if !self.branches.contains_key(&key.0) || key.1 > self.meta.epoch {
+                return bad(format!("snapshot '{}' names a branch that does not exist", state.name));
+            }
+        }
+        for (id, branch) in &self.branches {
+            if branch.parent.is_some_and(|parent| parent.0 >= *id) || branch.depth > 1 << 20 {
+                return bad(format!("branch {id} is its own ancestor"));
+            }
+        }
+        if let Some(id) = self.segments.keys().find(|id| **id > self.meta.segment) {
+            return bad(format!("segment {id} was never handed out"));
+        }
+        Ok(())
+    }
+
+    fn set_disk(&mut self, id: DiskId, row: DiskRow) {
+        if let Some(old) = self.disks.get(&id) {
+            self.disk_names.remove(&old.name);
+            self.heads.remove(&old.branch);
+        }
+        self.disk_names.insert(row.name.clone(), id);
+        self.heads.insert(row.branch, id);
+        self.disks.insert(id, row);
+    }
+
+    fn set_branch(&mut self, id: BranchId, row: BranchRow) {
+        if let Some((parent, epoch)) = row.parent {
+            self.offspring.entry(parent).or_default().insert((epoch, id));
+        }
+        self.branches.insert(id, row);
+    }
+
+    fn set_state(&mut self, key: StateKey, row: StateRow) {
+        self.unset_state(key);
+        self.snapshot_ids.insert(row.snapshot, key);
+        if !row.name.is_empty() {
+            self.snapshot_names.insert((row.disk, row.name.clone()), key);
+        }
+        self.by_disk.entry(row.disk).or_default().insert((key.1, key.0));
+        self.states.insert(key, row);
+    }
+
+    fn unset_state(&mut self, key: StateKey) {
+        let Some(old) = self.states.remove(&key) else { return };
+        self.snapshot_ids.remove(&old.snapshot);
+        self.snapshot_names.remove(&(old.disk, old.name));
+        if let Some(list) = self.by_disk.get_mut(&old.disk) {
+            list.remove(&(key.1, key.0));
+        }
+    }
+
+    fn set_segment(&mut self, id: SegmentId, row: SegmentRow) {
+        let held = self.held.entry(row.disk).or_default();
+        *held += row.mapped;
+        if let Some(old) = self.segments.insert(id, row) {
+            *held = held.checked_sub(old.mapped).expect("what was entered before");
+        }
+    }
+
+    /// Returns all disks in order of id.
+    pub fn disks(&self) -> impl Iterator<Item = (DiskId, &DiskRow)> {
+        self.disks.iter().map(|(id, row)| (*id, row))
+    }
+
+    /// Returns the ids of all disks in order of name.
+    pub fn disks_by_name(&self) -> impl Iterator<Item = (DiskId, &DiskRow)> {
+        self.disk_names.values().map(|id| (*id, &self.disks[id]))
+    }
+
+    /// Finds a disk by name.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn disk_id(&self, name: &str) -> Result<DiskId> {
+        self.disk_names.get(name).copied().ok_or_else(|| {
+            Error::not_found(format!("there is no disk '{name}'")).hint("`afterimage ls` lists the disks of the pool")
+        })
+    }
+
+    /// Returns a disk.
+    ///
+    /// # Errors
+    /// `NotFound` when it was removed.
+    pub fn disk(&self, id: DiskId) -> Result<&DiskRow> {
+        self.disks.get(&id).ok_or_else(|| Error::not_found(format!("disk {id} was removed")))
+    }
+
+    /// Tells whether a disk has that name.
+    #[must_use]
+    pub fn has_disk(&self, name: &str) -> bool {
+        self.disk_names.contains_key(name)
+    }
+
+    /// Returns a branch.
+    ///
+    /// # Errors
+    /// `Corrupt`: branches are only named by rows that [`Tables::load`] has checked.
+    pub fn branch(&self, id: BranchId) -> Result<&BranchRow> {
+        self.branches.get(&id).ok_or_else(|| Error::corrupt(format!("branch {id} is missing from the catalog")))
+    }
+
+    /// Returns all branches.
+    pub fn branches(&self) -> impl Iterator<Item = (BranchId, &BranchRow)> {
+        self.branches.iter().map(|(id, row)| (*id, row))
+    }
+
+    /// Returns the branches started from states of `branch` at or after `epoch`, with that epoch, in its order.
+    pub fn offspring(&self, branch: BranchId, epoch: Epoch) -> impl Iterator<Item = (Epoch, BranchId)> + '_ {
+        let list = self.offspring.get(&branch);
+        list.into_iter().flat_map(move |list| list.range((epoch, BranchId(0))..).copied())
+    }
+
+    /// Returns the disk that writes a branch.
+    #[must_use]
+    pub fn head_of(&self, branch: BranchId) -> Option<(DiskId, &DiskRow)> {
+        self.heads.get(&branch).map(|id| (*id, &self.disks[id]))
+    }
+
+    /// Returns an ended epoch.
+    #[must_use]
+    pub fn state(&self, key: StateKey) -> Option<&StateRow> {
+        self.states.get(&key)
+    }
+
+    /// Returns all ended epochs.
+    pub fn states(&self) -> impl Iterator<Item = (StateKey, &StateRow)> {
+        self.states.iter().map(|(key, row)| (*key, row))
+    }
+
+    /// Returns the last ended epoch of a branch at or before `epoch`.
+    #[must_use]
+    pub fn last_state(&self, branch: BranchId, epoch: Epoch) -> Option<StateKey> {
+        self.states.range((branch, Epoch(0))..=(branch, epoch)).next_back().map(|(key, _)| *key)
+    }
+
+    /// Returns the first ended epoch of a branch after `epoch`.
+    #[must_use]
+    pub fn next_state(&self, branch: BranchId, epoch: Epoch) -> Option<StateKey> {
+        self.states.range((branch, epoch.next())..=(branch, Epoch(u64::MAX))).next().map(|(key, _)| *key)
+    }
+
+    /// Returns all ended epochs of a disk, oldest first, of any status.
+    pub fn states_of(&self, disk: DiskId) -> impl Iterator<Item = (StateKey, &StateRow)> {
+        let list = self.by_disk.get(&disk);
+        list.into_iter().flatten().map(|(epoch, branch)| ((*branch, *epoch), &self.states[&(*branch, *epoch)]))
+    }
+
+    /// Returns the named snapshots of a disk, oldest first.
+    pub fn snapshots_of(&self, disk: DiskId) -> impl Iterator<Item = (StateKey, &StateRow)> {
+        self.states_of(disk).filter(|(_, row)| matches!(row.status, Status::Live | Status::Retired))
+    }
+
+    /// Finds a snapshot by name.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn snapshot(&self, disk: DiskId, name: &str) -> Result<(StateKey, &StateRow)> {
+        let key = self.snapshot_names.get(&(disk, name.to_owned())).ok_or_else(|| {
+            let of = self.disks.get(&disk).map_or("", |row| &row.name);
+            Error::not_found(format!("there is no snapshot '{of}@{name}'"))
+                .hint(format!("`afterimage ls {of}` lists the snapshots of the disk"))
+        })?;
+        Ok((*key, &self.states[key]))
+    }
+
+    /// Finds a snapshot by id.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn snapshot_by_id(&self, id: SnapshotId) -> Result<(StateKey, &StateRow)> {
+        let key = self.snapshot_ids.get(&id).ok_or_else(|| Error::not_found(format!("snapshot {id} was removed")))?;
+        Ok((*key, &self.states[key]))
+    }
+
+    /// Returns a segment.
+    ///
+    /// # Errors
+    /// `Corrupt` when no row has it.
+    pub fn segment(&self, id: SegmentId) -> Result<&SegmentRow> {
+        self.segments.get(&id).ok_or_else(|| Error::corrupt(format!("segment {id} is not in the catalog")))
+    }
+
+    /// Returns all segments.
+    pub fn segments(&self) -> impl Iterator<Item = (SegmentId, &SegmentRow)> {
+        self.segments.iter().map(|(id, row)| (*id, row))
+    }
+
+    /// Returns the blocks that a disk and its snapshots hold.
+    #[must_use]
+    pub fn held(&self, disk: DiskId) -> u64 {
+        self.held.get(&disk).copied().unwrap_or(0)
+    }
+}
+
+/// Changes of the tables and the rows that make them durable.
+#[derive(Debug)]
+pub struct Edit<'a> {
+    /// The tables, already changed.
+    pub tables: &'a mut Tables,
+    rows: Vec<Row>,
+}
+
+impl<'a> Edit<'a> {
+    /// Begins.
+    pub fn new(tables: &'a mut Tables) -> Self {
+        Self { tables, rows: Vec::new() }
+    }
+
+    /// Ends with the rows to submit, while the lock on the tables is still held.
+    #[must_use]
+    pub fn finish(self) -> Vec<Row> {
+        self.rows
+    }
+
+    /// Adds a row of the large tables (map, index, free).
+    pub fn row(&mut self, row: Row) {
+        self.rows.push(row);
+    }
+
+    /// Changes the ids handed out.
+    pub fn meta(&mut self, change: impl FnOnce(&mut Meta)) -> Meta {
+        change(&mut self.tables.meta);
+        self.rows.push(Row::put(Key::meta(), self.tables.meta.encode()));
+        self.tables.meta
+    }
+
+    /// Sets a disk.
+    pub fn put_disk(&mut self, id: DiskId, row: DiskRow) {
+        self.rows.push(Row::put(Key::disk(id), row.encode()));
+        self.tables.set_disk(id, row);
+    }
+
+    /// Changes a disk in place.
+    ///
+    /// # Errors
+    /// `NotFound` when it was removed.
+    pub fn change_disk(&mut self, id: DiskId, change: impl FnOnce(&mut DiskRow)) -> Result<()> {
+        let mut row = self.tables.disk(id)?.clone();
+        change(&mut row);
+        self.put_disk(id, row);
+        Ok(())
+    }
+
+    /// Removes a disk.
+    pub fn delete_disk(&mut self, id: DiskId) {
+        if let Some(old) = self.tables.disks.remove(&id) {
+            self.tables.disk_names.remove(&old.name);
+            self.tables.heads.remove(&old.branch);
+            self.rows.push(Row::delete(Key::disk(id)));
+        }
+    }
+
+    /// Sets a branch.
+    pub fn put_branch(&mut self, id: BranchId, row: BranchRow) {
+        self.rows.push(Row::put(Key::branch(id), row.encode()));
+        self.tables.set_branch(id, row);
+    }
+
+    /// Removes a branch.
+    pub fn delete_branch(&mut self, id: BranchId) {
+        let Some(old) = self.tables.branches.remove(&id) else { return };
+        if let Some((parent, epoch)) = old.parent
+            && let Some(list) = self.tables.offspring.get_mut(&parent)
+        {
+            list.remove(&(epoch, id));
+        }
+        self.rows.push(Row::delete(Key::branch(id)));
+    }
+
+    /// Sets an ended epoch.
+    pub fn put_state(&mut self, key: StateKey, row: StateRow) {
+        self.rows.push(Row::put(Key::state(key.0, key.1), row.encode()));
+        self.tables.set_state(key, row);
+    }
+
+    /// Changes an ended epoch in place, if it is there.
+    pub fn change_state(&mut self, key: StateKey, change: impl FnOnce(&mut StateRow)) {
+        if let Some(mut row) = self.tables.states.get(&key).cloned() {
+            change(&mut row);
+            self.put_state(key, row);
+        }
+    }
+
+    /// Removes an ended epoch.
+    pub fn delete_state(&mut self, key: StateKey) {
+        self.tables.unset_state(key);
+        self.rows.push(Row::delete(Key::state(key.0, key.1)));
+    }
+
+    /// Sets a segment.
+    pub fn put_segment(&mut self, id: SegmentId, row: SegmentRow) {
+        self.rows.push(Row::put(Key::segment(id), row.encode()));
+        self.tables.set_segment(id, row);
+    }
+
+    /// Changes a segment in place.
+    ///
+    /// # Errors
+    /// `Corrupt` when no row has it.
+    pub fn change_segment(&mut self, id: SegmentId, change: impl FnOnce(&mut SegmentRow)) -> Result<()> {
+        let mut row = *self.tables.segment(id)?;
+        change(&mut row);
+        self.put_segment(id, row);
+        Ok(())
+    }
+
+    /// Removes a segment.
+    pub fn delete_segment(&mut self, id: SegmentId) {
+        if let Some(old) = self.tables.segments.remove(&id) {
+            let held = self.tables.held.entry(old.disk).or_default();
+            *held = held.checked_sub(old.mapped).expect("what was entered before");
+            self.rows.push(Row::delete(Key::segment(id)));
+        }
+    }
+}

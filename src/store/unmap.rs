@@ -1,0 +1,112 @@
+//! Unmapping: discard, write-zeroes and shrink all come down to taking blocks out of entries.
+//!
+//! # Rules
+//! 1. Only chunks that have something mapped are visited: discarding 64 TiB of an empty disk costs nothing.
+//! 2. Memory is bounded: when many chunks are changed, they are flushed on the way.
+//! 3. A shrink commits one row (size and `trim`); blocks beyond the size are unmapped after it, and before any regrow.
+
+use super::Store;
+use super::head::{Head, Line};
+use super::tables::Edit;
+use super::view::Source;
+use crate::error::Result;
+use crate::map::BlockSet;
+use crate::units::{BLOCK_SIZE, CHUNK_SIZE, ChunkIndex, DISK_SIZE_MAX};
+
+/// Changed chunks at which a long unmapping flushes.
+const FLUSH_AT: usize = 8192;
+
+impl Line {
+    /// Returns what to read of the live disk.
+    #[must_use]
+    pub fn source(&self) -> Source {
+        Source { owner: self.owner, branch: self.branch, upto: crate::units::Epoch(u64::MAX), size: self.size }
+    }
+}
+
+impl Store {
+    /// Unmaps the whole blocks of `from..upto` (block-aligned bytes) of a live disk.
+    ///
+    /// # Errors
+    /// `ReadOnly` when the pool refuses writes; `Corrupt` when rows are damaged.
+    pub fn unmap(&self, head: &Head, from: u64, upto: u64) -> Result<()> {
+        assert!(from.is_multiple_of(BLOCK_SIZE) && upto.is_multiple_of(BLOCK_SIZE), "whole blocks are unmapped");
+        let mut at = from;
+        while at < upto {
+            self.ledger.writable()?;
+            {
+                let _gate = head.gate.read();
+                let line = head.line();
+                let Some(next) = self.next_chunk(&line.source(), Some(head), ChunkIndex::of_byte(at))? else { break };
+                let start = at.max(next.byte());
+                let end = upto.min(next.byte() + CHUNK_SIZE);
+                if start >= upto {
+                    break;
+                }
+                let block = |byte: u64| ((byte - next.byte()) / BLOCK_SIZE) as usize;
+                self.unmap_chunk(head, &line, next, &BlockSet::range(block(start), block(end)))?;
+                at = next.byte() + CHUNK_SIZE;
+            }
+            if at >= DISK_SIZE_MAX {
+                break;
+            }
+            if head.dirty_chunks() >= FLUSH_AT {
+                self.flush(head)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn unmap_chunk(&self, head: &Head, line: &Line, index: ChunkIndex, set: &BlockSet) -> Result<()> {
+        let chunk = self.chunk(&line.source(), index)?;
+        let mut state = chunk.lock();
+        state.wait_idle(set);
+        if !state.entry.mapped().meets(set) {
+            return Ok(());
+        }
+        head.begin_change(line, index, &mut state);
+        let gone = state.entry.remove(set);
+        let count: i64 = gone.iter().map(|piece| i64::from(piece.set.count())).sum();
+        head.count(-count);
+        let saved = state.saved.clone().expect("begin_change saved it");
+        for mut piece in gone {
+            // Never stored, so no flush will see it missing: it must be remembered here.
+            for known in saved.pieces().iter().filter(|known| known.base == piece.base) {
+                piece.set = piece.set.minus(&known.set);
+            }
+            if !piece.set.is_empty() {
+                state.dropped.push(piece);
+            }
+        }
+        Ok(())
+    }
+
+    /// Unmaps what lies beyond the size of one disk that was shrunk. Returns false when there is none.
+    ///
+    /// # Errors
+    /// As [`Store::unmap`].
+    pub fn trim_one(&self) -> Result<bool> {
+        let next = self.tables.read().disks().find(|(_, row)| row.trim).map(|(id, _)| id);
+        let Some(id) = next else { return Ok(false) };
+        self.trim(&*self.head(id)?)?;
+        Ok(true)
+    }
+
+    /// Unmaps what lies beyond the size of a disk, durably.
+    ///
+    /// # Errors
+    /// As [`Store::unmap`].
+    pub fn trim(&self, head: &Head) -> Result<()> {
+        let size = head.line().size;
+        self.unmap(head, size.next_multiple_of(BLOCK_SIZE), DISK_SIZE_MAX)?;
+        self.flush(head)?;
+        let ticket = {
+            let mut tables = self.tables.write();
+            let mut edit = Edit::new(&mut tables);
+            // Shrunk once more meanwhile: there is more to do.
+            edit.change_disk(head.id, |row| row.trim = row.trim && row.size < size)?;
+            self.ledger.submit(edit.finish())?
+        };
+        self.ledger.wait(ticket)
+    }
+}
