@@ -1,6 +1,7 @@
 //! Afterimage: disk virtualization for Linux KVM hosts.
 
-
+pub mod api;
+pub mod cli;
 pub mod clock;
 pub mod codec;
 pub mod disk;
@@ -13,4 +14,5 @@ pub mod snapshot;
 pub mod store;
 pub mod sync;
 pub mod sys;
+pub mod tree;
 pub mod units;

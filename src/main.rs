@@ -1,3 +1,5 @@
-//! The command: see [`afterimage`].
+//! The command: see [`afterimage::cli`].
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    afterimage::cli::main()
+}

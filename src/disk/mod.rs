@@ -10,7 +10,7 @@
 //! # After a crash
 //! Every flushed write is there. A write that was not flushed is there, or not, block by block.
 
-mod import;
+pub mod import;
 mod lease;
 mod manage;
 mod scrub;
@@ -21,9 +21,7 @@ use std::sync::atomic::Ordering;
 
 pub use lease::Lease;
 pub(crate) use manage::new_row;
-pub use manage::{
-    check_disk_name, check_snapshot_name, create, create_empty, remove, rename, round_size, set, unique,
-};
+pub use manage::{check_disk_name, check_snapshot_name, create, create_empty, remove, rename, round_size, set, unique};
 pub use scrub::{Damage, ScrubReport, scrub};
 
 use crate::error::{Error, Result};
@@ -113,7 +111,10 @@ impl Disk {
         if offset.checked_add(len).is_some_and(|end| end <= line.size) {
             return Ok(());
         }
-        Err(Error::usage(format!("{what} of {len} bytes at {offset} lies beyond the end of the disk ({} bytes)", line.size)))
+        Err(Error::usage(format!(
+            "{what} of {len} bytes at {offset} lies beyond the end of the disk ({} bytes)",
+            line.size
+        )))
     }
 
     /// Changes the size. Growing is online; shrinking drops everything beyond for ever and must be asked for.
@@ -145,6 +146,7 @@ impl Disk {
             // What a shrink left beyond the end must not come to light again.
             self.store.trim(&self.head)?;
         }
+        self.zero_last_block()?;
         let gate = self.head.gate.write();
         let line = self.head.line();
         if size <= line.size {
@@ -161,13 +163,28 @@ impl Disk {
         self.store.ledger.wait(ticket)
     }
 
+    /// Zeroes what the last block has beyond the end of the disk: bytes that a shrink left, and that nobody can read
+    /// before the disk grows.
+    fn zero_last_block(&self) -> Result<()> {
+        let size = self.head.line().size;
+        let end = size.next_multiple_of(BLOCK_SIZE);
+        let mapped = size < end && self.store.next_data(&self.whole_blocks(), Some(&self.head), size)?.is_some();
+        if mapped {
+            let zeros = vec![0; (end - size) as usize];
+            self.write_upto(&zeros, size, end)?;
+            self.flush()?;
+        }
+        Ok(())
+    }
+
+    /// Returns what to read of the disk, its last block whole.
+    fn whole_blocks(&self) -> crate::store::Source {
+        let source = self.head.line().source();
+        crate::store::Source { size: source.size.next_multiple_of(BLOCK_SIZE), ..source }
+    }
+
     /// One row commits the new size; what lies beyond is unmapped after.
     fn shrink(&self, size: u64) -> Result<()> {
-        // The tail of the last block is zeroed first: it is inside a block that stays.
-        let tail = size.next_multiple_of(BLOCK_SIZE).min(self.head.line().size);
-        if tail > size {
-            self.write_zeroes(size, tail - size)?;
-        }
         let mut order = self.head.order();
         self.store.flush_ordered(&self.head, &mut order)?;
         let gate = self.head.gate.write();
@@ -201,7 +218,7 @@ impl BlockDevice for Disk {
 
     fn write(&self, data: &[u8], offset: u64) -> Result<()> {
         self.head.limits.take(&self.store, self.head.id, data.len() as u64);
-        self.write_bytes(data, offset)
+        self.write_upto(data, offset, self.size())
     }
 
     fn flush(&self) -> Result<()> {

@@ -96,7 +96,9 @@ impl Scrub<'_> {
         }
         let (header, records) = SealFile::open(&**self.store.media(), segment, epoch)?;
         if header.pool != self.store.uuid() || header.nonce != self.store.tables.read().segment(segment)?.nonce {
-            return Err(Error::corrupt(format!("the seal of segment {segment} epoch {epoch} belongs to another segment")));
+            return Err(Error::corrupt(format!(
+                "the seal of segment {segment} epoch {epoch} belongs to another segment"
+            )));
         }
         for record in records {
             if let SealedSlab::Written { base, chunk, set, crcs } = record? {

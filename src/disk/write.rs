@@ -56,10 +56,16 @@ struct Plan {
 }
 
 impl Disk {
-    pub(super) fn write_bytes(&self, data: &[u8], offset: u64) -> Result<()> {
+    /// Writes; `end` is the end of the disk, or of its last block.
+    pub(super) fn write_upto(&self, data: &[u8], offset: u64, end: u64) -> Result<()> {
         self.store.ledger.writable()?;
+        let inside = |line: &Line| {
+            let size = if end > line.size { line.size.next_multiple_of(BLOCK_SIZE) } else { line.size };
+            self.inside(&Line { size, ..*line }, "a write", offset, data.len() as u64)
+        };
+        inside(&self.head.line())?;
         if data.is_empty() {
-            return self.inside(&self.head.line(), "a write", offset, 0);
+            return Ok(());
         }
         self.store.counters.writes.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         self.store.counters.written_bytes.fetch_add(data.len() as u64, std::sync::atomic::Ordering::Relaxed);
@@ -67,7 +73,8 @@ impl Disk {
         {
             let _gate = self.head.gate.read();
             let line = self.head.line();
-            self.inside(&line, "a write", offset, data.len() as u64)?;
+            // Again: the disk may have been shrunk meanwhile.
+            inside(&line)?;
             let mut plan = Plan::default();
             let result = self.plan(&line, data, offset, &mut plan).and_then(|()| self.carry_out(&plan, data));
             self.enter(&line, plan, result.is_ok());
@@ -85,7 +92,6 @@ impl Disk {
     /// Takes room on the host for as many blocks as may become new. Overwriting in place needs none.
     fn ask_for_room(&self, len: u64, offset: u64) -> Result<()> {
         let line = self.head.line();
-        self.inside(&line, "a write", offset, len)?;
         let mut fresh = 0;
         let (mut at, end) = (offset / BLOCK_SIZE * BLOCK_SIZE, offset + len);
         while at < end {
@@ -227,7 +233,8 @@ impl Disk {
         let (start, end) = (skip, skip + data.len() as u64);
         let (first, last) = (start.next_multiple_of(BLOCK_SIZE), end / BLOCK_SIZE * BLOCK_SIZE);
         if !written {
-            (start / BLOCK_SIZE..end.div_ceil(BLOCK_SIZE)).for_each(|block| self.head.crcs.drop_one(at(block * BLOCK_SIZE)));
+            (start / BLOCK_SIZE..end.div_ceil(BLOCK_SIZE))
+                .for_each(|block| self.head.crcs.drop_one(at(block * BLOCK_SIZE)));
             return;
         }
         if start < first {
@@ -257,7 +264,10 @@ impl Disk {
                     let lost = state.entry.assign(*base, set);
                     self.head.count(i64::from(set.count()) - i64::from(before));
                     // What was mapped before is older than the epoch: the stored entry has it.
-                    assert!(lost.iter().all(|p| p.base.raw() < line.floor), "blocks of this epoch are overwritten in place");
+                    assert!(
+                        lost.iter().all(|p| p.base.raw() < line.floor),
+                        "blocks of this epoch are overwritten in place"
+                    );
                 } else {
                     state.dropped.push(Piece { base: *base, set: *set });
                 }
@@ -273,7 +283,7 @@ impl Disk {
         }
         assert!(upto - from <= BLOCK_SIZE, "only parts of one block are zeroed by writing");
         let mapped = self.next_data(from)?.is_some_and(|(start, _)| start < upto);
-        if mapped { self.write_bytes(&ZEROS[..(upto - from) as usize], from) } else { Ok(()) }
+        if mapped { self.write_upto(&ZEROS[..(upto - from) as usize], from, self.size()) } else { Ok(()) }
     }
 }
 

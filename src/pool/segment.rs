@@ -81,8 +81,7 @@ impl SegmentHeader {
             return Err(from.corrupt("reserved bytes are set"));
         }
         let pool = Uuid::from_slice(from.raw(16)?).expect("16 bytes");
-        let header =
-            Self { pool, id: SegmentId(from.u64()?), nonce: from.u64()?, disk: DiskId(from.u64()?) };
+        let header = Self { pool, id: SegmentId(from.u64()?), nonce: from.u64()?, disk: DiskId(from.u64()?) };
         if from.u32()? != 0 {
             return Err(from.corrupt("reserved bytes are set"));
         }
@@ -115,7 +114,8 @@ impl Segment {
     pub fn read(&self, buf: &mut [u8], address: BlockAddress, skip: u64) -> Result<()> {
         assert_eq!(address.segment(), self.id, "an address is read from its own segment");
         let offset = address.byte() + skip;
-        let got = self.file.read_at(buf, offset).map_err(|e| Error::io(format!("cannot read segment {}", self.id), e))?;
+        let got =
+            self.file.read_at(buf, offset).map_err(|e| Error::io(format!("cannot read segment {}", self.id), e))?;
         if got < buf.len() {
             return Err(Error::corrupt(format!(
                 "segment {} ends at byte {}, before a block that is mapped at byte {offset}",
@@ -150,6 +150,14 @@ impl Segment {
         if !self.dirty.swap(false, Ordering::AcqRel) {
             return Ok(());
         }
+        self.file.sync().map_err(|e| Error::io(format!("cannot sync segment {}", self.id), e))
+    }
+
+    /// Makes punches durable. Writes that are owed a sync stay owed.
+    ///
+    /// # Errors
+    /// As [`Segment::sync`].
+    pub fn sync_punches(&self) -> Result<()> {
         self.file.sync().map_err(|e| Error::io(format!("cannot sync segment {}", self.id), e))
     }
 

@@ -80,7 +80,10 @@ impl Superblock {
         if version.format > FORMAT_VERSION {
             return Err(Error::new(
                 Kind::Unsupported,
-                format!("the pool has format {}, and this program knows formats up to {FORMAT_VERSION}", version.format),
+                format!(
+                    "the pool has format {}, and this program knows formats up to {FORMAT_VERSION}",
+                    version.format
+                ),
             )
             .hint("use the newer afterimage that made it"));
         }
@@ -89,8 +92,10 @@ impl Superblock {
             return Err(Error::corrupt(format!("{SUPERBLOCK} is damaged: format or block size make no sense")));
         }
         if let Some(feature) = found.features.first() {
-            return Err(Error::unsupported(format!("the pool needs the feature '{feature}', which this program lacks"))
-                .hint("use the newer afterimage that made it"));
+            return Err(Error::unsupported(format!(
+                "the pool needs the feature '{feature}', which this program lacks"
+            ))
+            .hint("use the newer afterimage that made it"));
         }
         Ok(found)
     }

@@ -129,7 +129,8 @@ pub fn clone_into(store: &Arc<Store>, disk: &str, snapshot: Option<&str>, target
         drop(head.switch(next));
         head.thawed();
         head.forget_segment();
-        head.referenced.store(i64::try_from(state.referenced).unwrap_or(i64::MAX), std::sync::atomic::Ordering::Relaxed);
+        head.referenced
+            .store(i64::try_from(state.referenced).unwrap_or(i64::MAX), std::sync::atomic::Ordering::Relaxed);
         Ok((ticket, line.owner))
     })();
     drop(gate);

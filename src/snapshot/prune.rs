@@ -83,7 +83,9 @@ fn decide(newest_first: &[SnapshotInfo], keep: &Keep) -> Vec<PruneLine> {
 /// `Usage` when no rule keeps anything; `NotFound`; the first error of deleting one.
 pub fn prune(store: &Arc<Store>, disk: &str, keep: &Keep, dry_run: bool) -> Result<Vec<PruneLine>> {
     if *keep == Keep::default() {
-        return Err(Error::usage("no rule says what to keep").hint("give --keep-last, --keep-daily or another --keep rule"));
+        return Err(
+            Error::usage("no rule says what to keep").hint("give --keep-last, --keep-daily or another --keep rule")
+        );
     }
     let mut list = store.snapshots(disk)?;
     list.retain(|info| info.state == SnapshotState::Live);

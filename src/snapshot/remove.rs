@@ -42,10 +42,16 @@ fn refuse_held(row: &StateRow, disk: &str) -> Result<()> {
 /// # Errors
 /// `NotFound`; `Busy` when it is held.
 pub fn remove(store: &Arc<Store>, disk: &str, snapshot: &str) -> Result<()> {
-    let old = change(store, disk, snapshot, |row, _| refuse_held(row, disk), |row| {
-        row.status = Status::Dying;
-        row.name = String::new();
-    })?;
+    let old = change(
+        store,
+        disk,
+        snapshot,
+        |row, _| refuse_held(row, disk),
+        |row| {
+            row.status = Status::Dying;
+            row.name = String::new();
+        },
+    )?;
     let (disk, disk_name) = (old.disk, disk.to_owned());
     store.tell(&Change::Snapshot { disk, disk_name, id: old.snapshot, name: old.name, was: None, gone: true });
     store.wake_keeper();

@@ -210,8 +210,7 @@ impl View {
     /// # Errors
     /// Any error of the host; `Corrupt` when a key is damaged.
     pub fn last_in(&self, low: &Key, high: &Key) -> Result<Option<(Key, Vec<u8>)>> {
-        let mut range =
-            self.rows.range::<&[u8]>(low.as_bytes()..=high.as_bytes()).map_err(|e| fail("read", e))?;
+        let mut range = self.rows.range::<&[u8]>(low.as_bytes()..=high.as_bytes()).map_err(|e| fail("read", e))?;
         match range.next_back() {
             None => Ok(None),
             Some(row) => {

@@ -17,11 +17,11 @@ use std::sync::Arc;
 use roaring::RoaringTreemap;
 use serde::{Deserialize, Serialize};
 
+use super::Store;
 use super::ledger::Frozen;
 use super::rows::{Key, KeyParts, Row, Table, checked_chunk, decode_count, decode_entry, decode_set};
 use super::states::Status;
 use super::tables::{StateKey, Tables};
-use super::Store;
 use crate::error::Result;
 use crate::map::Entry;
 use crate::progress::Progress;
@@ -179,7 +179,9 @@ impl Checker<'_> {
         }
         for ((branch, epoch), chunk) in std::mem::take(&mut self.index) {
             let group = Key::index(branch, epoch, chunk.0 / 512);
-            self.wrong(format!("the index names chunk {chunk} of branch {branch} epoch {epoch}, which has no entry ({group:?})"));
+            self.wrong(format!(
+                "the index names chunk {chunk} of branch {branch} epoch {epoch}, which has no entry ({group:?})"
+            ));
         }
         Ok(entries)
     }
@@ -198,7 +200,10 @@ impl Checker<'_> {
                 self.mapped.insert_range(first..last);
                 let hit = self.queued.range_cardinality(first..last);
                 if hit > 0 {
-                    self.wrong(format!("{hit} mapped blocks of chunk {chunk} (branch {}) are queued for punching", row.0));
+                    self.wrong(format!(
+                        "{hit} mapped blocks of chunk {chunk} (branch {}) are queued for punching",
+                        row.0
+                    ));
                 }
             }
         }
@@ -311,11 +316,7 @@ impl Checker<'_> {
 type Entries = BTreeMap<(BranchId, ChunkIndex), BTreeMap<StateKey, Entry>>;
 
 /// Finds what a state resolves to among all rows of a chunk.
-fn resolve<'a>(
-    tables: &Tables,
-    rows: &'a BTreeMap<StateKey, Entry>,
-    node: StateKey,
-) -> Option<(StateKey, &'a Entry)> {
+fn resolve<'a>(tables: &Tables, rows: &'a BTreeMap<StateKey, Entry>, node: StateKey) -> Option<(StateKey, &'a Entry)> {
     tables.lookup_path(node.0, node.1).into_iter().find_map(|(branch, upto)| {
         rows.range((branch, crate::units::Epoch(0))..=(branch, upto)).next_back().map(|(row, entry)| (*row, entry))
     })

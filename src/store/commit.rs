@@ -93,6 +93,9 @@ impl IndexChanges {
             let key = Key::index(*branch, *epoch, *group);
             let known = ledger.get(&key)?.map_or(Ok(BlockSet::EMPTY), |value| decode_set(&value))?;
             let now = known.or(added).minus(removed);
+            if now == known {
+                continue;
+            }
             rows.push(if now.is_empty() { Row::delete(key) } else { Row::put(key, encode_set(&now)) });
         }
         Ok(())
@@ -192,7 +195,9 @@ impl Store {
         let mut size = 0;
         let Some(epoch) = captures.peek().map(|first| first.epoch) else { return Ok(self.ledger.latest()) };
         let disk = self.tables.read().disk(id)?.clone();
-        while size < most && let Some(capture) = captures.next() {
+        while size < most
+            && let Some(capture) = captures.next()
+        {
             assert_eq!(capture.epoch, epoch, "captures of one epoch go together");
             let before = rows.len();
             self.capture_rows(&disk, line.branch, &capture, &reclaim, &mut sums, &mut rows)?;
@@ -268,9 +273,10 @@ impl Store {
             (false, true) => rows.push(Row::delete(key)),
             (false, false) => return Ok(()),
         }
-        if needed && !own_row {
+        // Also for an own row: the last capture may have stored nothing, and the index is compared before it is written.
+        if needed {
             sums.index.add(branch, capture.epoch, capture.chunk);
-        } else if !needed {
+        } else {
             sums.index.remove(branch, capture.epoch, capture.chunk);
         }
         Ok(())
@@ -284,10 +290,15 @@ impl Store {
         epoch: Epoch,
         stale: Option<(BranchId, Epoch)>,
     ) -> Result<bool> {
-        let Some(before) = epoch.0.checked_sub(1) else { return Ok(false) };
-        let path = self.tables.read().lookup_path(branch, Epoch(before));
-        let below = self.resolve_on(&path, chunk)?;
-        Ok(below.row.is_some_and(|row| Some(row) != stale))
+        let below = |branch: BranchId, epoch: Epoch| {
+            let path = self.tables.read().lookup_path(branch, Epoch(epoch.0.saturating_sub(1)));
+            self.resolve_on(&path, chunk).map(|found| found.row)
+        };
+        match (below(branch, epoch)?, stale) {
+            // That one goes in the same frame; what lies below it would show instead.
+            (Some(row), Some(stale)) if row == stale => Ok(below(stale.0, stale.1)?.is_some()),
+            (row, _) => Ok(row.is_some()),
+        }
     }
 
     /// Refuses further writes after an error that leaves it unknown what is on the disk.

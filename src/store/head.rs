@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use super::commit::Capture;
 use super::rows::SegmentRow;
 use super::tables::Edit;
-use super::{Store, DiskRow};
+use super::{DiskRow, Store};
 use crate::error::{Error, Result};
 use crate::map::{BlockSet, ChunkGuard};
 use crate::pool::Segment;
@@ -211,9 +211,7 @@ impl Head {
     pub fn next_address(&self, store: &Store) -> u64 {
         let alloc = self.alloc.lock();
         match &alloc.segment {
-            Some(segment) if alloc.next_slot < 1 << SLOT_BITS => {
-                BlockAddress::new(segment.id(), alloc.next_slot).raw()
-            }
+            Some(segment) if alloc.next_slot < 1 << SLOT_BITS => BlockAddress::new(segment.id(), alloc.next_slot).raw(),
             _ => BlockAddress::new(store.tables.read().meta.segment.next(), 0).raw(),
         }
     }
@@ -288,8 +286,7 @@ impl Head {
         store.ledger.wait(ticket)?;
         let nonce = getrandom::u64().map_err(|e| Error::failed(format!("the host gives no random numbers: {e}")))?;
         let segment = store.segments.create(id, nonce, self.id)?;
-        let row =
-            SegmentRow { disk: self.id, nonce, opening: store.opening, mapped: 0, swept: false, removed: false };
+        let row = SegmentRow { disk: self.id, nonce, opening: store.opening, mapped: 0, swept: false, removed: false };
         let mut tables = store.tables.write();
         let mut edit = Edit::new(&mut tables);
         edit.put_segment(id, row);

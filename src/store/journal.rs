@@ -264,8 +264,12 @@ impl FrameHeader {
         let body = unseal("a frame", bytes).ok()?;
         let mut from = Reader::new("a frame", body);
         let ours = from.raw(8).ok()? == FRAME_MAGIC && from.raw(16).ok()? == pool.as_bytes();
-        let frame =
-            Self { lsn: from.u64().ok()?, body_len: from.u32().ok()?, rows: from.u32().ok()?, body_crc: from.u32().ok()? };
+        let frame = Self {
+            lsn: from.u64().ok()?,
+            body_len: from.u32().ok()?,
+            rows: from.u32().ok()?,
+            body_crc: from.u32().ok()?,
+        };
         ours.then_some(frame)
     }
 }

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use crate::clock::{self, Instant};
 use super::Store;
+use crate::clock::{self, Instant};
 use crate::sync::Mutex;
 use crate::units::DiskId;
 
@@ -21,7 +21,8 @@ impl Bucket {
     fn enter(&mut self, units: f64, per_second: f64) -> Duration {
         let now = clock::now();
         let burst = Duration::from_secs_f64(BURST);
-        let from = self.next.filter(|next| *next + burst > now).unwrap_or_else(|| now.checked_sub(burst).unwrap_or(now));
+        let from =
+            self.next.filter(|next| *next + burst > now).unwrap_or_else(|| now.checked_sub(burst).unwrap_or(now));
         let next = from + Duration::from_secs_f64(units / per_second);
         self.next = Some(next);
         next.saturating_duration_since(now)

@@ -3,7 +3,7 @@
 //! # Rules
 //! 1. A hole is punched only after the frame that queued its addresses is durable, and after every read that began
 //!    before has ended.
-//! 2. Addresses are never handed out again, so punching twice, after a crash, is harmless.
+//! 2. Rows leave the queue only after their punches are synced. Addresses are never handed out again, so punching twice, after a crash, is harmless.
 //! 3. A segment is marked removed in a durable frame before its file is unlinked.
 //! 4. In the background a punch is followed by a pause as long as the punches took, times [`PAUSE`]: punching keeps the
 //!    writers of a file out, 0.2-0.3 ms a time on some hosts.
@@ -12,6 +12,8 @@
 //! The queue is a table; what was punched and not taken off it is punched again. Slots that were written but never mapped
 //! are found by comparing the holes of a segment with the map ([`Store::sweep`]).
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -23,6 +25,7 @@ use super::rows::{Key, KeyParts, Row, Table, decode_count, decode_entry};
 use super::tables::Edit;
 use crate::clock;
 use crate::error::{Error, Result};
+use crate::pool::Segment;
 use crate::progress::Progress;
 use crate::units::{BLOCK_SIZE, BlockAddress, CHUNK_BLOCKS, ChunkIndex, Epoch, SegmentId};
 
@@ -62,18 +65,25 @@ impl Store {
             }
         }
         let mut blocks = 0;
+        let mut punched = BTreeMap::new();
         for (first, count) in ranges {
-            self.punch_range(first, count, pause)?;
+            if let Some(segment) = self.punch_range(first, count, pause)? {
+                punched.insert(segment.id(), segment);
+            }
             blocks += count;
+        }
+        // A punch that a power cut undoes must still be in the queue after it.
+        for segment in punched.values() {
+            segment.sync_punches().inspect_err(|error| self.ledger.poison(error))?;
         }
         let _ticket = self.ledger.submit(rows)?;
         Ok(blocks)
     }
 
-    fn punch_range(&self, first: BlockAddress, count: u64, pause: bool) -> Result<()> {
+    fn punch_range(&self, first: BlockAddress, count: u64, pause: bool) -> Result<Option<Arc<Segment>>> {
         let known = self.tables.read().segment(first.segment()).is_ok_and(|row| !row.removed);
         if !known {
-            return Ok(());
+            return Ok(None);
         }
         let segment = self.segment(first.segment())?;
         let begun = clock::now();
@@ -84,7 +94,7 @@ impl Store {
         if pause {
             clock::sleep((begun.elapsed() * PAUSE).min(Duration::from_millis(100)));
         }
-        Ok(())
+        Ok(Some(segment))
     }
 
     /// Removes the files of segments in which nothing is mapped and nothing will be. Returns how many.
@@ -151,7 +161,10 @@ impl Store {
     pub fn sweep(&self) -> Result<bool> {
         let next = {
             let tables = self.tables.read();
-            tables.segments().find(|(_, row)| !row.swept && row.opening != self.opening && !row.removed).map(|(id, _)| id)
+            tables
+                .segments()
+                .find(|(_, row)| !row.swept && row.opening != self.opening && !row.removed)
+                .map(|(id, _)| id)
         };
         let Some(id) = next else { return Ok(false) };
         let segment = self.segment(id)?;

@@ -71,8 +71,7 @@ impl Store {
     /// head loses from before its epoch can be free.
     pub(super) fn base_holds(&self, disk: &DiskRow, reclaim: &Progressing) -> bool {
         disk.base.is_some_and(|base| {
-            reclaim.node != Some(base)
-                && self.tables.read().state(base).is_some_and(|row| row.status != Status::Ghost)
+            reclaim.node != Some(base) && self.tables.read().state(base).is_some_and(|row| row.status != Status::Ghost)
         })
     }
 

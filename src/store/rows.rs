@@ -471,12 +471,20 @@ pub fn decode_count(first: BlockAddress, bytes: &[u8]) -> Result<u64> {
 /// # Errors
 /// `Corrupt` when it lies beyond the largest disk.
 pub fn checked_chunk(chunk: ChunkIndex) -> Result<ChunkIndex> {
-    if u64::from(chunk.0) < CHUNKS_MAX { Ok(chunk) } else { Err(Error::corrupt("a chunk lies beyond the largest disk")) }
+    if u64::from(chunk.0) < CHUNKS_MAX {
+        Ok(chunk)
+    } else {
+        Err(Error::corrupt("a chunk lies beyond the largest disk"))
+    }
 }
 
 /// Checks a size from a row.
 pub(super) fn checked_size(size: u64) -> Result<u64> {
-    if size <= DISK_SIZE_MAX { Ok(size) } else { Err(Error::corrupt(format!("a size of {size} bytes is beyond 64 TiB"))) }
+    if size <= DISK_SIZE_MAX {
+        Ok(size)
+    } else {
+        Err(Error::corrupt(format!("a size of {size} bytes is beyond 64 TiB")))
+    }
 }
 
 /// Takes 16 bytes as a uuid.

@@ -115,14 +115,7 @@ impl Store {
         // Unmapped blocks go with the first segment of the epoch; an epoch that only unmapped has no seal of its own.
         for (segment, slabs) in by_segment {
             let nonce = self.tables.read().segment(segment)?.nonce;
-            let header = SealFile {
-                pool: self.uuid(),
-                segment,
-                nonce,
-                disk: row.disk,
-                branch: key.0,
-                epoch: key.1,
-            };
+            let header = SealFile { pool: self.uuid(), segment, nonce, disk: row.disk, branch: key.0, epoch: key.1 };
             let extra = std::mem::take(&mut unmapped);
             let records = slabs.iter().map(|(chunk, piece)| self.sealed_slab(row, *chunk, piece));
             header.write(&*self.media, records.chain(extra.into_iter().map(Ok)))?;

@@ -98,7 +98,7 @@ impl Settings {
 
     pub(super) fn decode(from: &mut Reader<'_>) -> Result<Self> {
         let enospc = if from.flag()? { EnospcPolicy::Wait } else { EnospcPolicy::Fail };
-        let mut limit = || Ok(Some(from.varint()?).filter(|n| *n > 0));
+        let mut limit = || Ok::<_, Error>(Some(from.varint()?).filter(|n| *n > 0));
         let (quota, iops, bandwidth) = (limit()?, limit()?, limit()?);
         let shift = from.u8()?;
         if !(21..=30).contains(&shift) {

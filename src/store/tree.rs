@@ -9,8 +9,8 @@
 //!    one state, and states get it from their parents only.
 //! 2. Ghosts have at least two children; everything else may have any number.
 
-use super::tables::{StateKey, Tables};
 use super::states::Status;
+use super::tables::{StateKey, Tables};
 use crate::units::{BranchId, Epoch};
 
 /// A stretch of epochs of one branch: after `after`, up to and including `upto`.

@@ -246,7 +246,13 @@ impl Store {
     ///
     /// # Errors
     /// When the catalog cannot be read.
-    pub fn chunks_between(&self, source: &Source, head: Option<&Head>, from: u64, upto: u64) -> Result<BTreeSet<ChunkIndex>> {
+    pub fn chunks_between(
+        &self,
+        source: &Source,
+        head: Option<&Head>,
+        from: u64,
+        upto: u64,
+    ) -> Result<BTreeSet<ChunkIndex>> {
         let mut all = BTreeSet::new();
         let mut at = ChunkIndex::of_byte(from);
         while let Some(found) = self.next_chunk(source, head, at)?.filter(|chunk| chunk.byte() < upto) {

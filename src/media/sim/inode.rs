@@ -88,8 +88,14 @@ impl Inode {
         &self.volatile
     }
 
+    /// Writes; what may survive is whole sectors, as the page cache has them: a disk never gets a part of one.
     pub(super) fn write(&mut self, data: &[u8], offset: u64) {
-        self.change(Change::Write { offset, data: data.into() });
+        self.volatile.write(data, offset);
+        let start = offset / SECTOR * SECTOR;
+        let end = (offset + data.len() as u64).next_multiple_of(SECTOR).min(self.volatile.len());
+        let mut sectors = vec![0; usize::try_from(end.saturating_sub(start)).expect("in memory")];
+        self.volatile.read(&mut sectors, start);
+        self.pending.push(Change::Write { offset: start, data: sectors.into() });
     }
 
     pub(super) fn punch(&mut self, offset: u64, len: u64) {

@@ -1,0 +1,374 @@
+//! What a pool answers, as it stands in JSON: on the socket and behind `--json`.
+//!
+//! # Rules
+//! 1. Every answer says which it is: `{"answer":"disk", ...}`. Names are never changed, fields only added.
+//! 2. Sizes and amounts are bytes, times are seconds since 1970 in UTC, what is not known or not set is `null`.
+//! 3. These types carry nothing but data; the core's own structs are turned into them here and nowhere else.
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::disk::ScrubReport;
+use crate::snapshot::{PruneLine, RevertReport};
+use crate::store::{self, CheckReport, DiskInfo, EnospcPolicy, SnapshotInfo, SnapshotState};
+
+/// An answer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "answer", rename_all = "kebab-case")]
+pub enum Response {
+    /// One disk.
+    Disk(Disk),
+    /// All disks, by name.
+    Disks {
+        /// The disks.
+        disks: Vec<Disk>,
+        /// Why the pool refuses writes; `null` when it does not.
+        health: Option<String>,
+    },
+    /// One snapshot.
+    Snapshot(Snapshot),
+    /// Snapshots: those of a disk, oldest first, or those just taken.
+    Snapshots {
+        /// The snapshots.
+        snapshots: Vec<Snapshot>,
+    },
+    /// A disk or snapshot is gone.
+    Removed {
+        /// What it was called.
+        name: String,
+    },
+    /// A disk is what its snapshot was.
+    Reverted(Reverted),
+    /// What prune kept and removed.
+    Pruned {
+        /// Whether this only tells what would happen.
+        dry_run: bool,
+        /// Each snapshot, oldest first.
+        snapshots: Vec<Pruned>,
+    },
+    /// The settings of a disk.
+    Settings {
+        /// The disk.
+        disk: String,
+        /// Its settings.
+        settings: Settings,
+    },
+    /// What check found.
+    Checked(Checked),
+    /// What scrub found.
+    Scrubbed(Scrubbed),
+    /// Space was given back.
+    Reclaimed {
+        /// Bytes given back while this waited.
+        freed: u64,
+        /// Whether all of it is back; otherwise the rest follows in the background.
+        complete: bool,
+    },
+    /// The counters.
+    Metrics {
+        /// Prometheus text.
+        text: String,
+    },
+    /// Everything acknowledged is durable.
+    Flushed {},
+    /// An image became a disk.
+    Imported(Imported),
+    /// Who answers, and how the pool is.
+    Status(Status),
+    /// The server is about to unmount and end.
+    Stopping {
+        /// Its process.
+        pid: u32,
+    },
+}
+
+/// A disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Disk {
+    /// Number in this pool; never reused.
+    pub id: u64,
+    /// Name.
+    pub name: String,
+    /// Identity in the world.
+    pub uuid: Uuid,
+    /// What a guest sees.
+    pub size: u64,
+    /// Bytes that are mapped.
+    pub referenced: u64,
+    /// Bytes written since the newest snapshot.
+    pub written: u64,
+    /// Bytes nothing else holds; only `info` computes it.
+    pub unique: Option<u64>,
+    /// When it was made.
+    pub created: u64,
+    /// When its content last changed.
+    pub modified: u64,
+    /// How many snapshots it has.
+    pub snapshots: u64,
+    /// `DISK@SNAPSHOT` it was cloned from.
+    pub origin: Option<String>,
+    /// Who has it open for writing.
+    pub holder: Option<String>,
+    /// Its settings.
+    pub settings: Settings,
+}
+
+/// The settings of a disk, keys as on the command line.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Settings {
+    /// What happens to writes when there is no room: `fail` or `wait`.
+    pub enospc: String,
+    /// Most bytes it may hold.
+    pub quota: Option<u64>,
+    /// Most operations a second.
+    pub iops: Option<u64>,
+    /// Most bytes a second.
+    pub bandwidth: Option<u64>,
+    /// Bytes of a file of the extent tree.
+    pub extent_size: u64,
+}
+
+/// A snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// Number in this pool; never reused.
+    pub id: u64,
+    /// The disk.
+    pub disk: String,
+    /// Number of the disk.
+    pub disk_id: u64,
+    /// Name, without the disk.
+    pub name: String,
+    /// Identity in the world.
+    pub uuid: Uuid,
+    /// Size of the disk at the time.
+    pub size: u64,
+    /// Bytes that are mapped.
+    pub referenced: u64,
+    /// Bytes written since the snapshot before it.
+    pub written: u64,
+    /// Bytes that only this one holds; only `info` computes it.
+    pub unique: Option<u64>,
+    /// When it was taken.
+    pub created: u64,
+    /// `live` or `retired`.
+    pub state: String,
+    /// Who holds it.
+    pub holds: Vec<String>,
+}
+
+/// What a revert did.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reverted {
+    /// The disk.
+    pub disk: String,
+    /// The snapshot it is now like.
+    pub snapshot: String,
+    /// Bytes written since the last snapshot that are gone.
+    pub dropped: u64,
+    /// The snapshot that keeps them instead.
+    pub kept: Option<String>,
+}
+
+/// What prune decided about a snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pruned {
+    /// Its name, without the disk.
+    pub name: String,
+    /// Whether it stays.
+    pub kept: bool,
+    /// Which rule said so.
+    pub why: String,
+}
+
+/// What check found.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Checked {
+    /// What is wrong; empty when nothing is.
+    pub problems: Vec<Problem>,
+    /// Disks looked at.
+    pub disks: u64,
+    /// Snapshots looked at.
+    pub snapshots: u64,
+    /// Segments looked at.
+    pub segments: u64,
+    /// Blocks that are mapped.
+    pub blocks: u64,
+    /// Bytes that nothing names.
+    pub leaked: u64,
+}
+
+/// One thing check found.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Problem {
+    /// A sentence.
+    pub what: String,
+    /// Whether it was mended.
+    pub fixed: bool,
+}
+
+/// What scrub found.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Scrubbed {
+    /// Blocks whose checksum was compared.
+    pub blocks: u64,
+    /// Bytes read.
+    pub bytes: u64,
+    /// Blocks that have no checksum yet.
+    pub unverified: u64,
+    /// Blocks that are not what was written.
+    pub damaged: Vec<Damage>,
+}
+
+/// A block that is not what was written.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Damage {
+    /// The disk that shows it.
+    pub disk: String,
+    /// The snapshot that shows it; `null` for the disk itself.
+    pub snapshot: Option<String>,
+    /// Byte offset in the disk.
+    pub offset: u64,
+    /// The segment file.
+    pub segment: u64,
+    /// A sentence.
+    pub why: String,
+}
+
+/// What an import did.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Imported {
+    /// The new disk.
+    pub disk: Disk,
+    /// What the image was.
+    pub format: String,
+    /// Bytes read from it.
+    pub bytes_read: u64,
+    /// Bytes written to the disk; holes are not.
+    pub bytes_written: u64,
+}
+
+/// Who answers, and how the pool is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// The process.
+    pub pid: u32,
+    /// Version of the program.
+    pub version: String,
+    /// The pool directory.
+    pub pool: String,
+    /// Identity of the pool.
+    pub uuid: Uuid,
+    /// Where it is mounted.
+    pub mount: Option<String>,
+    /// Why the pool refuses writes; `null` when it does not.
+    pub health: Option<String>,
+    /// Bytes still free on the host file system.
+    pub free: u64,
+    /// Size of the host file system.
+    pub total: u64,
+}
+
+impl From<&store::Settings> for Settings {
+    fn from(settings: &store::Settings) -> Self {
+        let enospc = match settings.enospc {
+            EnospcPolicy::Fail => "fail",
+            EnospcPolicy::Wait => "wait",
+        };
+        Self {
+            enospc: enospc.to_owned(),
+            quota: settings.quota,
+            iops: settings.iops,
+            bandwidth: settings.bandwidth,
+            extent_size: settings.extent_size,
+        }
+    }
+}
+
+impl From<DiskInfo> for Disk {
+    fn from(info: DiskInfo) -> Self {
+        Self {
+            id: info.id.0,
+            settings: Settings::from(&info.settings),
+            name: info.name,
+            uuid: info.uuid,
+            size: info.size,
+            referenced: info.referenced,
+            written: info.written,
+            unique: None,
+            created: info.created,
+            modified: info.modified,
+            snapshots: info.snapshots as u64,
+            origin: info.origin,
+            holder: info.holder,
+        }
+    }
+}
+
+impl From<SnapshotInfo> for Snapshot {
+    fn from(info: SnapshotInfo) -> Self {
+        let state = match info.state {
+            SnapshotState::Live => "live",
+            SnapshotState::Retired => "retired",
+        };
+        Self {
+            id: info.id.0,
+            disk: info.disk,
+            disk_id: info.disk_id.0,
+            name: info.name,
+            uuid: info.uuid,
+            size: info.size,
+            referenced: info.referenced,
+            written: info.written,
+            unique: None,
+            created: info.created,
+            state: state.to_owned(),
+            holds: info.holds,
+        }
+    }
+}
+
+impl Reverted {
+    pub(super) fn new(disk: String, snapshot: String, report: RevertReport) -> Self {
+        Self { disk, snapshot, dropped: report.dropped, kept: report.kept }
+    }
+}
+
+impl From<PruneLine> for Pruned {
+    fn from(line: PruneLine) -> Self {
+        Self { name: line.snapshot, kept: line.kept, why: line.why }
+    }
+}
+
+impl From<CheckReport> for Checked {
+    fn from(report: CheckReport) -> Self {
+        let problems = report.problems.into_iter().map(|p| Problem { what: p.what, fixed: p.fixed }).collect();
+        Self {
+            problems,
+            disks: report.disks,
+            snapshots: report.snapshots,
+            segments: report.segments,
+            blocks: report.blocks,
+            leaked: report.leaked,
+        }
+    }
+}
+
+impl From<ScrubReport> for Scrubbed {
+    fn from(report: ScrubReport) -> Self {
+        let damage = |d: crate::disk::Damage| Damage {
+            disk: d.disk,
+            snapshot: d.snapshot,
+            offset: d.offset,
+            segment: d.segment,
+            why: d.why,
+        };
+        Self {
+            blocks: report.blocks,
+            bytes: report.bytes,
+            unverified: report.unverified,
+            damaged: report.damaged.into_iter().map(damage).collect(),
+        }
+    }
+}

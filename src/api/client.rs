@@ -1,0 +1,146 @@
+//! The other end of the control socket.
+//!
+//! # Rules
+//! 1. An error that crossed the socket is the error the server had: kind, sentence and hint.
+//! 2. An answer without a last line is an error: nobody knows whether the work was done.
+//! 3. Going away cancels, so a caller that gives up only has to drop the connection.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use http_body_util::{BodyExt, Full};
+use hyper::body::{Bytes, Incoming};
+use hyper_util::rt::TokioIo;
+use tokio::net::UnixStream;
+
+use super::socket::SocketPath;
+use super::{Line, Request, Response};
+use crate::error::{Error, Result};
+use crate::progress::Progress;
+
+/// Most bytes of one line: 100,000 snapshots have 40 MiB.
+const LINE_SIZE_MAX: usize = 256 << 20;
+
+/// How often the caller is asked whether it still wants the answer.
+const CANCEL_INTERVAL: Duration = Duration::from_millis(50);
+
+/// A server that answers.
+#[derive(Debug)]
+pub struct Client {
+    pool: PathBuf,
+    socket: SocketPath,
+}
+
+impl Client {
+    /// Finds the server of a pool; `None` when nobody listens.
+    ///
+    /// # Errors
+    /// `Kind::Denied` and its like when there is a socket that cannot be used.
+    pub fn find(pool: &Path) -> Result<Option<Self>> {
+        let socket = SocketPath::of(pool)?;
+        match std::os::unix::net::UnixStream::connect(socket.path()) {
+            Ok(_) => Ok(Some(Self { pool: pool.to_owned(), socket })),
+            Err(error) => match error.kind() {
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Ok(None),
+                _ => Err(Error::io(format!("cannot reach the server of the pool {}", pool.display()), error)),
+            },
+        }
+    }
+
+    /// Asks, tells `progress` how it goes and returns the answer.
+    ///
+    /// # Errors
+    /// What the server says, or that it went away.
+    pub fn ask(&self, request: &Request, progress: &dyn Progress) -> Result<Response> {
+        let body = serde_json::to_vec(request).expect("these types hold nothing JSON cannot say");
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(|e| Error::io("cannot start the client", e))?;
+        runtime.block_on(async {
+            tokio::select! {
+                answer = self.exchange(body, progress) => answer,
+                () = cancelled(progress) => Err(Error::failed("stopped before it was done, as asked")),
+            }
+        })
+    }
+
+    async fn exchange(&self, body: Vec<u8>, progress: &dyn Progress) -> Result<Response> {
+        let lost = |error: hyper::Error| self.lost().because(error);
+        let stream = UnixStream::connect(self.socket.path()).await.map_err(|e| self.lost().because(e))?;
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(lost)?;
+        // Its error also reaches whoever waits for the answer.
+        tokio::spawn(async move { drop(connection.await) });
+        let request = hyper::Request::post("/v1/request")
+            .header(hyper::header::HOST, "afterimage")
+            .header(hyper::header::CONTENT_TYPE, "application/json")
+            .body(Full::new(Bytes::from(body)))
+            .expect("all parts are constants");
+        let answer = sender.send_request(request).await.map_err(lost)?;
+        self.read(answer.into_body(), progress).await
+    }
+
+    async fn read(&self, mut body: Incoming, progress: &dyn Progress) -> Result<Response> {
+        let mut buffer = Vec::new();
+        let mut relay = Relay { progress, done: 0 };
+        while let Some(frame) = body.frame().await {
+            let frame = frame.map_err(|e| self.lost().because(e))?;
+            let Some(data) = frame.data_ref() else { continue };
+            // Only the new bytes can hold the end of the line.
+            let mut searched = buffer.len();
+            buffer.extend_from_slice(data);
+            while let Some(at) = buffer[searched..].iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = buffer.drain(..=searched + at).collect();
+                searched = 0;
+                match serde_json::from_slice(&line).map_err(|e| self.strange().because(e))? {
+                    Line::Progress { done, total, message } => relay.report(done, total, &message),
+                    Line::Result(response) => return Ok(response),
+                    Line::Error(failure) => return Err(failure.into()),
+                }
+            }
+            if buffer.len() > LINE_SIZE_MAX {
+                return Err(self.strange());
+            }
+        }
+        Err(self.lost())
+    }
+
+    fn lost(&self) -> Error {
+        Error::failed(format!("the server of the pool {} went away before it answered", self.pool.display())).hint(
+            format!(
+                "whether the work was done is not known; look with 'ls', and at {}/server.log",
+                self.pool.display()
+            ),
+        )
+    }
+
+    fn strange(&self) -> Error {
+        Error::failed(format!("the server of the pool {} gave an answer that makes no sense", self.pool.display()))
+            .hint("is it of another version? 'afterimage doctor' tells")
+    }
+}
+
+async fn cancelled(progress: &dyn Progress) {
+    while !progress.cancelled() {
+        tokio::time::sleep(CANCEL_INTERVAL).await;
+    }
+}
+
+/// Turns the totals on the wire into steps.
+struct Relay<'a> {
+    progress: &'a dyn Progress,
+    done: u64,
+}
+
+impl Relay<'_> {
+    fn report(&mut self, done: u64, total: u64, message: &str) {
+        self.progress.total(total);
+        if !message.is_empty() {
+            self.progress.message(message);
+        }
+        self.progress.advance(done.saturating_sub(self.done));
+        self.done = done;
+    }
+}

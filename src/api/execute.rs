@@ -1,0 +1,237 @@
+//! The one function that answers a request: both ways in end here.
+//!
+//! # Rules
+//! 1. Everything a request says is checked here or below, never only in the command line: a program on the socket is
+//!    not the command line.
+//! 2. Synchronous, one request per call, any number of calls at once. What it must not do during what else is the
+//!    business of the store.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use super::answer::{Imported, Reverted, Status};
+use super::{Keep, Request, Response, Target};
+use crate::disk;
+use crate::error::{Error, Result};
+use crate::progress::Progress;
+use crate::snapshot;
+use crate::store::{DiskInfo, SnapshotInfo, Store, check};
+
+/// Most snapshots one request may take: their disks stop together, so there is a limit.
+const SNAPSHOTS_AT_ONCE_MAX: usize = 1024;
+
+/// Answers a request.
+///
+/// `status` leaves out what only a server knows, and `shutdown` fails, because here there is none;
+/// [`super::Service`] adds both.
+///
+/// # Errors
+/// Whatever the request runs into; `Kind::Usage` for one that makes no sense.
+pub fn execute(store: &Arc<Store>, request: Request, progress: &dyn Progress) -> Result<Response> {
+    match request {
+        Request::Create { disk, size } => {
+            let disk = Target::disk(&disk)?;
+            disk::create(store, &disk, disk::round_size(size)?).map(disk_answer)
+        }
+        Request::Ls { disk: None } => {
+            let disks = store.disks().into_iter().map(Into::into).collect();
+            Ok(Response::Disks { disks, health: store.health() })
+        }
+        Request::Ls { disk: Some(disk) } => Ok(snapshots_answer(store.snapshots(&Target::disk(&disk)?)?)),
+        Request::Info { name } => info(store, &name),
+        Request::Resize { disk, size, shrink } => {
+            let (disk, size) = (Target::disk(&disk)?, disk::round_size(size)?);
+            disk::open(store, &disk)?.resize(size, shrink)?;
+            store.disk_info(&disk).map(disk_answer)
+        }
+        Request::Rename { old, new } => rename(store, &old, &new),
+        Request::Rm { name, recursive } => remove(store, name, recursive),
+        Request::Snapshot { snapshots } => take(store, &snapshots),
+        Request::Clone { snapshot, disk } => {
+            let ((from, snapshot), disk) = (Target::snapshot(&snapshot)?, Target::disk(&disk)?);
+            snapshot::clone(store, &from, &snapshot, &disk).map(disk_answer)
+        }
+        Request::Revert { snapshot, keep } => {
+            let (disk, snapshot) = Target::snapshot(&snapshot)?;
+            let report = snapshot::revert(store, &disk, &snapshot, keep.as_deref())?;
+            Ok(Response::Reverted(Reverted::new(disk, snapshot, report)))
+        }
+        Request::Hold { snapshot, tag } => {
+            let (disk, snapshot) = Target::snapshot(&snapshot)?;
+            snapshot::hold(store, &disk, &snapshot, &tag)?;
+            store.snapshot_info(&disk, &snapshot).map(snapshot_answer)
+        }
+        Request::Release { snapshot, tag } => {
+            let (disk, snapshot) = Target::snapshot(&snapshot)?;
+            snapshot::release(store, &disk, &snapshot, &tag)?;
+            store.snapshot_info(&disk, &snapshot).map(snapshot_answer)
+        }
+        Request::Prune { disk, keep, dry_run } => prune(store, &disk, keep, dry_run),
+        Request::Set { disk, settings } => set(store, &disk, &settings),
+        Request::Get { disk } => {
+            let info = store.disk_info(&Target::disk(&disk)?)?;
+            Ok(Response::Settings { settings: (&info.settings).into(), disk: info.name })
+        }
+        Request::Import { path, format, disk } => import(store, &path, format.as_deref(), &disk, progress),
+        Request::Check { .. }
+        | Request::Scrub {}
+        | Request::Reclaim { .. }
+        | Request::Metrics {}
+        | Request::Flush {}
+        | Request::Status {}
+        | Request::Shutdown {} => execute_on_pool(store, &request, progress),
+    }
+}
+
+/// Answers what is asked of the pool as a whole.
+fn execute_on_pool(store: &Arc<Store>, request: &Request, progress: &dyn Progress) -> Result<Response> {
+    match request {
+        Request::Check { rebuild: true, .. } => Err(Error::unsupported("this version cannot rebuild a map")
+            .hint("'afterimage check --repair' mends leaks; keep the pool directory as it is")),
+        Request::Check { repair, .. } => Ok(Response::Checked(check(store, *repair, progress)?.into())),
+        Request::Scrub {} => Ok(Response::Scrubbed(disk::scrub(store, progress)?.into())),
+        Request::Reclaim { wait: true } => {
+            Ok(Response::Reclaimed { freed: store.reclaim_wait(progress)?.freed, complete: true })
+        }
+        Request::Reclaim { wait: false } => Ok(Response::Reclaimed { freed: 0, complete: false }),
+        Request::Metrics {} => Ok(Response::Metrics { text: store.metrics_text() }),
+        Request::Flush {} => store.flush_all().map(|()| Response::Flushed {}),
+        Request::Status {} => status(store),
+        _ => Err(Error::failed("no server is running on this pool").hint("there is nothing to stop")),
+    }
+}
+
+fn disk_answer(info: DiskInfo) -> Response {
+    Response::Disk(info.into())
+}
+
+fn snapshot_answer(info: SnapshotInfo) -> Response {
+    Response::Snapshot(info.into())
+}
+
+fn snapshots_answer(infos: Vec<SnapshotInfo>) -> Response {
+    Response::Snapshots { snapshots: infos.into_iter().map(Into::into).collect() }
+}
+
+fn info(store: &Arc<Store>, name: &str) -> Result<Response> {
+    match Target::parse(name)? {
+        Target::Disk(disk) => {
+            let mut answer = super::answer::Disk::from(store.disk_info(&disk)?);
+            answer.unique = Some(disk::unique(store, &disk)?);
+            Ok(Response::Disk(answer))
+        }
+        Target::Snapshot(disk, snapshot) => {
+            let mut answer = super::answer::Snapshot::from(store.snapshot_info(&disk, &snapshot)?);
+            answer.unique = Some(snapshot::unique(store, &disk, &snapshot)?);
+            Ok(Response::Snapshot(answer))
+        }
+    }
+}
+
+fn rename(store: &Arc<Store>, old: &str, new: &str) -> Result<Response> {
+    match (Target::parse(old)?, Target::parse(new)?) {
+        (Target::Disk(old), Target::Disk(new)) => {
+            disk::rename(store, &old, &new)?;
+            store.disk_info(&new).map(disk_answer)
+        }
+        (Target::Snapshot(disk, old), Target::Snapshot(new_disk, new)) if disk == new_disk => {
+            snapshot::rename(store, &disk, &old, &new)?;
+            store.snapshot_info(&disk, &new).map(snapshot_answer)
+        }
+        (Target::Snapshot(disk, _), _) => Err(Error::usage(format!("'{new}' is no new name for the snapshot '{old}'"))
+            .hint(format!("a snapshot stays with its disk: write {disk}@NEW"))),
+        (Target::Disk(_), Target::Snapshot(..)) => {
+            Err(Error::usage(format!("'{new}' is no new name for the disk '{old}'"))
+                .hint("to take a snapshot use 'afterimage snapshot DISK@SNAPSHOT'"))
+        }
+    }
+}
+
+fn remove(store: &Arc<Store>, name: String, recursive: bool) -> Result<Response> {
+    match Target::parse(&name)? {
+        Target::Disk(disk) => disk::remove(store, &disk, recursive)?,
+        Target::Snapshot(..) if recursive => {
+            return Err(
+                Error::usage(format!("'{name}' is a snapshot; it has nothing below it")).hint("leave --recursive out")
+            );
+        }
+        Target::Snapshot(disk, snapshot) => snapshot::remove(store, &disk, &snapshot)?,
+    }
+    Ok(Response::Removed { name })
+}
+
+fn take(store: &Arc<Store>, names: &[String]) -> Result<Response> {
+    if names.is_empty() || names.len() > SNAPSHOTS_AT_ONCE_MAX {
+        return Err(Error::usage(format!("cannot take {} snapshots at once", names.len()))
+            .hint(format!("name 1 to {SNAPSHOTS_AT_ONCE_MAX} of them as DISK@SNAPSHOT")));
+    }
+    let targets = names.iter().map(|name| Target::snapshot(name)).collect::<Result<Vec<_>>>()?;
+    let mut disks: Vec<&str> = targets.iter().map(|(disk, _)| disk.as_str()).collect();
+    disks.sort_unstable();
+    if let Some(twice) = disks.windows(2).find(|pair| pair[0] == pair[1]) {
+        return Err(Error::usage(format!("the disk '{}' is named twice", twice[0]))
+            .hint("one instant has one snapshot of a disk"));
+    }
+    snapshot::take(store, &targets).map(snapshots_answer)
+}
+
+fn prune(store: &Arc<Store>, disk: &str, keep: Keep, dry_run: bool) -> Result<Response> {
+    if keep == Keep::default() {
+        return Err(Error::usage("no rule keeps anything, so every snapshot would go")
+            .hint("give at least one of --keep-last, --keep-hourly, --keep-daily, ..."));
+    }
+    let Keep { last, hourly, daily, weekly, monthly, yearly } = keep;
+    let keep = snapshot::Keep { last, hourly, daily, weekly, monthly, yearly };
+    let lines = snapshot::prune(store, &Target::disk(disk)?, &keep, dry_run)?;
+    Ok(Response::Pruned { dry_run, snapshots: lines.into_iter().map(Into::into).collect() })
+}
+
+/// Sets all or nothing: the values are tried on a copy first.
+fn set(store: &Arc<Store>, disk: &str, settings: &BTreeMap<String, String>) -> Result<Response> {
+    let info = store.disk_info(&Target::disk(disk)?)?;
+    let mut now = info.settings;
+    let mut trial = now.clone();
+    for (key, value) in settings {
+        trial.set(key, value)?;
+    }
+    for (key, value) in settings {
+        now = disk::set(store, &info.name, key, value)?;
+    }
+    Ok(Response::Settings { disk: info.name, settings: (&now).into() })
+}
+
+fn import(
+    store: &Arc<Store>,
+    path: &str,
+    format: Option<&str>,
+    name: &str,
+    progress: &dyn Progress,
+) -> Result<Response> {
+    let (path, name) = (Path::new(path), Target::disk(name)?);
+    if !path.is_absolute() {
+        return Err(Error::usage(format!("the path '{}' is not absolute", path.display()))
+            .hint("the server has a working directory of its own: give the whole path"));
+    }
+    let report = disk::import::import(store, path, format, &name, progress)?;
+    Ok(Response::Imported(Imported {
+        disk: store.disk_info(&name)?.into(),
+        format: report.format,
+        bytes_read: report.bytes_read,
+        bytes_written: report.bytes_written,
+    }))
+}
+
+fn status(store: &Arc<Store>) -> Result<Response> {
+    let space = store.space()?;
+    Ok(Response::Status(Status {
+        pid: std::process::id(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        pool: String::new(),
+        uuid: store.uuid(),
+        mount: None,
+        health: store.health(),
+        free: space.free,
+        total: space.total,
+    }))
+}

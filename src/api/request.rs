@@ -1,0 +1,190 @@
+//! What can be asked of a pool.
+//!
+//! # Rules
+//! 1. One variant per command, tagged by `command` in JSON: `{"command":"create","disk":"web","size":10737418240}`.
+//! 2. Sizes are bytes. Names are written as on the command line (`DISK`, `DISK@SNAPSHOT`).
+//! 3. Every variant has braces, empty ones too: only then does serde refuse unknown fields in it.
+//! 4. A field that has a default may be left out, and is left out when it has it.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+fn is_false(value: &bool) -> bool {
+    !*value
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes references")]
+fn is_zero(value: &u32) -> bool {
+    *value == 0
+}
+
+fn user() -> String {
+    "user".to_owned()
+}
+
+/// A request; see the module for how it is written in JSON.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Request {
+    /// Makes a disk; answered with the disk.
+    Create {
+        /// Name of the new disk.
+        disk: String,
+        /// Size in bytes, rounded up to 512.
+        size: u64,
+    },
+    /// Lists the disks, or the snapshots of one.
+    Ls {
+        /// The disk whose snapshots are wanted.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        disk: Option<String>,
+    },
+    /// Tells everything about a disk or a snapshot, also what it alone holds.
+    Info {
+        /// `DISK` or `DISK@SNAPSHOT`.
+        name: String,
+    },
+    /// Changes the size of a disk.
+    Resize {
+        /// The disk.
+        disk: String,
+        /// New size in bytes, rounded up to 512.
+        size: u64,
+        /// Allows the disk to lose its tail.
+        #[serde(default, skip_serializing_if = "is_false")]
+        shrink: bool,
+    },
+    /// Renames a disk or a snapshot.
+    Rename {
+        /// `DISK` or `DISK@SNAPSHOT`.
+        old: String,
+        /// The new name, of the same sort; a snapshot stays with its disk.
+        new: String,
+    },
+    /// Removes a disk or a snapshot.
+    Rm {
+        /// `DISK` or `DISK@SNAPSHOT`.
+        name: String,
+        /// Removes a disk together with its snapshots.
+        #[serde(default, skip_serializing_if = "is_false")]
+        recursive: bool,
+    },
+    /// Takes snapshots, all at one instant or none.
+    Snapshot {
+        /// `DISK@SNAPSHOT`, each disk once.
+        snapshots: Vec<String>,
+    },
+    /// Makes a disk that begins as a snapshot.
+    Clone {
+        /// `DISK@SNAPSHOT`.
+        snapshot: String,
+        /// Name of the new disk.
+        disk: String,
+    },
+    /// Takes a disk back to one of its snapshots.
+    Revert {
+        /// `DISK@SNAPSHOT`.
+        snapshot: String,
+        /// Keeps what was written since the last snapshot as a snapshot of this name.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        keep: Option<String>,
+    },
+    /// Keeps a snapshot from being removed.
+    Hold {
+        /// `DISK@SNAPSHOT`.
+        snapshot: String,
+        /// Who holds it.
+        #[serde(default = "user")]
+        tag: String,
+    },
+    /// Lets go of a held snapshot.
+    Release {
+        /// `DISK@SNAPSHOT`.
+        snapshot: String,
+        /// Who held it.
+        #[serde(default = "user")]
+        tag: String,
+    },
+    /// Removes the snapshots of a disk that no rule keeps.
+    Prune {
+        /// The disk.
+        disk: String,
+        /// How many to keep.
+        keep: Keep,
+        /// Only tells what would be removed.
+        #[serde(default, skip_serializing_if = "is_false")]
+        dry_run: bool,
+    },
+    /// Changes settings of a disk.
+    Set {
+        /// The disk.
+        disk: String,
+        /// Values by key, as on the command line.
+        settings: BTreeMap<String, String>,
+    },
+    /// Tells the settings of a disk.
+    Get {
+        /// The disk.
+        disk: String,
+    },
+    /// Proves what can be proven about the metadata.
+    Check {
+        /// Mends leaks.
+        #[serde(default, skip_serializing_if = "is_false")]
+        repair: bool,
+        /// Makes the map again from the seal files.
+        #[serde(default, skip_serializing_if = "is_false")]
+        rebuild: bool,
+    },
+    /// Reads every sealed block and compares its checksum.
+    Scrub {},
+    /// Gives freed space back to the host.
+    Reclaim {
+        /// Answers only when all of it is back.
+        #[serde(default, skip_serializing_if = "is_false")]
+        wait: bool,
+    },
+    /// Tells the counters, as Prometheus text.
+    Metrics {},
+    /// Makes everything acknowledged durable.
+    Flush {},
+    /// Makes a disk from an image file.
+    Import {
+        /// Absolute path of the image, as the server sees it.
+        path: String,
+        /// `raw`, `qcow2` or `vmdk`; found out when left out.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        format: Option<String>,
+        /// Name of the new disk.
+        disk: String,
+    },
+    /// Tells who answers, and how the pool is.
+    Status {},
+    /// Unmounts, closes the pool and ends the server.
+    Shutdown {},
+}
+
+/// How many snapshots to keep of each sort; zero keeps none for that reason.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Keep {
+    /// The newest.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub last: u32,
+    /// The newest of an hour.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub hourly: u32,
+    /// The newest of a day.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub daily: u32,
+    /// The newest of a week.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub weekly: u32,
+    /// The newest of a month.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub monthly: u32,
+    /// The newest of a year.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub yearly: u32,
+}

@@ -1,0 +1,131 @@
+//! What the host says about itself: mounts and file systems.
+
+use std::ffi::OsString;
+use std::fs;
+use std::io;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::error::{Error, Result};
+
+/// What stands before the path of the pool in the name of a mounted file system (see [`crate::tree::MountOptions`]).
+const NAME_PREFIX: &[u8] = b"afterimage:";
+
+/// Returns the pool that is mounted at `mount`, by the list of the kernel; `None` if there is none.
+pub(super) fn pool_at(mount: &Path) -> Result<Option<PathBuf>> {
+    let table = fs::read("/proc/self/mounts").map_err(|e| Error::io("cannot read /proc/self/mounts", e))?;
+    Ok(find_pool(&table, mount))
+}
+
+/// Finds the uppermost mount at a path: later lines lie on top.
+fn find_pool(table: &[u8], mount: &Path) -> Option<PathBuf> {
+    let lines = table.split(|byte| *byte == b'\n').rev();
+    let mut here = lines.filter_map(|line| {
+        let mut fields = line.split(|byte| *byte == b' ');
+        let (name, at) = (unescape(fields.next()?), unescape(fields.next()?));
+        (at == mount.as_os_str().as_bytes()).then_some(name)
+    });
+    let name = here.next()?;
+    Some(PathBuf::from(OsString::from_vec(name.strip_prefix(NAME_PREFIX)?.to_vec())))
+}
+
+/// Undoes the octal escapes of /proc/mounts (blank, tab, newline, backslash, hash).
+fn unescape(field: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((&first, after)) = rest.split_first() {
+        let digits = after.get(..3).filter(|d| first == b'\\' && d.iter().all(|b| (b'0'..=b'7').contains(b)));
+        let value = digits.and_then(|d| d.iter().try_fold(0_u8, |sum, b| sum.checked_mul(8)?.checked_add(b - b'0')));
+        match value {
+            Some(value) => {
+                bytes.push(value);
+                rest = &after[3..];
+            }
+            None => {
+                bytes.push(first);
+                rest = after;
+            }
+        }
+    }
+    bytes
+}
+
+/// Returns an absolute path without links, without touching what is mounted there: its server may be dead.
+pub(super) fn resolve_mount(mount: &Path) -> Result<PathBuf> {
+    let cannot = |e| Error::io(format!("cannot look at {}", mount.display()), e);
+    let whole = std::path::absolute(mount).map_err(cannot)?;
+    match (whole.parent(), whole.file_name()) {
+        // A link has to be followed, and reading one is harmless even on a dead mount.
+        (Some(parent), Some(name)) => match fs::read_link(&whole) {
+            Ok(_) => whole.canonicalize().map_err(cannot),
+            Err(_) => Ok(parent.canonicalize().map_err(cannot)?.join(name)),
+        },
+        _ => whole.canonicalize().map_err(cannot),
+    }
+}
+
+/// Takes a mount away with the tool that needs no privileges.
+pub(super) fn fusermount(mount: &Path) -> Result<()> {
+    let output = Command::new("fusermount3").arg("-u").arg("--").arg(mount).output().map_err(|e| {
+        Error::io("cannot run fusermount3", e).hint("install it (Debian: apt install fuse3), or run umount as root")
+    })?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    let said = said.trim().trim_start_matches("fusermount3: ");
+    let error = format!("cannot unmount {}: {said}", mount.display());
+    if said.contains("busy") {
+        return Err(Error::busy(error).hint(busy_hint(mount)));
+    }
+    Err(Error::failed(error))
+}
+
+/// Says how to find out who keeps a mount busy.
+pub(super) fn busy_hint(mount: &Path) -> String {
+    format!("'fuser -vm {}' shows who has files open there; end them and try again", mount.display())
+}
+
+/// Tells whether the server of what is mounted at `mount` is dead.
+pub(super) fn is_dead(mount: &Path) -> bool {
+    // Not stat: its answer may come from the cache of the kernel, long after the server is gone.
+    rustix::fs::statfs(mount).is_err_and(|errno| errno == rustix::io::Errno::NOTCONN)
+}
+
+/// Returns the name of a network file system, if `path` lies on one (magic numbers: linux/magic.h).
+pub(super) fn network_file_system(path: &Path) -> io::Result<Option<&'static str>> {
+    let magic = i128::from(rustix::fs::statfs(path)?.f_type) & 0xffff_ffff;
+    Ok(match magic {
+        0x6969 => Some("NFS"),
+        0xff53_4d42 | 0xfe53_4d42 | 0x517b => Some("SMB"),
+        0x00c3_6400 => Some("Ceph"),
+        0x0102_1997 => Some("9P"),
+        0x6573_5546 => Some("FUSE"),
+        0x5346_414f => Some("AFS"),
+        _ => None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_uppermost_mount_counts() {
+        let table = b"proc /proc proc rw 0 0\n\
+            afterimage:/srv/my\\040pool /mnt/a\\134b fuse rw 0 0\n\
+            afterimage:/old /mnt/c fuse rw 0 0\ntmpfs /mnt/c tmpfs rw 0 0\n";
+        assert_eq!(find_pool(table, Path::new("/mnt/a\\b")), Some(PathBuf::from("/srv/my pool")));
+        assert_eq!(find_pool(table, Path::new("/mnt/c")), None);
+        assert_eq!(find_pool(table, Path::new("/nowhere")), None);
+    }
+
+    #[test]
+    fn escapes_are_octal() {
+        assert_eq!(unescape(b"a\\040b"), b"a b");
+        assert_eq!(unescape(b"a\\04"), b"a\\04");
+        assert_eq!(unescape(b"\\777x"), b"\\777x");
+        assert_eq!(unescape(b"\\134040"), b"\\040");
+    }
+}

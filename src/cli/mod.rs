@@ -1,0 +1,268 @@
+//! The command line: turns words into requests, and answers into words.
+//!
+//! Most commands are one [`Request`]: their file holds the arguments and how they become it. The others (`init`, `mount`,
+//! `umount`, `doctor`, `completions`, `man`) do their work here, because they concern this process or this host.
+//!
+//! # Rules
+//! 1. clap, printing and the environment stay in this folder; nothing below it knows that there is a terminal.
+//! 2. Results go to stdout, everything else to stderr. A reader of stdout that goes away ends the command quietly.
+//! 3. Names and sizes are checked where the request is answered, so a program on the socket gets the same refusal.
+//! 4. Every failure is told as what failed, on what, why, and what to do next; its kind decides the exit code.
+//!
+//! Pages: `man/`, generated from these types; a test holds them current.
+
+mod bar;
+mod daemon;
+mod disks;
+mod doctor;
+mod host;
+mod init;
+mod mount;
+mod pages;
+mod screen;
+mod show;
+mod signal;
+mod snapshots;
+mod table;
+mod umount;
+mod upkeep;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand};
+
+use crate::api::{Request, Response, Way};
+use crate::error::{Error, Result};
+use bar::{Bar, Units};
+use screen::Screen;
+use show::Style;
+
+/// Environment variable that names the pool.
+const POOL_VARIABLE: &str = "AFTERIMAGE_POOL";
+
+/// Environment variable that sets what is logged, in the words of `tracing`.
+const LOG_VARIABLE: &str = "AFTERIMAGE_LOG";
+
+/// Virtual disks whose snapshots can retire
+///
+/// Afterimage keeps virtual disks and their snapshots in a pool, which is a directory, and shows them as plain files.
+/// With a server running on the pool (see afterimage-mount(1)) commands ask it; without one they open the pool
+/// themselves. DISK@SNAPSHOT names a snapshot. Sizes take K, M, G and T (binary).
+#[derive(Debug, Parser)]
+#[command(name = "afterimage", version, max_term_width = 100, disable_help_subcommand = true)]
+#[command(after_help = "Exit codes: 0 done, 1 refused or failed, 2 usage, 3 not found, 4 busy or locked, 5 corrupt, \
+                        6 out of space.\nSee afterimage-pool(7) for the concepts.")]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Options of every command.
+#[derive(Debug, Clone, Args)]
+struct Global {
+    /// The pool directory
+    #[arg(long, value_name = "DIR", global = true, env = POOL_VARIABLE, hide_env_values = true)]
+    pool: Option<PathBuf>,
+    /// Print the answer as one line of JSON, see afterimage-api(5)
+    #[arg(long, global = true)]
+    json: bool,
+    /// Print nothing but what was asked for: no confirmations, no progress
+    #[arg(short, long, global = true)]
+    quiet: bool,
+    /// Log more to stderr; twice for even more
+    #[arg(short, long, global = true, action = ArgAction::Count, conflicts_with = "quiet")]
+    verbose: u8,
+}
+
+impl Global {
+    /// Returns the directory of the pool that was named.
+    fn pool(&self) -> Result<&PathBuf> {
+        self.pool.as_ref().ok_or_else(|| {
+            Error::usage("no pool is named").hint(format!("give --pool DIR, or set {POOL_VARIABLE} to the directory"))
+        })
+    }
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Init(init::Init),
+    Mount(mount::Mount),
+    Umount(umount::Umount),
+    Create(disks::Create),
+    Import(disks::Import),
+    Resize(disks::Resize),
+    Ls(disks::Ls),
+    Info(disks::Info),
+    Rename(disks::Rename),
+    Rm(disks::Rm),
+    Snapshot(snapshots::Snapshot),
+    Clone(snapshots::Clone),
+    Revert(snapshots::Revert),
+    Hold(snapshots::Hold),
+    Release(snapshots::Release),
+    Prune(snapshots::Prune),
+    Set(disks::Set),
+    Get(disks::Get),
+    Check(upkeep::Check),
+    Scrub(upkeep::Scrub),
+    Reclaim(upkeep::Reclaim),
+    Metrics(upkeep::Metrics),
+    Doctor(doctor::Doctor),
+    Completions(pages::Completions),
+    Man(pages::Man),
+}
+
+/// What a command wants to be asked, and how its answer is to look.
+struct Ask {
+    request: Request,
+    style: Style,
+    units: Units,
+}
+
+impl Ask {
+    /// A change, answered with one line.
+    fn change(request: Request) -> Self {
+        Self { request, style: Style::Brief, units: Units::Items }
+    }
+
+    /// A question, answered in full.
+    fn question(request: Request) -> Self {
+        Self { request, style: Style::Full, units: Units::Items }
+    }
+
+    /// Says that its progress counts bytes.
+    fn in_bytes(mut self) -> Self {
+        self.units = Units::Bytes;
+        self
+    }
+}
+
+/// Runs the command line and returns the exit code.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version go to stdout, and a reader that has gone has what it wanted.
+            error.print().ok();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        }
+    };
+    log(&cli.global);
+    let screen = Screen::new(cli.global.json, cli.global.quiet);
+    match run(cli.command, &cli.global, &screen) {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            screen.error(&error, cli.global.verbose > 0);
+            ExitCode::from(error.kind().exit_code())
+        }
+    }
+}
+
+/// Returns the whole command line as clap sees it, for the man pages, the completions and the tests of both.
+#[must_use]
+pub fn command() -> clap::Command {
+    Cli::command()
+}
+
+/// Returns the man pages by file name, the generated and the hand-written ones.
+#[must_use]
+pub fn man_pages() -> Vec<(String, Vec<u8>)> {
+    pages::all()
+}
+
+/// Parses a command line as far as clap goes; the error is the exit code clap would give.
+///
+/// # Errors
+/// The exit code, when clap refuses it or answers it itself.
+pub fn parse<I, T>(words: I) -> Result<(), i32>
+where
+    I: IntoIterator<Item = T>,
+    T: Into<std::ffi::OsString> + Clone,
+{
+    Cli::try_parse_from(words).map(|_| ()).map_err(|error| error.exit_code())
+}
+
+fn run(command: Command, global: &Global, screen: &Screen) -> Result<u8> {
+    match command {
+        Command::Init(command) => command.run(global, screen),
+        Command::Mount(command) => command.run(global, screen),
+        Command::Umount(command) => command.run(screen),
+        Command::Doctor(command) => command.run(global, screen),
+        Command::Completions(command) => command.run(screen),
+        Command::Man(command) => command.run(screen),
+        Command::Get(command) => command.run(global, screen),
+        Command::Create(command) => ask(global, screen, command.ask()?),
+        Command::Import(command) => ask(global, screen, command.ask()?),
+        Command::Resize(command) => ask(global, screen, command.ask()?),
+        Command::Ls(command) => ask(global, screen, command.ask()),
+        Command::Info(command) => ask(global, screen, command.ask()),
+        Command::Rename(command) => ask(global, screen, command.ask()),
+        Command::Rm(command) => ask(global, screen, command.ask()),
+        Command::Snapshot(command) => ask(global, screen, command.ask()),
+        Command::Clone(command) => ask(global, screen, command.ask()),
+        Command::Revert(command) => ask(global, screen, command.ask()),
+        Command::Hold(command) => ask(global, screen, command.ask()),
+        Command::Release(command) => ask(global, screen, command.ask()),
+        Command::Prune(command) => ask(global, screen, command.ask()),
+        Command::Set(command) => ask(global, screen, command.ask()?),
+        Command::Check(command) => ask(global, screen, command.ask()),
+        Command::Scrub(command) => ask(global, screen, command.ask()),
+        Command::Reclaim(command) => ask(global, screen, command.ask()),
+        Command::Metrics(command) => ask(global, screen, command.ask()),
+    }
+}
+
+/// Asks the pool and prints the answer; returns the exit code.
+fn ask(global: &Global, screen: &Screen, ask: Ask) -> Result<u8> {
+    let style = ask.style;
+    let response = answer(global, screen, ask)?;
+    screen.answer(&response, style);
+    Ok(verdict(&response))
+}
+
+/// Asks the pool, in whichever way there is.
+fn answer(global: &Global, screen: &Screen, ask: Ask) -> Result<Response> {
+    let mut way = Way::find(global.pool()?)?;
+    let bar = Bar::new(ask.units, screen.shows_progress());
+    bar.stop_on_signals(*screen)?;
+    let response = way.ask(ask.request, &bar);
+    bar.finish();
+    let closed = way.close();
+    let response = response?;
+    closed?;
+    Ok(response)
+}
+
+/// An answer that says "this pool is damaged" is no success.
+fn verdict(response: &Response) -> u8 {
+    let sound = match response {
+        Response::Checked(report) => report.problems.iter().all(|problem| problem.fixed),
+        Response::Scrubbed(report) => report.damaged.is_empty(),
+        _ => true,
+    };
+    if sound { 0 } else { crate::error::Kind::Corrupt.exit_code() }
+}
+
+/// Sends what the program logs to stderr.
+fn log(global: &Global) {
+    use std::io::IsTerminal;
+    use tracing_subscriber::EnvFilter;
+    let level = match (global.quiet, global.verbose) {
+        (true, _) => "error",
+        (false, 0) => "warn",
+        (false, 1) => "info",
+        (false, 2) => "debug",
+        (false, _) => "trace",
+    };
+    let filter = EnvFilter::try_from_env(LOG_VARIABLE).unwrap_or_else(|_| EnvFilter::new(level));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false)
+        .init();
+}

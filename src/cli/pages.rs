@@ -1,0 +1,96 @@
+//! `completions` and `man`: what is generated from the command line itself.
+
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use clap::{Args, CommandFactory};
+use clap_complete::Shell;
+use clap_mangen::roff::{Roff, bold, roman};
+
+use super::Cli;
+use super::screen::Screen;
+use crate::error::{Error, Result};
+
+/// The pages that are written by hand.
+const WRITTEN: [(&str, &str); 2] = [
+    ("afterimage-pool.7", include_str!("../../man/afterimage-pool.7")),
+    ("afterimage-api.5", include_str!("../../man/afterimage-api.5")),
+];
+
+/// Print a completion script for a shell
+///
+/// For bash: afterimage completions bash > ~/.local/share/bash-completion/completions/afterimage
+#[derive(Debug, Args)]
+pub(super) struct Completions {
+    /// The shell
+    shell: Shell,
+}
+
+impl Completions {
+    pub(super) fn run(self, screen: &Screen) -> Result<u8> {
+        let mut script = Vec::new();
+        clap_complete::generate(self.shell, &mut Cli::command(), "afterimage", &mut script);
+        screen.bytes(&script);
+        Ok(0)
+    }
+}
+
+/// Write the man pages into a directory
+#[derive(Debug, Args)]
+pub(super) struct Man {
+    /// The directory; made if it is not there
+    dir: PathBuf,
+}
+
+impl Man {
+    pub(super) fn run(self, screen: &Screen) -> Result<u8> {
+        let cannot = |path: &Path, e| Error::io(format!("cannot write {}", path.display()), e);
+        std::fs::create_dir_all(&self.dir).map_err(|e| cannot(&self.dir, e))?;
+        let pages = all();
+        for (name, page) in &pages {
+            let path = self.dir.join(name);
+            std::fs::OpenOptions::new()
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .mode(0o644)
+                .open(&path)
+                .and_then(|mut file| file.write_all(page))
+                .map_err(|e| cannot(&path, e))?;
+        }
+        let names: Vec<&str> = pages.iter().map(|(name, _)| name.as_str()).collect();
+        let value = serde_json::json!({ "answer": "pages", "pages": names });
+        screen.confirm(&value, &format!("{} pages in {}\n", pages.len(), self.dir.display()));
+        Ok(0)
+    }
+}
+
+/// Returns all pages by file name.
+pub(super) fn all() -> Vec<(String, Vec<u8>)> {
+    let mut command = Cli::command();
+    command.build();
+    let mut pages = vec![("afterimage.1".to_owned(), page(command.clone()))];
+    for sub in command.get_subcommands().filter(|sub| !sub.is_hide_set()) {
+        let name = format!("afterimage-{}", sub.get_name());
+        pages.push((format!("{name}.1"), page(sub.clone())));
+    }
+    pages.extend(WRITTEN.map(|(name, text)| (name.to_owned(), text.as_bytes().to_vec())));
+    pages.sort();
+    pages
+}
+
+/// Renders one page of section 1.
+fn page(command: clap::Command) -> Vec<u8> {
+    let name = command.get_display_name().unwrap_or(command.get_name()).to_owned();
+    let source = format!("afterimage {}", env!("CARGO_PKG_VERSION"));
+    let man = clap_mangen::Man::new(command).title(name).manual("Afterimage").source(source);
+    let mut bytes = Vec::new();
+    man.render(&mut bytes).expect("a vector takes everything");
+    let mut roff = Roff::new();
+    roff.control("SH", ["SEE ALSO"]);
+    roff.text([bold("afterimage"), roman("(1), "), bold("afterimage-pool"), roman("(7), ")]);
+    roff.text([bold("afterimage-api"), roman("(5)")]);
+    roff.to_writer(&mut bytes).expect("a vector takes everything");
+    bytes
+}

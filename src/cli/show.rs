@@ -1,0 +1,255 @@
+//! Answers in words, for people.
+
+use super::table::{Head, Table, sheet};
+use crate::api::Response;
+use crate::api::answer::{Checked, Disk, Imported, Pruned, Reverted, Scrubbed, Settings, Snapshot, Status};
+use crate::clock;
+use crate::error::{Error, Result};
+use crate::units::show_size;
+
+/// How much to say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Style {
+    /// One line that confirms a change.
+    Brief,
+    /// Everything.
+    Full,
+}
+
+/// Returns an answer as text, newline included.
+pub(super) fn show(response: &Response, style: Style) -> String {
+    match response {
+        Response::Disk(disk) if style == Style::Full => disk_sheet(disk),
+        Response::Disk(disk) => format!("disk {}, {}\n", disk.name, show_size(disk.size)),
+        Response::Disks { disks, health } => disk_table(disks, health.as_deref()),
+        Response::Snapshot(snapshot) if style == Style::Full => snapshot_sheet(snapshot),
+        Response::Snapshot(snapshot) => snapshot_line(snapshot),
+        Response::Snapshots { snapshots } if style == Style::Full => snapshot_table(snapshots),
+        Response::Snapshots { snapshots } => snapshots.iter().map(snapshot_line).collect(),
+        Response::Removed { name } => format!("removed {name}\n"),
+        Response::Reverted(report) => reverted(report),
+        Response::Pruned { dry_run, snapshots } => pruned(*dry_run, snapshots),
+        Response::Settings { settings, .. } => settings_lines(settings),
+        Response::Checked(report) => checked(report),
+        Response::Scrubbed(report) => scrubbed(report),
+        Response::Reclaimed { freed, complete: true } => format!("gave back {}\n", show_size(*freed)),
+        Response::Reclaimed { .. } => "space is given back in the background; --wait waits for it\n".to_owned(),
+        Response::Metrics { text } => text.clone(),
+        Response::Flushed {} => "everything is durable\n".to_owned(),
+        Response::Imported(report) => imported(report),
+        Response::Status(status) => status_sheet(status),
+        Response::Stopping { pid } => format!("process {pid} ends\n"),
+    }
+}
+
+fn disk_table(disks: &[Disk], health: Option<&str>) -> String {
+    let mut table = Table::new(&[
+        Head::Left("DISK"),
+        Head::Right("SIZE"),
+        Head::Right("REFERENCED"),
+        Head::Right("WRITTEN"),
+        Head::Right("SNAPSHOTS"),
+        Head::Left("CREATED"),
+        Head::Left("ORIGIN"),
+    ]);
+    for disk in disks {
+        table.row([
+            disk.name.clone(),
+            show_size(disk.size),
+            show_size(disk.referenced),
+            show_size(disk.written),
+            disk.snapshots.to_string(),
+            clock::show(disk.created),
+            disk.origin.clone().unwrap_or_else(|| "-".to_owned()),
+        ]);
+    }
+    let health = health.map(|why| format!("the pool refuses writes: {why}\n")).unwrap_or_default();
+    table.render() + &health
+}
+
+fn snapshot_table(snapshots: &[Snapshot]) -> String {
+    let mut table = Table::new(&[
+        Head::Left("SNAPSHOT"),
+        Head::Right("SIZE"),
+        Head::Right("REFERENCED"),
+        Head::Right("WRITTEN"),
+        Head::Left("CREATED"),
+        Head::Left("STATE"),
+        Head::Left("HELD BY"),
+    ]);
+    for snapshot in snapshots {
+        table.row([
+            format!("{}@{}", snapshot.disk, snapshot.name),
+            show_size(snapshot.size),
+            show_size(snapshot.referenced),
+            show_size(snapshot.written),
+            clock::show(snapshot.created),
+            snapshot.state.clone(),
+            if snapshot.holds.is_empty() { "-".to_owned() } else { snapshot.holds.join(", ") },
+        ]);
+    }
+    table.render()
+}
+
+/// Returns an amount for people and the exact bytes.
+fn exact(bytes: u64) -> String {
+    if bytes < 1024 { show_size(bytes) } else { format!("{} ({bytes} bytes)", show_size(bytes)) }
+}
+
+fn time(seconds: u64) -> String {
+    format!("{} UTC", clock::show(seconds))
+}
+
+fn disk_sheet(disk: &Disk) -> String {
+    let mut lines = vec![
+        ("disk", disk.name.clone()),
+        ("uuid", disk.uuid.to_string()),
+        ("size", exact(disk.size)),
+        ("referenced", exact(disk.referenced)),
+        ("written", exact(disk.written)),
+    ];
+    if let Some(unique) = disk.unique {
+        lines.push(("unique", exact(unique)));
+    }
+    lines.push(("snapshots", disk.snapshots.to_string()));
+    lines.push(("created", time(disk.created)));
+    lines.push(("modified", time(disk.modified)));
+    if let Some(origin) = &disk.origin {
+        lines.push(("origin", origin.clone()));
+    }
+    if let Some(holder) = &disk.holder {
+        lines.push(("open for writing", holder.clone()));
+    }
+    for key in KEYS {
+        lines.push((key, setting(&disk.settings, key).expect("the key is from the list")));
+    }
+    sheet(&lines)
+}
+
+fn snapshot_sheet(snapshot: &Snapshot) -> String {
+    let mut lines = vec![
+        ("snapshot", format!("{}@{}", snapshot.disk, snapshot.name)),
+        ("uuid", snapshot.uuid.to_string()),
+        ("state", snapshot.state.clone()),
+        ("size", exact(snapshot.size)),
+        ("referenced", exact(snapshot.referenced)),
+        ("written", exact(snapshot.written)),
+    ];
+    if let Some(unique) = snapshot.unique {
+        lines.push(("unique", exact(unique)));
+    }
+    lines.push(("created", time(snapshot.created)));
+    if !snapshot.holds.is_empty() {
+        lines.push(("held by", snapshot.holds.join(", ")));
+    }
+    sheet(&lines)
+}
+
+fn snapshot_line(snapshot: &Snapshot) -> String {
+    let held =
+        if snapshot.holds.is_empty() { String::new() } else { format!(", held by {}", snapshot.holds.join(", ")) };
+    format!("snapshot {}@{}{held}\n", snapshot.disk, snapshot.name)
+}
+
+fn reverted(report: &Reverted) -> String {
+    let Reverted { disk, snapshot, dropped, kept } = report;
+    let rest = match kept {
+        Some(kept) => format!("what was written since is kept as {disk}@{kept}"),
+        None => format!("{} written since the last snapshot were dropped", show_size(*dropped)),
+    };
+    format!("disk {disk} is as in {disk}@{snapshot}; {rest}\n")
+}
+
+fn pruned(dry_run: bool, snapshots: &[Pruned]) -> String {
+    let mut table = Table::new(&[Head::Left("SNAPSHOT"), Head::Left("DECISION"), Head::Left("WHY")]);
+    for snapshot in snapshots {
+        let decision = match (snapshot.kept, dry_run) {
+            (true, _) => "kept",
+            (false, true) => "would go",
+            (false, false) => "removed",
+        };
+        table.row([snapshot.name.clone(), decision.to_owned(), snapshot.why.clone()]);
+    }
+    table.render()
+}
+
+/// The keys of the settings, in the order in which they are shown.
+const KEYS: [&str; 5] = ["enospc", "quota", "iops", "bandwidth", "extent-size"];
+
+/// Returns the value of a setting as it is written on the command line.
+pub(super) fn setting(settings: &Settings, key: &str) -> Result<String> {
+    let limit = |value: Option<u64>| value.map_or_else(|| "none".to_owned(), |value| value.to_string());
+    Ok(match key {
+        "enospc" => settings.enospc.clone(),
+        "quota" => limit(settings.quota),
+        "iops" => limit(settings.iops),
+        "bandwidth" => limit(settings.bandwidth),
+        "extent-size" => settings.extent_size.to_string(),
+        _ => {
+            return Err(Error::usage(format!("there is no setting '{key}'"))
+                .hint(format!("the settings are {}", KEYS.join(", "))));
+        }
+    })
+}
+
+fn settings_lines(settings: &Settings) -> String {
+    KEYS.iter().map(|key| format!("{key}={}\n", setting(settings, key).expect("the key is from the list"))).collect()
+}
+
+fn checked(report: &Checked) -> String {
+    let mut text = String::new();
+    for problem in &report.problems {
+        text.push_str(&format!("{}: {}\n", if problem.fixed { "mended" } else { "problem" }, problem.what));
+    }
+    let open = report.problems.iter().filter(|problem| !problem.fixed).count();
+    text.push_str(&format!(
+        "{} disks, {} snapshots, {} segments, {} blocks; {} leaked; {}\n",
+        report.disks,
+        report.snapshots,
+        report.segments,
+        report.blocks,
+        show_size(report.leaked),
+        if open == 0 { "sound".to_owned() } else { format!("{open} problems") },
+    ));
+    text
+}
+
+fn scrubbed(report: &Scrubbed) -> String {
+    let mut text = String::new();
+    for damage in &report.damaged {
+        let snapshot = damage.snapshot.as_ref().map(|name| format!("@{name}")).unwrap_or_default();
+        let (disk, offset, segment) = (&damage.disk, damage.offset, damage.segment);
+        text.push_str(&format!("damaged: {disk}{snapshot} at {offset} (segment {segment}): {}\n", damage.why));
+    }
+    text.push_str(&format!(
+        "{} blocks, {} read, {} not yet sealed; {}\n",
+        report.blocks,
+        show_size(report.bytes),
+        report.unverified,
+        if report.damaged.is_empty() { "sound".to_owned() } else { format!("{} damaged", report.damaged.len()) },
+    ));
+    text
+}
+
+fn imported(report: &Imported) -> String {
+    format!(
+        "disk {}, {}, from {}: {} read, {} written\n",
+        report.disk.name,
+        show_size(report.disk.size),
+        report.format,
+        show_size(report.bytes_read),
+        show_size(report.bytes_written),
+    )
+}
+
+fn status_sheet(status: &Status) -> String {
+    sheet(&[
+        ("pool", status.pool.clone()),
+        ("uuid", status.uuid.to_string()),
+        ("process", status.pid.to_string()),
+        ("version", status.version.clone()),
+        ("mounted at", status.mount.clone().unwrap_or_else(|| "-".to_owned())),
+        ("health", status.health.clone().unwrap_or_else(|| "good".to_owned())),
+        ("free", format!("{} of {}", show_size(status.free), show_size(status.total))),
+    ])
+}

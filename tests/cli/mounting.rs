@@ -1,0 +1,139 @@
+//! Mounting with the real binary: foreground, background, and how it ends.
+
+use std::io::{BufRead, BufReader};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use afterimage::api::{Client, Request};
+use afterimage::progress::Silent;
+use serde_json::json;
+
+use super::{Afterimage, text};
+
+/// Tells whether this host can mount; says loudly when not. Under CI it must.
+fn can_mount() -> bool {
+    let can = std::fs::OpenOptions::new().read(true).write(true).open("/dev/fuse").is_ok();
+    if !can {
+        assert!(std::env::var_os("CI").is_none(), "CI must be able to mount");
+        eprintln!("SKIPPED: /dev/fuse does not open, so nothing was mounted");
+    }
+    can
+}
+
+/// A mount that is taken away when the test ends, however it ends.
+struct Mounted<'a>(&'a Afterimage);
+
+impl Drop for Mounted<'_> {
+    fn drop(&mut self) {
+        let mount = self.0.path("mnt");
+        self.0.command(&["umount", "--force"]).arg(&mount).output().unwrap();
+        // One that never mounted, or lost its mount, still ends.
+        if let Ok(Some(client)) = Client::find(&self.0.pool()) {
+            client.ask(&Request::Shutdown {}, &Silent).ok();
+        }
+    }
+}
+
+#[test]
+fn the_background_server_answers_until_it_is_unmounted() {
+    if !can_mount() {
+        return;
+    }
+    let it = Afterimage::new();
+    let mount = it.path("mnt");
+    let at = mount.to_str().unwrap();
+    let status = it.json(&["mount", "--init", "--daemon", at]);
+    let mounted = Mounted(&it);
+    let resolved = it.dir.path().canonicalize().unwrap().join("mnt");
+    assert_eq!((&status["answer"], &status["mount"]), (&json!("status"), &json!(resolved.to_str().unwrap())));
+    it.json(&["create", "web", "-s", "1G"]);
+    assert_eq!(std::fs::metadata(mount.join("disks/web.raw")).unwrap().len(), 1 << 30);
+    it.json(&["snapshot", "web@a"]);
+    assert!(mount.join("snapshots/web/a.raw").exists());
+    let other = it.path("other");
+    let other = other.to_str().unwrap();
+    assert_eq!(it.error(&["mount", "--daemon", other]).0, 3, "there is no such directory");
+    std::fs::create_dir(other).unwrap();
+    for flag in [&["--daemon"][..], &[]] {
+        let words = [&["mount", other], flag].concat();
+        let (code, error) = it.error(&words);
+        assert_eq!(code, 4, "{error}");
+        assert!(error["message"].as_str().unwrap().contains(&status["pid"].to_string()), "{error}");
+    }
+    let open = std::fs::File::open(mount.join("disks/web.raw")).unwrap();
+    assert_eq!(it.error(&["umount", at]).0, 4, "a file is open");
+    drop(open);
+    it.json(&["umount", at]);
+    assert!(!it.pool().join("control.sock").exists());
+    assert_eq!(it.json(&["ls"])["disks"][0]["name"], "web");
+    assert_eq!(it.error(&["umount", at]).0, 3, "nothing is mounted any more");
+    drop(mounted);
+}
+
+#[test]
+fn the_foreground_server_ends_cleanly_on_a_signal() {
+    if !can_mount() {
+        return;
+    }
+    let it = Afterimage::with_pool();
+    let mount = it.path("mnt");
+    std::fs::create_dir(&mount).unwrap();
+    let _mounted = Mounted(&it);
+    let mut child = it
+        .command(&["mount", mount.to_str().unwrap(), "--json"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    assert!(line.contains("\"answer\":\"status\""), "{line}");
+    assert!(mount.join("disks").is_dir());
+    let pid = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    assert!(!mount.join("disks").exists());
+    it.json(&["check"]);
+}
+
+#[test]
+fn what_a_killed_server_left_is_taken_away() {
+    if !can_mount() {
+        return;
+    }
+    let it = Afterimage::new();
+    let mount = it.path("mnt");
+    let at = mount.to_str().unwrap();
+    let status = it.json(&["mount", "--init", "--daemon", at]);
+    let _mounted = Mounted(&it);
+    it.json(&["create", "web", "-s", "1G"]);
+    let pid = i32::try_from(status["pid"].as_i64().unwrap()).unwrap();
+    let pid = rustix::process::Pid::from_raw(pid).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    // The kernel lets go of the lock and the mount some time after the signal.
+    let begun = Instant::now();
+    while std::fs::read_dir(&mount).is_ok() && begun.elapsed() < Duration::from_secs(10) {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(it.json(&["ls"])["disks"][0]["name"], "web", "opens without repair");
+    it.json(&["mount", "--daemon", at]);
+    assert!(mount.join("disks/web.raw").exists());
+    it.json(&["umount", at]);
+}
+
+#[test]
+fn a_mount_that_cannot_be_is_refused_with_a_reason() {
+    let it = Afterimage::with_pool();
+    let pool = it.pool();
+    for (at, code) in [("nowhere", 3), ("file", 2), (".", 2), ("pool", 2)] {
+        std::fs::write(it.path("file"), "").unwrap();
+        let path = it.path(at);
+        for flag in [&["--daemon"][..], &[]] {
+            let words = [&["mount", path.to_str().unwrap()], flag].concat();
+            let (was, error) = it.error(&words);
+            assert_eq!(was, code, "{at} {error}");
+        }
+    }
+    assert!(!pool.join("server.log").exists(), "refused before anything was started");
+}

@@ -1,0 +1,102 @@
+//! The JSON of requests: pinned, because programs write it.
+
+use std::collections::BTreeMap;
+
+use afterimage::api::{Keep, Request};
+
+fn golden() -> Vec<(Request, &'static str)> {
+    let web = || "web".to_owned();
+    let monday = || "web@monday".to_owned();
+    let keep = Keep { last: 3, daily: 7, ..Keep::default() };
+    let settings = BTreeMap::from([("enospc".to_owned(), "wait".to_owned()), ("quota".to_owned(), "1G".to_owned())]);
+    vec![
+        (Request::Create { disk: web(), size: 512 }, r#"{"command":"create","disk":"web","size":512}"#),
+        (Request::Ls { disk: None }, r#"{"command":"ls"}"#),
+        (Request::Ls { disk: Some(web()) }, r#"{"command":"ls","disk":"web"}"#),
+        (Request::Info { name: monday() }, r#"{"command":"info","name":"web@monday"}"#),
+        (
+            Request::Resize { disk: web(), size: u64::MAX, shrink: true },
+            r#"{"command":"resize","disk":"web","size":18446744073709551615,"shrink":true}"#,
+        ),
+        (Request::Rename { old: web(), new: "db".into() }, r#"{"command":"rename","old":"web","new":"db"}"#),
+        (Request::Rm { name: web(), recursive: false }, r#"{"command":"rm","name":"web"}"#),
+        (Request::Rm { name: web(), recursive: true }, r#"{"command":"rm","name":"web","recursive":true}"#),
+        (Request::Snapshot { snapshots: vec![monday()] }, r#"{"command":"snapshot","snapshots":["web@monday"]}"#),
+        (
+            Request::Clone { snapshot: monday(), disk: "new".into() },
+            r#"{"command":"clone","snapshot":"web@monday","disk":"new"}"#,
+        ),
+        (Request::Revert { snapshot: monday(), keep: None }, r#"{"command":"revert","snapshot":"web@monday"}"#),
+        (
+            Request::Revert { snapshot: monday(), keep: Some("k".into()) },
+            r#"{"command":"revert","snapshot":"web@monday","keep":"k"}"#,
+        ),
+        (
+            Request::Hold { snapshot: monday(), tag: "user".into() },
+            r#"{"command":"hold","snapshot":"web@monday","tag":"user"}"#,
+        ),
+        (
+            Request::Release { snapshot: monday(), tag: "t".into() },
+            r#"{"command":"release","snapshot":"web@monday","tag":"t"}"#,
+        ),
+        (
+            Request::Prune { disk: web(), keep, dry_run: true },
+            r#"{"command":"prune","disk":"web","keep":{"last":3,"daily":7},"dry_run":true}"#,
+        ),
+        (
+            Request::Set { disk: web(), settings },
+            r#"{"command":"set","disk":"web","settings":{"enospc":"wait","quota":"1G"}}"#,
+        ),
+        (Request::Get { disk: web() }, r#"{"command":"get","disk":"web"}"#),
+        (Request::Check { repair: false, rebuild: false }, r#"{"command":"check"}"#),
+        (Request::Check { repair: true, rebuild: false }, r#"{"command":"check","repair":true}"#),
+        (Request::Scrub {}, r#"{"command":"scrub"}"#),
+        (Request::Reclaim { wait: true }, r#"{"command":"reclaim","wait":true}"#),
+        (Request::Metrics {}, r#"{"command":"metrics"}"#),
+        (Request::Flush {}, r#"{"command":"flush"}"#),
+        (
+            Request::Import { path: "/i".into(), format: Some("raw".into()), disk: web() },
+            r#"{"command":"import","path":"/i","format":"raw","disk":"web"}"#,
+        ),
+        (Request::Status {}, r#"{"command":"status"}"#),
+        (Request::Shutdown {}, r#"{"command":"shutdown"}"#),
+    ]
+}
+
+#[test]
+fn requests_are_written_and_read_as_ever() {
+    for (request, json) in golden() {
+        assert_eq!(serde_json::to_string(&request).unwrap(), json);
+        assert_eq!(serde_json::from_str::<Request>(json).unwrap(), request);
+    }
+}
+
+#[test]
+fn unknown_fields_are_refused_in_every_request() {
+    for (_, json) in golden() {
+        let json = format!(r#"{},"recusrive":true}}"#, &json[..json.len() - 1]);
+        let error = serde_json::from_str::<Request>(&json).unwrap_err().to_string();
+        assert!(error.contains("recusrive"), "{json}: {error}");
+    }
+    serde_json::from_str::<Request>(r#"{"command":"prune","disk":"d","keep":{"lats":3}}"#).unwrap_err();
+    serde_json::from_str::<Request>(r#"{"command":"init"}"#).unwrap_err();
+}
+
+#[test]
+fn the_tag_of_a_hold_has_a_default() {
+    let request: Request = serde_json::from_str(r#"{"command":"hold","snapshot":"a@b"}"#).unwrap();
+    assert_eq!(request, Request::Hold { snapshot: "a@b".into(), tag: "user".into() });
+}
+
+#[test]
+fn the_page_lists_every_request_and_answer() {
+    let page = std::fs::read_to_string(super::man_dir().join("afterimage-api.5")).unwrap();
+    for (request, _) in golden() {
+        let value = serde_json::to_value(&request).unwrap();
+        let command = value["command"].as_str().unwrap();
+        assert!(page.contains(&format!(".B {command}")) || page.contains(&format!("\\fB{command}")), "{command}");
+        for field in value.as_object().unwrap().keys().filter(|key| *key != "command") {
+            assert!(page.contains(field.as_str()), "{command}: {field}");
+        }
+    }
+}

@@ -1,0 +1,529 @@
+//! One random history.
+
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+
+use afterimage::disk::{self, BlockDevice};
+use afterimage::error::{Error, Kind};
+use afterimage::media::{Media, SimMedia, sim::Fault};
+use afterimage::progress::Silent;
+use afterimage::snapshot;
+use afterimage::store::{self, InitOptions, OpenOptions, Store};
+
+use super::twin::{Image, Twin, TwinDisk};
+
+const SIZE_MAX: u64 = 5 << 20;
+
+/// What a run did.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Counts {
+    pub ops: u64,
+    pub crashes: u64,
+    pub faults: u64,
+    pub reopens: u64,
+    pub snapshots: u64,
+    pub reverts: u64,
+    pub clones: u64,
+}
+
+impl Counts {
+    pub fn add(&mut self, other: &Self) {
+        self.ops += other.ops;
+        self.crashes += other.crashes;
+        self.faults += other.faults;
+        self.reopens += other.reopens;
+        self.snapshots += other.snapshots;
+        self.reverts += other.reverts;
+        self.clones += other.clones;
+    }
+}
+
+pub struct Run {
+    pub media: SimMedia,
+    pub counts: Counts,
+    pub verbose: bool,
+    store: Option<Arc<Store>>,
+    twin: Twin,
+    random: u64,
+    names: u64,
+}
+
+fn options() -> OpenOptions {
+    OpenOptions {
+        cache_bytes: 24 << 10,
+        catalog_cache_bytes: 1 << 20,
+        background: false,
+        low_water: Some(0),
+        ballast: 4096,
+        segment_blocks: 300,
+    }
+}
+
+impl Run {
+    pub fn new(seed: u64) -> Self {
+        let media = SimMedia::new(seed);
+        let shared: Arc<dyn Media> = Arc::new(media.clone());
+        let init = InitOptions { journal: 128 << 10, ballast: 4096, probe: false };
+        Store::init(&shared, init).unwrap();
+        let store = Store::open(shared, options()).unwrap();
+        let random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        Self {
+            media,
+            counts: Counts::default(),
+            verbose: false,
+            store: Some(store),
+            twin: Twin::default(),
+            random,
+            names: 0,
+        }
+    }
+
+    fn next(&mut self, below: u64) -> u64 {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        (self.random >> 11) % below
+    }
+
+    fn chance(&mut self, percent: u64) -> bool {
+        self.next(100) < percent
+    }
+
+    fn store(&self) -> &Arc<Store> {
+        self.store.as_ref().expect("the store is open between operations")
+    }
+
+    pub fn go(&mut self, ops: u64) {
+        for _ in 0..ops {
+            self.counts.ops += 1;
+            if self.next(60) == 0 {
+                let n = 1 + self.next(40);
+                self.media.crash_after(n);
+            } else if self.next(250) == 0 {
+                let (n, kind) = (1 + self.next(30), self.next(2));
+                self.media.fail_after(n, if kind == 0 { Fault::Eio } else { Fault::Enospc });
+            }
+            self.step();
+        }
+        self.reopen();
+    }
+
+    fn say(&self, what: impl FnOnce() -> String) {
+        if self.verbose {
+            println!("{:6} {}", self.counts.ops, what());
+        }
+    }
+
+    fn any_disk(&mut self) -> Option<String> {
+        let names: Vec<_> = self.twin.disks.keys().cloned().collect();
+        (!names.is_empty()).then(|| names[self.next(names.len() as u64) as usize].clone())
+    }
+
+    fn any_snapshot(&mut self) -> Option<(String, String)> {
+        let all: Vec<_> = self
+            .twin
+            .disks
+            .iter()
+            .flat_map(|(disk, twin)| twin.snapshots.keys().map(move |snap| (disk.clone(), snap.clone())))
+            .collect();
+        (!all.is_empty()).then(|| all[self.next(all.len() as u64) as usize].clone())
+    }
+
+    fn fresh(&mut self, prefix: &str) -> String {
+        self.names += 1;
+        format!("{prefix}{}", self.names)
+    }
+
+    fn step(&mut self) {
+        if self.verbose && std::env::var_os("AFTERIMAGE_CHECK").is_some() && !self.media.is_down() {
+            let report = store::check(self.store(), false, &Silent).expect("check runs");
+            assert!(report.problems.is_empty(), "check found: {:#?}", report.problems);
+        }
+        match self.next(100) {
+            0..=2 => self.create(),
+            3..=35 => self.write(),
+            36..=42 => self.unmap(),
+            43..=52 => self.flush(),
+            53..=60 => self.snapshot(),
+            61..=63 => self.clone_disk(),
+            64..=66 => self.revert(),
+            67..=71 => self.remove_snapshot(),
+            72 => self.remove_disk(),
+            73..=75 => self.resize(),
+            76 => self.rename(),
+            77..=90 => self.tidy(),
+            91..=96 => self.read(),
+            97 => self.fold(),
+            98 => self.reopen(),
+            _ => self.cut_power(),
+        }
+    }
+
+    /// Runs an operation. When it fails, the pool is recovered and must be as before it or as after it.
+    fn attempt(&mut self, what: &str, after: Twin, op: impl FnOnce(&Arc<Store>) -> Result<(), Error>) -> bool {
+        self.say(|| what.to_owned());
+        let store = Arc::clone(self.store());
+        let result = std::panic::catch_unwind(AssertUnwindSafe(|| op(&store)));
+        let result = match result {
+            Ok(result) => result,
+            Err(panic) if self.media.is_down() => panic!("'{what}' panicked when the power was lost: {panic:?}"),
+            Err(panic) => std::panic::resume_unwind(panic),
+        };
+        drop(store);
+        match result {
+            Ok(()) if !self.media.is_down() => {
+                self.twin = after;
+                true
+            }
+            Ok(()) => {
+                // It was answered before the power went: it holds.
+                self.twin = after;
+                self.recover(None);
+                false
+            }
+            Err(error) => {
+                self.say(|| format!("  failed: {error}"));
+                let poisoned = self.store().health().is_some();
+                if self.media.is_down() || poisoned || error.kind() == Kind::Io {
+                    self.recover(Some(after));
+                } else {
+                    assert!(
+                        matches!(error.kind(), Kind::NoSpace),
+                        "'{what}' was refused, and the twin allows it: {error} ({:?})",
+                        error.kind()
+                    );
+                    self.counts.faults += 1;
+                    // A failed write may have changed blocks in part; only a recovery shows what is there.
+                    self.recover(Some(after));
+                }
+                false
+            }
+        }
+    }
+
+    fn cut_power(&mut self) {
+        self.say(|| "power cut".into());
+        self.recover(None);
+    }
+
+    /// Loses power, opens again, checks, compares.
+    fn recover(&mut self, or: Option<Twin>) {
+        self.counts.crashes += 1;
+        self.store = None;
+        self.media.crash();
+        if self.next(4) == 0 {
+            // Again, while recovering.
+            let n = 1 + self.next(60);
+            self.media.crash_after(n);
+            let opened = Store::open(Arc::new(self.media.clone()), options());
+            let reclaimed = opened.and_then(|store| store.reclaim_wait(&Silent));
+            self.say(|| format!("  power cut again while recovering: {reclaimed:?}"));
+            self.media.crash();
+        }
+        self.open_and_compare(or, true);
+    }
+
+    fn reopen(&mut self) {
+        self.say(|| "reopen".into());
+        self.counts.reopens += 1;
+        let store = self.store.take().expect("open");
+        let closed = store.close();
+        drop(store);
+        if closed.is_err() || self.media.is_down() {
+            self.media.crash();
+            self.open_and_compare(None, true);
+            return;
+        }
+        // Whatever was armed is not meant for the comparison.
+        self.media.crash();
+        for disk in self.twin.disks.values_mut() {
+            disk.live.flush();
+        }
+        self.open_and_compare(None, false);
+    }
+
+    fn open_and_compare(&mut self, or: Option<Twin>, crashed: bool) {
+        let store = Store::open(Arc::new(self.media.clone()), options()).expect("the pool opens after a crash");
+        let report = store::check(&store, false, &Silent).expect("check runs");
+        assert!(report.problems.is_empty(), "check found: {:#?}", report.problems);
+        self.store = Some(store);
+        let first = self.compare(&self.twin);
+        let second = or.as_ref().map(|twin| self.compare(twin));
+        match (first, second) {
+            (Ok(()), _) => {}
+            (Err(_), Some(Ok(()))) => self.twin = or.expect("compared"),
+            (Err(why), None) => panic!("not what the twin has (crashed: {crashed}): {why}"),
+            (Err(why), Some(Err(also))) => panic!("neither as before: {why}\nnor as after: {also}"),
+        }
+        // From here on what was found is what is there.
+        let names: Vec<_> = self.twin.disks.keys().cloned().collect();
+        for name in names {
+            let found = read_all(&*disk::open(self.store(), &name).unwrap());
+            self.twin.disks.get_mut(&name).unwrap().live = Image::of(found);
+        }
+    }
+
+    fn compare(&self, twin: &Twin) -> Result<(), String> {
+        let names: Vec<_> = self.store().disks().into_iter().map(|info| info.name).collect();
+        let expected: Vec<_> = twin.disks.keys().cloned().collect();
+        if names != expected {
+            return Err(format!("disks {names:?} instead of {expected:?}"));
+        }
+        for (name, disk) in &twin.disks {
+            let snapshots: Vec<_> = self.store().snapshots(name).unwrap().into_iter().map(|info| info.name).collect();
+            let mut sorted = snapshots.clone();
+            sorted.sort();
+            if sorted != disk.snapshots.keys().cloned().collect::<Vec<_>>() {
+                return Err(format!("snapshots of {name}: {snapshots:?}"));
+            }
+            let found = read_all(&*disk::open(self.store(), name).unwrap());
+            disk.live.explain(&found).map_err(|why| format!("disk {name}: {why}"))?;
+            for (snap, image) in &disk.snapshots {
+                let found = read_all(&*snapshot::open(self.store(), name, snap).unwrap());
+                if let Some(at) = (0..image.len().max(found.len())).find(|i| image.get(*i) != found.get(*i)) {
+                    return Err(format!(
+                        "snapshot {name}@{snap} differs at byte {at} (block {}): {:?} found, {:?} expected",
+                        at / 4096,
+                        found.get(at),
+                        image.get(at)
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn create(&mut self) {
+        if self.twin.disks.len() >= 4 {
+            return;
+        }
+        let name = self.fresh("disk");
+        let size = (1 + self.next(SIZE_MAX / 512)) * 512;
+        let mut after = self.twin.clone();
+        after.disks.insert(name.clone(), TwinDisk { live: Image::new(size as usize), ..TwinDisk::default() });
+        self.attempt(&format!("create {name} {size}"), after, |store| disk::create(store, &name, size).map(drop));
+    }
+
+    /// A range that likes block and chunk borders.
+    fn range(&mut self, size: u64) -> (u64, u64) {
+        let len = match self.next(6) {
+            0 => 4096,
+            1 => 512 * (1 + self.next(24)),
+            2 => 1 + self.next(9000),
+            3 => 4096 * (1 + self.next(16)),
+            4 => 4096 * (1 + self.next(700)),
+            _ => 4096 * (1 + self.next(4)),
+        };
+        let hot = self.next(3) > 0;
+        let mut offset = if hot { self.next(size.min(300 << 10)) } else { self.next(size) };
+        match self.next(4) {
+            0 => {}
+            1 => offset = offset / (2 << 20) * (2 << 20),
+            _ => offset = offset / 4096 * 4096,
+        }
+        (offset, len.min(size - offset))
+    }
+
+    fn write(&mut self) {
+        let Some(name) = self.any_disk() else { return };
+        let size = self.twin.disks[&name].live.now.len() as u64;
+        if size == 0 {
+            return;
+        }
+        let (offset, len) = self.range(size);
+        let tag = self.next(u64::MAX / 2).to_le_bytes();
+        let data: Vec<u8> = (0..len as usize).map(|i| tag[i % 8] ^ (i / 512) as u8).collect();
+        // In place: copying the whole twin for every write would be most of the work. Candidates only grow, so a write
+        // that failed is explained by either version.
+        self.twin.disks.get_mut(&name).unwrap().live.write(offset as usize, &data);
+        let after = Twin::clone(&self.twin);
+        self.attempt(&format!("write {name} {offset}+{len}"), after, |store| {
+            disk::open(store, &name)?.write(&data, offset)
+        });
+    }
+
+    fn unmap(&mut self) {
+        let Some(name) = self.any_disk() else { return };
+        let size = self.twin.disks[&name].live.now.len() as u64;
+        if size == 0 {
+            return;
+        }
+        let (offset, len) = self.range(size);
+        let zero = self.chance(50);
+        let end = offset + len;
+        let (from, upto) = if zero {
+            (offset, end)
+        } else {
+            let last = if end == size { end } else { end / 4096 * 4096 };
+            (offset.next_multiple_of(4096), last)
+        };
+        if from < upto {
+            let zeros = vec![0; (upto - from) as usize];
+            self.twin.disks.get_mut(&name).unwrap().live.write(from as usize, &zeros);
+        }
+        let after = Twin::clone(&self.twin);
+        let what = if zero { "zero" } else { "discard" };
+        self.attempt(&format!("{what} {name} {offset}+{len}"), after, |store| {
+            let disk = disk::open(store, &name)?;
+            if zero { disk.write_zeroes(offset, len) } else { disk.discard(offset, len) }
+        });
+    }
+
+    fn flush(&mut self) {
+        let Some(name) = self.any_disk() else { return };
+        let mut after = self.twin.clone();
+        after.disks.get_mut(&name).unwrap().live.flush();
+        self.attempt(&format!("flush {name}"), after, |store| disk::open(store, &name)?.flush());
+    }
+
+    fn snapshot(&mut self) {
+        if self.twin.disks.values().map(|disk| disk.snapshots.len()).sum::<usize>() >= 9 {
+            return;
+        }
+        let mut targets = Vec::new();
+        for name in self.twin.disks.keys().cloned().collect::<Vec<_>>() {
+            if self.chance(50) {
+                targets.push((name, self.fresh("s")));
+            }
+        }
+        let mut after = self.twin.clone();
+        for (name, snap) in &targets {
+            let disk = after.disks.get_mut(name).unwrap();
+            disk.live.flush();
+            disk.snapshots.insert(snap.clone(), disk.live.now.clone());
+        }
+        // The flush before the stop may be all that happened to some of them: versions stay until it is answered.
+        if self.attempt(&format!("snapshot {targets:?}"), after, |store| snapshot::take(store, &targets).map(drop)) {
+            self.counts.snapshots += 1;
+        }
+    }
+
+    fn clone_disk(&mut self) {
+        if self.twin.disks.len() >= 5 {
+            return;
+        }
+        let Some((name, snap)) = self.any_snapshot() else { return };
+        let new = self.fresh("clone");
+        let mut after = self.twin.clone();
+        let image = self.twin.disks[&name].snapshots[&snap].clone();
+        after.disks.insert(new.clone(), TwinDisk { live: Image::of(image), ..TwinDisk::default() });
+        if self.attempt(&format!("clone {name}@{snap} {new}"), after, |store| {
+            snapshot::clone(store, &name, &snap, &new).map(drop)
+        }) {
+            self.counts.clones += 1;
+        }
+    }
+
+    fn revert(&mut self) {
+        let Some((name, snap)) = self.any_snapshot() else { return };
+        let keep = self.chance(30).then(|| self.fresh("k"));
+        let mut after = self.twin.clone();
+        let disk = after.disks.get_mut(&name).unwrap();
+        if let Some(keep) = &keep {
+            disk.snapshots.insert(keep.clone(), disk.live.now.clone());
+        }
+        disk.live = Image::of(disk.snapshots[&snap].clone());
+        if keep.is_some() {
+            // Two frames: a crash may come between them. The first one alone first.
+            let keep = keep.unwrap();
+            let mut between = self.twin.clone();
+            let disk = between.disks.get_mut(&name).unwrap();
+            disk.live.flush();
+            disk.snapshots.insert(keep.clone(), disk.live.now.clone());
+            let target = vec![(name.clone(), keep)];
+            if !self.attempt(&format!("keep {target:?}"), between, |store| snapshot::take(store, &target).map(drop)) {
+                return;
+            }
+        }
+        if self.attempt(&format!("revert {name}@{snap}"), after, |store| {
+            snapshot::revert(store, &name, &snap, None).map(drop)
+        }) {
+            self.counts.reverts += 1;
+        }
+    }
+
+    fn remove_snapshot(&mut self) {
+        let Some((name, snap)) = self.any_snapshot() else { return };
+        let mut after = self.twin.clone();
+        after.disks.get_mut(&name).unwrap().snapshots.remove(&snap);
+        self.attempt(&format!("rm {name}@{snap}"), after, |store| snapshot::remove(store, &name, &snap));
+    }
+
+    fn remove_disk(&mut self) {
+        let Some(name) = self.any_disk() else { return };
+        let mut after = self.twin.clone();
+        after.disks.remove(&name);
+        self.attempt(&format!("rm {name}"), after, |store| disk::remove(store, &name, true));
+    }
+
+    fn resize(&mut self) {
+        let Some(name) = self.any_disk() else { return };
+        let size = (1 + self.next(SIZE_MAX / 512)) * 512;
+        let mut after = self.twin.clone();
+        after.disks.get_mut(&name).unwrap().live.resize(size as usize);
+        self.attempt(&format!("resize {name} {size}"), after, |store| disk::open(store, &name)?.resize(size, true));
+    }
+
+    fn rename(&mut self) {
+        let Some(name) = self.any_disk() else { return };
+        let new = self.fresh("disk");
+        let mut after = self.twin.clone();
+        let disk = after.disks.remove(&name).unwrap();
+        after.disks.insert(new.clone(), disk);
+        self.attempt(&format!("rename {name} {new}"), after, |store| disk::rename(store, &name, &new));
+    }
+
+    fn tidy(&mut self) {
+        let steps = 1 + self.next(6);
+        let after = self.twin.clone();
+        self.attempt(&format!("tidy {steps}"), after, |store| {
+            for _ in 0..steps {
+                if !store.tidy_step()? {
+                    break;
+                }
+            }
+            Ok(())
+        });
+    }
+
+    fn fold(&mut self) {
+        let after = self.twin.clone();
+        self.attempt("fold", after, |store| store.fold().map(drop));
+    }
+
+    fn read(&mut self) {
+        if self.media.is_down() {
+            return;
+        }
+        let what = self.any_snapshot().filter(|_| self.random % 2 == 0);
+        let (device, image): (Arc<dyn BlockDevice>, &[u8]) = match &what {
+            Some((name, snap)) => {
+                (snapshot::open(self.store(), name, snap).unwrap(), &self.twin.disks[name].snapshots[snap])
+            }
+            None => {
+                let Some(name) = self.any_disk() else { return };
+                (disk::open(self.store(), &name).unwrap(), &self.twin.disks[&name].live.now)
+            }
+        };
+        let found = read_all(&*device);
+        assert!(found == image, "a read of {what:?} differs from the twin");
+        self.walk_holes(&*device, &found);
+    }
+
+    /// Outside of the extents everything is zero.
+    fn walk_holes(&self, device: &dyn BlockDevice, bytes: &[u8]) {
+        let mut at = 0;
+        while let Some((start, end)) = device.next_data(at).unwrap() {
+            assert!(start >= at && end > start && end <= device.size(), "extent {start}..{end} from {at}");
+            assert!(bytes[at as usize..start as usize].iter().all(|b| *b == 0), "data in a hole before {start}");
+            at = end;
+        }
+        assert!(bytes[at as usize..].iter().all(|b| *b == 0), "data in the last hole");
+    }
+}
+
+fn read_all(device: &dyn BlockDevice) -> Vec<u8> {
+    let mut bytes = vec![0; device.size() as usize];
+    device.read(&mut bytes, 0).expect("every byte can be read");
+    bytes
+}
