@@ -2,8 +2,12 @@
 
 pub mod clock;
 pub mod codec;
+pub mod disk;
 pub mod error;
 pub mod media;
+pub mod progress;
+pub mod snapshot;
+pub mod store;
 pub mod sync;
 pub mod sys;
 pub mod units;

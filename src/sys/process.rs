@@ -1,0 +1,3 @@
+//! STUB.
+/// Stub.
+pub fn set_io_flusher() -> std::io::Result<()> { Ok(()) }
