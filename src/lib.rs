@@ -10,4 +10,5 @@ pub mod snapshot;
 pub mod store;
 pub mod sync;
 pub mod sys;
+pub mod tree;
 pub mod units;

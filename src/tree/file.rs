@@ -1,0 +1,412 @@
+//! Open files: reading, writing, seeking, punching, cutting and growing, with the meaning a Linux file gives them.
+//!
+//! The storage core knows disks of a size; a file grows when it is written past its end, ends where nothing was
+//! written, and can be cut to nothing. That difference is made up here.
+//!
+//! # Rules
+//! 1. A handle opened for writing holds a lease on its disk until it is released; so does a cut or growth by name while
+//!    it lasts. All handles of the mount count as one writer.
+//! 2. A write whose flags ask for O_DSYNC is flushed before it is answered. For files the kernel caches it sends an
+//!    fsync as well, which then finds nothing to do; for direct and asynchronous ones it does not, so this is the only
+//!    place that holds for all.
+//! 3. A size only grows under [`DiskFile::grow`], so of two writers past the end the later one cannot cut the other.
+//! 4. While a copy is under way ([`super::copy`]) the file is as long as what was copied, whatever the disk says.
+//!
+//! # Why reads clip and writes grow here
+//! NBD and the virtual machine have devices of a fixed size, for which a request beyond the end is an error.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::copy::Cloning;
+use super::errno::{Answer, Errno};
+use super::node::Node;
+use super::state::{HOLDER, Tree};
+use crate::disk::{BlockDevice, Disk, Lease};
+use crate::error::Kind;
+use crate::snapshot::SnapshotDevice;
+use crate::sync::Mutex;
+use crate::units::DISK_SIZE_MAX;
+
+/// What all handles of one disk share.
+#[derive(Debug)]
+pub struct DiskFile {
+    disk: Arc<Disk>,
+    growing: Mutex<()>,
+    pub(super) cloning: Mutex<Option<Cloning>>,
+    /// Set while `cloning` is `Some`: the lock is not taken for nothing on each read and write.
+    pub(super) is_cloning: AtomicBool,
+}
+
+/// An open file or directory.
+#[derive(Debug)]
+pub enum Handle {
+    /// A disk.
+    Disk(DiskHandle),
+    /// A snapshot.
+    Snapshot(SnapshotHandle),
+    /// A directory and its listing, made when reading begins.
+    Dir(Mutex<Arc<Vec<super::names::Entry>>>),
+}
+
+/// An open disk.
+#[derive(Debug)]
+pub struct DiskHandle {
+    pub(super) file: Arc<DiskFile>,
+    lease: Option<Lease>,
+    flags: i32,
+}
+
+/// An open snapshot; it is held until this goes.
+#[derive(Debug)]
+pub struct SnapshotHandle {
+    pub(super) node: Node,
+    pub(super) device: Arc<SnapshotDevice>,
+}
+
+/// How a file was opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Opened {
+    /// The handle's number.
+    pub handle: u64,
+    /// The kernel may keep what it has cached of the file.
+    pub keep_cache: bool,
+    /// I/O goes past the kernel's cache: the program asked for it, or somebody else writes the disk.
+    pub direct: bool,
+}
+
+impl DiskFile {
+    /// Wraps a disk.
+    pub(super) fn new(disk: Arc<Disk>) -> Self {
+        Self { disk, growing: Mutex::new(()), cloning: Mutex::new(None), is_cloning: AtomicBool::new(false) }
+    }
+
+    /// Returns the disk.
+    pub(super) fn disk(&self) -> &Arc<Disk> {
+        &self.disk
+    }
+
+    /// Returns the length of the file.
+    pub(super) fn size(&self) -> u64 {
+        if self.is_cloning.load(Ordering::Acquire)
+            && let Some(cloning) = self.cloning.lock().as_ref()
+        {
+            return cloning.upto;
+        }
+        self.disk.size()
+    }
+
+    /// Makes the file at least `size` long; returns the length it had.
+    pub(super) fn grow(&self, size: u64) -> Answer<u64> {
+        if size > DISK_SIZE_MAX {
+            return Err(Errno::EFBIG);
+        }
+        let old = self.disk.size();
+        if size <= old {
+            return Ok(old);
+        }
+        let _growing = self.growing.lock();
+        let old = self.disk.size();
+        if size > old {
+            self.disk.resize(size, false)?;
+        }
+        Ok(old)
+    }
+
+    /// Writes, growing the file if needed; returns how much of `data` lies below the largest size and was written.
+    pub(super) fn write(&self, data: &[u8], offset: u64) -> Answer<usize> {
+        self.settle()?;
+        if data.is_empty() {
+            return Ok(0);
+        }
+        if offset >= DISK_SIZE_MAX {
+            return Err(Errno::EFBIG);
+        }
+        let room = usize::try_from(DISK_SIZE_MAX - offset).unwrap_or(usize::MAX);
+        let data = &data[..data.len().min(room)];
+        let end = offset + data.len() as u64;
+        let old = self.grow(end)?;
+        if let Err(error) = self.disk.write(data, offset) {
+            let _growing = self.growing.lock();
+            if end > old && self.disk.size() == end {
+                self.disk.resize(old, true)?;
+            }
+            return Err(Errno::from(error).stale());
+        }
+        Ok(data.len())
+    }
+
+    /// Makes `[offset, offset + len)` zero, as far as the file goes.
+    pub(super) fn zero(&self, offset: u64, len: u64) -> Answer<()> {
+        let end = offset.saturating_add(len).min(self.disk.size());
+        if offset < end {
+            self.disk.write_zeroes(offset, end - offset)?;
+        }
+        Ok(())
+    }
+
+    /// Cuts or grows the file to `size`.
+    fn truncate(self: &Arc<Self>, size: u64) -> Answer<()> {
+        if size > DISK_SIZE_MAX {
+            return Err(Errno::EFBIG);
+        }
+        let _lease = self.disk.lease(HOLDER)?;
+        self.settle()?;
+        let _growing = self.growing.lock();
+        if size != self.disk.size() {
+            self.disk.resize(size, true)?;
+        }
+        Ok(())
+    }
+
+    /// Checks that `[offset, offset + len)` could be written: the room of the host is compared with what is not mapped.
+    fn check_room(&self, offset: u64, len: u64, free: u64) -> Answer<()> {
+        let end = offset + len;
+        let (mut at, mut missing) = (offset, 0);
+        while at < end && missing <= free {
+            let (start, stop) = match self.disk.next_data(at)? {
+                Some((start, stop)) if start < end && stop > at => (start.max(at), stop.min(end)),
+                _ => (end, end),
+            };
+            missing += start - at;
+            at = stop;
+        }
+        if missing > free { Err(Errno::ENOSPC) } else { Ok(()) }
+    }
+}
+
+/// Returns where data begins at or after `offset`.
+fn seek_data(device: &dyn BlockDevice, size: u64, offset: u64) -> Answer<u64> {
+    if offset >= size {
+        return Err(Errno::ENXIO);
+    }
+    match device.next_data(offset)? {
+        Some((start, _)) if start < size => Ok(start.max(offset)),
+        _ => Err(Errno::ENXIO),
+    }
+}
+
+/// Returns where a hole begins at or after `offset`; the end of the file counts as one.
+fn seek_hole(device: &dyn BlockDevice, size: u64, offset: u64) -> Answer<u64> {
+    if offset >= size {
+        return Err(Errno::ENXIO);
+    }
+    let mut at = offset;
+    while at < size {
+        match device.next_data(at)? {
+            Some((start, end)) if start <= at && end > at => at = end,
+            _ => break,
+        }
+    }
+    Ok(at.min(size))
+}
+
+/// Reads what there is of `[offset, offset + buf.len())` below `size()`; returns how much.
+fn read_clipped(device: &dyn BlockDevice, size: &dyn Fn() -> u64, buf: &mut [u8], offset: u64) -> Answer<usize> {
+    let mut last = None;
+    loop {
+        let now = size();
+        let len = usize::try_from(now.saturating_sub(offset)).unwrap_or(usize::MAX).min(buf.len());
+        if len == 0 {
+            return Ok(0);
+        }
+        match device.read(&mut buf[..len], offset) {
+            Ok(()) => return Ok(len),
+            // The file was cut between the two calls: look again.
+            Err(error) if error.kind() == Kind::Usage && last != Some(now) && size() != now => last = Some(now),
+            Err(error) => return Err(Errno::from(error).stale()),
+        }
+    }
+}
+
+impl Handle {
+    /// Returns the device behind a file.
+    pub(super) fn device(&self) -> Answer<&dyn BlockDevice> {
+        match self {
+            Self::Disk(handle) => Ok(handle.file.disk.as_ref()),
+            Self::Snapshot(handle) => Ok(handle.device.as_ref()),
+            Self::Dir(_) => Err(Errno::EISDIR),
+        }
+    }
+
+    /// Returns the length of a file.
+    pub(super) fn size(&self) -> u64 {
+        match self {
+            Self::Disk(handle) => handle.file.size(),
+            Self::Snapshot(handle) => handle.device.size(),
+            Self::Dir(_) => 0,
+        }
+    }
+
+    /// Returns the disk behind a handle that may write it.
+    ///
+    /// # Errors
+    /// EROFS for a snapshot, EBADF for a handle opened for reading.
+    pub(super) fn writable(&self) -> Answer<&DiskHandle> {
+        match self {
+            Self::Disk(handle) if handle.lease.is_some() => Ok(handle),
+            Self::Disk(_) | Self::Dir(_) => Err(Errno::EBADF),
+            Self::Snapshot(_) => Err(Errno::EROFS),
+        }
+    }
+
+    /// Returns the flags a disk was opened with.
+    pub(super) fn sync_always(&self) -> bool {
+        matches!(self, Self::Disk(handle) if handle.flags & libc::O_DSYNC != 0)
+    }
+
+    /// Reads as far as the file goes.
+    pub(super) fn read(&self, buf: &mut [u8], offset: u64) -> Answer<usize> {
+        read_clipped(self.device()?, &|| self.size(), buf, offset)
+    }
+}
+
+impl Drop for DiskHandle {
+    fn drop(&mut self) {
+        if self.lease.is_some()
+            && let Err(errno) = self.file.settle()
+        {
+            tracing::error!(%errno, "a copy into disk {} was left incomplete and could not be cut", self.file.disk.id());
+        }
+    }
+}
+
+/// Tells whether open flags ask for writing.
+fn writes(flags: i32) -> bool {
+    flags & libc::O_ACCMODE != libc::O_RDONLY
+}
+
+impl Tree {
+    /// Opens a file. A snapshot `new` from its creation opens for writing as well; what is written is refused later.
+    ///
+    /// # Errors
+    /// EBUSY when another holder writes the disk, EROFS for writing a snapshot, ESTALE when it is gone.
+    pub fn open(&self, ino: u64, flags: i32, new: bool) -> Answer<Opened> {
+        let direct = flags & libc::O_DIRECT != 0;
+        match Self::node(ino)? {
+            Node::Disk(id) => {
+                let file = self.disk_file(id)?;
+                let lease = if writes(flags) { Some(file.disk.lease(HOLDER)?) } else { None };
+                let attr = self.attr(ino)?;
+                let keep_cache = self.trust_cache(id) && attr.keep;
+                let handle = self.enter(Handle::Disk(DiskHandle { file, lease, flags }));
+                Ok(Opened { handle, keep_cache, direct: direct || !attr.keep })
+            }
+            Node::Snapshot(_) if writes(flags) && !new => Err(Errno::EROFS),
+            node @ Node::Snapshot(_) => {
+                let device = self.snapshot_device(node)?;
+                let handle = self.enter(Handle::Snapshot(SnapshotHandle { node, device }));
+                Ok(Opened { handle, keep_cache: true, direct })
+            }
+            _ => Err(Errno::EISDIR),
+        }
+    }
+
+    /// Reads into `buf`; returns how much there was.
+    ///
+    /// # Errors
+    /// EIO for what cannot be read or fails its checksum.
+    pub fn read(&self, handle: u64, buf: &mut [u8], offset: u64) -> Answer<usize> {
+        self.handle(handle)?.read(buf, offset)
+    }
+
+    /// Writes, growing the disk if needed; `flags` are those of the file and the call (O_DSYNC).
+    ///
+    /// # Errors
+    /// EROFS for a snapshot, EFBIG beyond the largest disk, ENOSPC.
+    pub fn write(&self, handle: u64, data: &[u8], offset: u64, flags: i32) -> Answer<usize> {
+        let handle = self.handle(handle)?;
+        let file = &handle.writable()?.file;
+        let written = file.write(data, offset)?;
+        if flags & libc::O_DSYNC != 0 {
+            file.disk.flush()?;
+        }
+        Ok(written)
+    }
+
+    /// Makes everything written so far durable.
+    ///
+    /// # Errors
+    /// EIO when it is not; the pool then refuses writes.
+    pub fn sync(&self, handle: u64) -> Answer<()> {
+        let handle = self.handle(handle)?;
+        if let Handle::Disk(disk) = handle.as_ref() {
+            disk.file.settle()?;
+        }
+        Ok(handle.device()?.flush()?)
+    }
+
+    /// Cuts or grows a file, by name or by handle.
+    ///
+    /// # Errors
+    /// EROFS for a snapshot, EBUSY when another holder writes the disk, EFBIG beyond the largest disk.
+    pub fn truncate(&self, ino: u64, size: u64) -> Answer<()> {
+        match Self::node(ino)? {
+            Node::Disk(id) => self.disk_file(id)?.truncate(size),
+            Node::Snapshot(_) => Err(Errno::EROFS),
+            _ => Err(Errno::EISDIR),
+        }
+    }
+
+    /// Finds data or a hole at or after `offset` (SEEK_DATA, SEEK_HOLE).
+    ///
+    /// # Errors
+    /// ENXIO at or beyond the end, and for data when only a hole follows; EINVAL for another `whence`.
+    pub fn seek(&self, handle: u64, offset: i64, whence: i32) -> Answer<u64> {
+        let handle = self.handle(handle)?;
+        let offset = u64::try_from(offset).map_err(|_| Errno::ENXIO)?;
+        match whence {
+            libc::SEEK_DATA => seek_data(handle.device()?, handle.size(), offset),
+            libc::SEEK_HOLE => seek_hole(handle.device()?, handle.size(), offset),
+            _ => Err(Errno::EINVAL),
+        }
+    }
+
+    /// Punches, zeroes, or checks that there is room and grows (fallocate(2)). Nothing is ever reserved.
+    ///
+    /// # Errors
+    /// ENOSPC, EFBIG, and EOPNOTSUPP for collapse, insert and unshare.
+    pub fn fallocate(&self, handle: u64, offset: u64, len: u64, mode: i32) -> Answer<()> {
+        let handle = self.handle(handle)?;
+        let file = &handle.writable()?.file;
+        let end = offset.checked_add(len).filter(|end| *end <= DISK_SIZE_MAX).ok_or(Errno::EFBIG)?;
+        file.settle()?;
+        let keep_size = mode & libc::FALLOC_FL_KEEP_SIZE != 0;
+        match mode & !libc::FALLOC_FL_KEEP_SIZE {
+            0 => file.check_room(offset, len, self.store.space()?.free)?,
+            libc::FALLOC_FL_PUNCH_HOLE if keep_size => file.zero(offset, len)?,
+            libc::FALLOC_FL_ZERO_RANGE => file.zero(offset, len)?,
+            _ => return Err(Errno::EOPNOTSUPP),
+        }
+        if !keep_size {
+            file.grow(end)?;
+        }
+        if handle.sync_always() { Ok(file.disk.flush()?) } else { Ok(()) }
+    }
+
+    /// Opens a directory.
+    ///
+    /// # Errors
+    /// ENOTDIR for a file, ESTALE when it is gone.
+    pub fn open_dir(&self, ino: u64) -> Answer<u64> {
+        if !self.attr(ino)?.dir {
+            return Err(Errno::ENOTDIR);
+        }
+        Ok(self.enter(Handle::Dir(Mutex::default())))
+    }
+
+    /// Returns the listing of an open directory: the one that reading began with, or a new one from `offset` 0.
+    ///
+    /// # Errors
+    /// ESTALE when the directory is gone.
+    pub fn listing(&self, ino: u64, handle: u64, offset: u64) -> Answer<Arc<Vec<super::names::Entry>>> {
+        let handle = self.handle(handle)?;
+        let Handle::Dir(listing) = handle.as_ref() else { return Err(Errno::ENOTDIR) };
+        if offset == 0 {
+            let fresh = Arc::new(self.list(ino)?);
+            *listing.lock() = Arc::clone(&fresh);
+            return Ok(fresh);
+        }
+        Ok(Arc::clone(&listing.lock()))
+    }
+}

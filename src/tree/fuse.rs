@@ -1,0 +1,480 @@
+//! The adapter between the kernel's requests and the tree: it turns arguments, answers and errnos over, nothing more.
+//!
+//! # Rules
+//! 1. fuser's types stay in the `fuse` files; what an operation means is decided in [`super::names`],
+//!    [`super::file`] and [`super::copy`].
+//! 2. A handler never panics the session: [`Mount::run`] catches it, and the reply, dropped unanswered, becomes EIO.
+//! 3. Handlers run on fuser's threads and block in the core's I/O; how many there are is decided in
+//!    [`super::fuse_session`].
+//! 4. Reads go through a page-aligned buffer of the thread, so a core that opens its segments with O_DIRECT reads
+//!    without another copy.
+//!
+//! # What the kernel is asked for
+//! Direct I/O in parallel (ASYNC_DIO, and PARALLEL_DIRECT_WRITES for files opened with O_DIRECT), listings with
+//! attributes, explicit invalidation. Never WRITEBACK_CACHE: a write that was answered must be in the next snapshot.
+//! Extended attributes and flush are answered with ENOSYS, which the kernel remembers: otherwise each write asks for
+//! `security.capability` and each close makes a round trip.
+
+use std::cell::RefCell;
+use std::ffi::OsStr;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use fuser::{
+    BsdFileFlags, CopyFileRangeFlags, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
+    InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData,
+    ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs,
+    ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+};
+
+use super::errno::{Answer, Errno};
+use super::file::Opened;
+use super::names::RenameHow;
+use super::node::FILE_NAME_MAX;
+use super::stale;
+use super::state::{Attr, Tree};
+use crate::units::BLOCK_SIZE;
+
+/// How long the kernel may keep what it is told to forget when it changes.
+const KEEP: Duration = Duration::from_secs(24 * 3600);
+/// Bytes of a request at most (the kernel's own limit is 256 pages).
+const REQUEST_MAX: u32 = 1 << 20;
+/// Requests the kernel may have under way in the background.
+const BACKGROUND_MAX: u16 = 64;
+const PAGE: usize = 4096;
+const GENERATION: Generation = Generation(0);
+
+thread_local! {
+    static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// The file system as fuser sees it.
+#[derive(Debug)]
+pub(super) struct Mount {
+    pub(super) tree: Arc<Tree>,
+    /// Marks the handler threads, see [`stale::enter_handler`].
+    pub(super) number: u64,
+    pub(super) queue: Arc<stale::Queue>,
+}
+
+impl Mount {
+    /// Runs a handler: marks the thread, and keeps a panic from ending the session.
+    fn run(&self, operation: &'static str, handler: impl FnOnce(&Tree)) {
+        stale::enter_handler(self.number);
+        if catch_unwind(AssertUnwindSafe(|| handler(&self.tree))).is_err() {
+            tracing::error!(operation, "the operation failed on a mistake in this program; it was answered with EIO");
+        }
+    }
+
+    fn file_attr(&self, attr: &Attr) -> FileAttr {
+        let time = UNIX_EPOCH + Duration::from_secs(attr.mtime);
+        FileAttr {
+            ino: INodeNo(attr.ino),
+            size: attr.size,
+            blocks: attr.blocks,
+            atime: time,
+            mtime: time,
+            ctime: time,
+            crtime: time,
+            kind: kind(attr.dir),
+            perm: attr.perm,
+            nlink: attr.nlink,
+            uid: self.tree.owner.uid,
+            gid: self.tree.owner.gid,
+            rdev: 0,
+            blksize: 4096,
+            flags: 0,
+        }
+    }
+
+    fn entry(&self, answer: Answer<Attr>, reply: ReplyEntry) {
+        match answer {
+            Ok(attr) => reply.entry_with_ttls(&ttl(&attr), &KEEP, &self.file_attr(&attr), GENERATION),
+            Err(errno) => reply.error(code(errno)),
+        }
+    }
+}
+
+fn kind(dir: bool) -> FileType {
+    if dir { FileType::Directory } else { FileType::RegularFile }
+}
+
+fn ttl(attr: &Attr) -> Duration {
+    if attr.keep { KEEP } else { Duration::ZERO }
+}
+
+fn code(errno: Errno) -> fuser::Errno {
+    fuser::Errno::from_i32(errno.0)
+}
+
+fn empty(answer: Answer<()>, reply: ReplyEmpty) {
+    match answer {
+        Ok(()) => reply.ok(),
+        Err(errno) => reply.error(code(errno)),
+    }
+}
+
+fn written(answer: Answer<u64>, reply: ReplyWrite) {
+    match answer {
+        Ok(length) => reply.written(u32::try_from(length).expect("no request is longer")),
+        Err(errno) => reply.error(code(errno)),
+    }
+}
+
+fn open_flags(opened: &Opened) -> FopenFlags {
+    if opened.direct {
+        FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES
+    } else if opened.keep_cache {
+        FopenFlags::FOPEN_KEEP_CACHE
+    } else {
+        FopenFlags::empty()
+    }
+}
+
+/// Gives `read` a page-aligned buffer of `size` bytes, this thread's own.
+fn with_buffer<T>(size: usize, read: impl FnOnce(&mut [u8]) -> T) -> T {
+    BUFFER.with_borrow_mut(|buffer| {
+        if buffer.len() < size + PAGE {
+            buffer.resize(size + PAGE, 0);
+        }
+        let start = buffer.as_ptr().align_offset(PAGE).min(PAGE);
+        read(&mut buffer[start..start + size])
+    })
+}
+
+impl Filesystem for Mount {
+    fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        let wanted = InitFlags::FUSE_ASYNC_DIO
+            | InitFlags::FUSE_PARALLEL_DIROPS
+            | InitFlags::FUSE_EXPLICIT_INVAL_DATA
+            | InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP
+            | InitFlags::FUSE_DO_READDIRPLUS
+            | InitFlags::FUSE_READDIRPLUS_AUTO;
+        for flag in wanted.iter() {
+            if config.add_capabilities(flag).is_err() {
+                tracing::info!("this kernel does not offer {flag:?}");
+            }
+        }
+        if let Err(limit) = config.set_max_write(REQUEST_MAX) {
+            tracing::info!("requests are limited to {limit} bytes");
+        }
+        if let Err(limit) = config.set_max_background(BACKGROUND_MAX) {
+            tracing::info!("background requests are limited to {limit}");
+        }
+        Ok(())
+    }
+
+    fn destroy(&mut self) {
+        self.queue.close();
+        self.tree.release_all();
+    }
+
+    fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        self.run("lookup", |tree| self.entry(tree.lookup(parent.0, name), reply));
+    }
+
+    fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        self.run("getattr", |tree| match tree.attr(ino.0) {
+            Ok(attr) => reply.attr(&ttl(&attr), &self.file_attr(&attr)),
+            Err(errno) => reply.error(code(errno)),
+        });
+    }
+
+    fn setattr(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        _atime: Option<TimeOrNow>,
+        _mtime: Option<TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        _: Option<FileHandle>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        self.run("setattr", |tree| match tree.set_attr(ino.0, mode, uid, gid, size) {
+            Ok(attr) => reply.attr(&ttl(&attr), &self.file_attr(&attr)),
+            Err(errno) => reply.error(code(errno)),
+        });
+    }
+
+    fn mknod(&self, _: &Request, parent: INodeNo, name: &OsStr, mode: u32, _: u32, _: u32, reply: ReplyEntry) {
+        self.run("mknod", |tree| {
+            let regular = matches!(mode & libc::S_IFMT, 0 | libc::S_IFREG);
+            let made = if regular { tree.create(parent.0, name, true) } else { Err(Errno::EPERM) };
+            self.entry(made.map(|made| made.attr), reply);
+        });
+    }
+
+    fn mkdir(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, _: u32, reply: ReplyEntry) {
+        reply.error(code(Errno::EPERM));
+    }
+
+    fn rmdir(&self, _: &Request, _: INodeNo, _: &OsStr, reply: ReplyEmpty) {
+        reply.error(code(Errno::EPERM));
+    }
+
+    fn symlink(&self, _: &Request, _: INodeNo, _: &OsStr, _: &Path, reply: ReplyEntry) {
+        reply.error(code(Errno::EPERM));
+    }
+
+    fn link(&self, _: &Request, _: INodeNo, _: INodeNo, _: &OsStr, reply: ReplyEntry) {
+        reply.error(code(Errno::EPERM));
+    }
+
+    fn unlink(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        self.run("unlink", |tree| empty(tree.unlink(parent.0, name), reply));
+    }
+
+    fn rename(
+        &self,
+        _: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        newparent: INodeNo,
+        newname: &OsStr,
+        flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        self.run("rename", |tree| {
+            let how = RenameHow { exotic: !(flags - RenameFlags::RENAME_NOREPLACE).is_empty() };
+            empty(tree.rename((parent.0, name), (newparent.0, newname), how), reply);
+        });
+    }
+
+    fn open(&self, _: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        self.run("open", |tree| match tree.open(ino.0, flags.0, false) {
+            Ok(opened) => reply.opened(FileHandle(opened.handle), open_flags(&opened)),
+            Err(errno) => reply.error(code(errno)),
+        });
+    }
+
+    fn create(&self, _: &Request, parent: INodeNo, name: &OsStr, _: u32, _: u32, flags: i32, reply: ReplyCreate) {
+        self.run("create", |tree| {
+            let made = tree.create(parent.0, name, flags & libc::O_EXCL != 0);
+            let opened = made.and_then(|made| Ok((made, tree.open(made.attr.ino, flags, made.new)?)));
+            match opened {
+                Ok((made, opened)) => {
+                    let (ttl, attr) = (ttl(&made.attr), self.file_attr(&made.attr));
+                    reply.created(&ttl, &attr, GENERATION, FileHandle(opened.handle), open_flags(&opened));
+                }
+                Err(errno) => reply.error(code(errno)),
+            }
+        });
+    }
+
+    fn read(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        size: u32,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        self.run("read", |tree| {
+            let size = size.min(REQUEST_MAX) as usize;
+            with_buffer(size, |buffer| match tree.read(handle.0, buffer, offset) {
+                Ok(length) => reply.data(&buffer[..length]),
+                Err(errno) => reply.error(code(errno)),
+            });
+        });
+    }
+
+    fn write(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        data: &[u8],
+        _: WriteFlags,
+        flags: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        self.run("write", |tree| {
+            written(tree.write(handle.0, data, offset, flags.0).map(|length| length as u64), reply);
+        });
+    }
+
+    fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
+        reply.error(code(Errno::ENOSYS));
+    }
+
+    fn fsync(&self, _: &Request, ino: INodeNo, handle: FileHandle, _: bool, reply: ReplyEmpty) {
+        tracing::trace!(%ino, "fsync");
+        self.run("fsync", |tree| empty(tree.sync(handle.0), reply));
+    }
+
+    fn release(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        handle: FileHandle,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        _: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.run("release", |tree| {
+            tree.release(handle.0);
+            reply.ok();
+        });
+    }
+
+    fn opendir(&self, _: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        self.run("opendir", |tree| match tree.open_dir(ino.0) {
+            Ok(handle) => reply.opened(FileHandle(handle), FopenFlags::empty()),
+            Err(errno) => reply.error(code(errno)),
+        });
+    }
+
+    fn readdir(&self, _: &Request, ino: INodeNo, handle: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        self.run("readdir", |tree| match tree.listing(ino.0, handle.0, offset) {
+            Ok(entries) => {
+                for (index, entry) in entries.iter().enumerate().skip(from(offset)) {
+                    let next = index as u64 + 1;
+                    if reply.add(INodeNo(entry.node.ino()), next, kind(entry.node.is_dir()), &entry.name) {
+                        break;
+                    }
+                }
+                reply.ok();
+            }
+            Err(errno) => reply.error(code(errno)),
+        });
+    }
+
+    fn readdirplus(&self, _: &Request, ino: INodeNo, handle: FileHandle, offset: u64, mut reply: ReplyDirectoryPlus) {
+        self.run("readdirplus", |tree| match tree.listing(ino.0, handle.0, offset) {
+            Ok(entries) => {
+                for (index, entry) in entries.iter().enumerate().skip(from(offset)) {
+                    // Asked anew: the listing may be older than a change the kernel was told of.
+                    let Some(attr) = tree.listed(entry) else { continue };
+                    let (next, file_attr) = (index as u64 + 1, self.file_attr(&attr));
+                    if reply.add(INodeNo(attr.ino), next, &entry.name, &ttl(&attr), &file_attr, GENERATION) {
+                        break;
+                    }
+                }
+                reply.ok();
+            }
+            Err(errno) => reply.error(code(errno)),
+        });
+    }
+
+    fn releasedir(&self, _: &Request, _: INodeNo, handle: FileHandle, _: OpenFlags, reply: ReplyEmpty) {
+        self.run("releasedir", |tree| {
+            tree.release(handle.0);
+            reply.ok();
+        });
+    }
+
+    fn fsyncdir(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        // Names are durable when the operation that made them is answered.
+        reply.ok();
+    }
+
+    fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
+        self.run("statfs", |tree| match tree.space() {
+            Ok(space) => {
+                let (total, free) = (space.total / BLOCK_SIZE, space.free / BLOCK_SIZE);
+                reply.statfs(total, free, free, 0, 0, 4096, FILE_NAME_MAX, 4096);
+            }
+            Err(errno) => reply.error(code(errno)),
+        });
+    }
+
+    fn setxattr(&self, _: &Request, _: INodeNo, _: &OsStr, _: &[u8], _: i32, _: u32, reply: ReplyEmpty) {
+        reply.error(code(Errno::ENOSYS));
+    }
+
+    fn getxattr(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, reply: ReplyXattr) {
+        reply.error(code(Errno::ENOSYS));
+    }
+
+    fn listxattr(&self, _: &Request, _: INodeNo, _: u32, reply: ReplyXattr) {
+        reply.error(code(Errno::ENOSYS));
+    }
+
+    fn removexattr(&self, _: &Request, _: INodeNo, _: &OsStr, reply: ReplyEmpty) {
+        reply.error(code(Errno::ENOSYS));
+    }
+
+    fn fallocate(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        self.run("fallocate", |tree| empty(tree.fallocate(handle.0, offset, length, mode), reply));
+    }
+
+    fn lseek(&self, _: &Request, _: INodeNo, handle: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
+        self.run("lseek", |tree| match tree.seek(handle.0, offset, whence) {
+            Ok(offset) => reply.offset(i64::try_from(offset).expect("disks end at 64 TiB")),
+            Err(errno) => reply.error(code(errno)),
+        });
+    }
+
+    fn copy_file_range(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        source: FileHandle,
+        offset: u64,
+        _: INodeNo,
+        target: FileHandle,
+        target_offset: u64,
+        length: u64,
+        _: CopyFileRangeFlags,
+        reply: ReplyWrite,
+    ) {
+        self.run("copy_file_range", |tree| {
+            written(tree.copy((source.0, offset), (target.0, target_offset), length), reply);
+        });
+    }
+
+    fn ioctl(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        _: IoctlFlags,
+        _: u32,
+        _: &[u8],
+        _: u32,
+        reply: ReplyIoctl,
+    ) {
+        reply.error(fuser::Errno::ENOTTY);
+    }
+}
+
+/// Returns where a listing goes on.
+fn from(offset: u64) -> usize {
+    usize::try_from(offset).unwrap_or(usize::MAX)
+}
+
+/// Tells the kernel to forget something.
+pub(super) fn tell(notifier: &fuser::Notifier, stale: &stale::Stale) -> io::Result<()> {
+    match stale {
+        stale::Stale::Entry { parent, name } => notifier.inval_entry(INodeNo(*parent), OsStr::new(name)),
+        stale::Stale::Attr(ino) => notifier.inval_inode(INodeNo(*ino), -1, 0),
+        stale::Stale::Data(ino) => notifier.inval_inode(INodeNo(*ino), 0, 0),
+    }
+}
+

@@ -1,0 +1,65 @@
+//! The pool as files: disks to read and write, snapshots to read, and file operations that mean what they say.
+//!
+//! ```text
+//! MNT/
+//!   disks/NAME.raw               read-write: a disk
+//!   snapshots/NAME/SNAP.raw      read-only: a snapshot of it
+//! ```
+//!
+//! `truncate` makes, grows and cuts a disk, `touch` in `snapshots/NAME/` takes a snapshot, `rm` and `mv` remove and
+//! rename, `cp` of a whole disk or snapshot into a new disk is a clone. What has no meaning is refused.
+//!
+//! # Rules
+//! 1. Nothing here decides what a disk is: every operation is one or two calls of the storage core.
+//! 2. What is answered is done. A write that was answered is in the next snapshot; one that was synced survives power
+//!    loss.
+//! 3. A change made elsewhere (command line, API, NBD) shows here before the one who made it is answered ([`stale`]).
+//! 4. Only the `fuse` files know fuser. The rest can be tested, and served over another transport, without it.
+//!
+//! # What a crash leaves
+//! Nothing of its own. A killed server leaves a dead mount, which the next one on the same pool takes away.
+//!
+//! The way in: [`mount`]. The parts: [`node`] (inode numbers and names), [`state`] (the tree and stat), [`names`]
+//! (directories), [`file`] (open files), [`copy`] (copy_file_range), [`stale`] (what the kernel must forget), [`errno`].
+
+pub mod copy;
+pub mod errno;
+pub mod file;
+mod fuse;
+mod fuse_session;
+pub mod names;
+pub mod node;
+pub mod stale;
+pub mod state;
+
+pub use fuse_session::{Mounted, mount};
+
+/// How a tree is mounted.
+#[derive(Debug, Clone)]
+pub struct MountOptions {
+    /// Lets users other than the one who mounts in (root must have allowed it in /etc/fuse.conf). Files keep their
+    /// modes, so this opens the tree to root and the owner only, unless the owner is somebody else.
+    pub allow_other: bool,
+    /// What `findmnt` shows as the source: `afterimage:` and the pool's path.
+    pub fs_name: String,
+    /// Threads that serve requests; `None` for the number that measured best.
+    pub threads: Option<usize>,
+    /// Owner of all files.
+    pub uid: u32,
+    /// Group of all files.
+    pub gid: u32,
+}
+
+impl MountOptions {
+    /// Returns the options for a pool at `pool`, owned by this process's user.
+    #[must_use]
+    pub fn of_pool(pool: &std::path::Path) -> Self {
+        Self {
+            allow_other: false,
+            fs_name: format!("afterimage:{}", pool.display()),
+            threads: None,
+            uid: rustix::process::geteuid().as_raw(),
+            gid: rustix::process::getegid().as_raw(),
+        }
+    }
+}

@@ -1,0 +1,301 @@
+//! What a mounted tree keeps: the pool, who owns the files, what is open, and when directories last changed.
+//!
+//! Names and sizes are never kept here: each is asked of the store when the kernel asks, and cached by the kernel until
+//! [`super::stale`] tells it to forget. What is kept is what only this mount knows: its open handles.
+//!
+//! # Rules
+//! 1. Inode numbers and handles from the kernel are looked up, never trusted.
+//! 2. The locks here are leaves: none is held over a call into the store, but [`super::file::DiskFile`]'s own.
+
+use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+
+use super::errno::{Answer, Errno};
+use super::file::{DiskFile, Handle};
+use super::node::{self, Node};
+use super::stale::{self, Stale};
+use crate::clock;
+use crate::disk::{self, BlockDevice};
+use crate::error::Kind;
+use crate::media::Space;
+use crate::snapshot;
+use crate::store::{Change, DiskInfo, SnapshotInfo, SnapshotState, Store};
+use crate::sync::{Condvar, Mutex, RwLock};
+use crate::units::DiskId;
+
+/// The name this mount takes leases under.
+pub(super) const HOLDER: &str = "mount";
+
+/// What stat(2) shows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Attr {
+    /// The inode number.
+    pub ino: u64,
+    /// Whether it is a directory.
+    pub dir: bool,
+    /// Bytes.
+    pub size: u64,
+    /// Bytes mapped, in units of 512.
+    pub blocks: u64,
+    /// Unix seconds of the last change.
+    pub mtime: u64,
+    /// Permission bits.
+    pub perm: u16,
+    /// Links: 0 for a disk that was removed while open.
+    pub nlink: u32,
+    /// Whether the kernel may keep this until it is told otherwise. Not while somebody else writes the disk.
+    pub keep: bool,
+}
+
+/// Who the files belong to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Owner {
+    /// User.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+}
+
+/// A mounted tree, without the mount.
+#[derive(Debug)]
+pub struct Tree {
+    /// The pool.
+    pub(super) store: Arc<Store>,
+    /// Who owns every file.
+    pub owner: Owner,
+    started: u64,
+    handles: RwLock<HashMap<u64, Arc<Handle>>>,
+    next_handle: AtomicU64,
+    disks: Mutex<HashMap<DiskId, Weak<DiskFile>>>,
+    times: Mutex<HashMap<u64, u64>>,
+    doubtful: Mutex<std::collections::HashSet<DiskId>>,
+    releases: Mutex<u64>,
+    released: Condvar,
+}
+
+impl Tree {
+    /// Makes the tree of a pool.
+    #[must_use]
+    pub fn new(store: Arc<Store>, owner: Owner) -> Self {
+        Self {
+            store,
+            owner,
+            started: clock::wall_seconds(),
+            handles: RwLock::default(),
+            next_handle: AtomicU64::new(1),
+            disks: Mutex::default(),
+            times: Mutex::default(),
+            doubtful: Mutex::default(),
+            releases: Mutex::new(0),
+            released: Condvar::new(),
+        }
+    }
+
+    /// Takes notice of a change of the pool and returns what the kernel has to forget; `ours` when one of this mount's
+    /// own operations made it.
+    pub fn changed(&self, change: &Change, ours: bool) -> Vec<Stale> {
+        let now = clock::wall_seconds();
+        let (dirs, doubtful) = match change {
+            Change::Disk { id, resized, data, .. } => {
+                let names = !resized && !data;
+                let dirs = if names { vec![Node::Disks, Node::Snapshots] } else { Vec::new() };
+                (dirs, (!names && !ours).then_some(*id))
+            }
+            Change::Snapshot { disk, .. } => (vec![Node::SnapshotsOf(*disk)], None),
+        };
+        self.times.lock().extend(dirs.iter().map(|dir| (dir.ino(), now)));
+        if let Some(id) = doubtful {
+            self.doubtful.lock().insert(id);
+        }
+        stale::after(change, ours)
+    }
+
+    /// Returns whether the kernel may keep the cached bytes of a disk over an open: not at the first open after its
+    /// content was changed from outside. (The change was announced too; this holds if an announcement was lost.)
+    pub(super) fn trust_cache(&self, id: DiskId) -> bool {
+        !self.doubtful.lock().remove(&id)
+    }
+
+    /// Decodes an inode number.
+    pub(super) fn node(ino: u64) -> Answer<Node> {
+        Node::from_ino(ino).ok_or(Errno::ESTALE)
+    }
+
+    /// Returns what stat(2) shows of an inode.
+    ///
+    /// # Errors
+    /// ESTALE when it is gone.
+    pub fn attr(&self, ino: u64) -> Answer<Attr> {
+        let answer = match Self::node(ino)? {
+            node @ (Node::Root | Node::Disks | Node::Snapshots) => Ok(self.dir_attr(node, self.started)),
+            Node::SnapshotsOf(id) => self.store.disk_info_by_id(id).map(|info| self.snapshots_of_attr(&info)),
+            Node::Snapshot(id) => self.store.snapshot_info_by_id(id).map(|info| Self::snapshot_attr(&info)),
+            Node::Disk(id) => match self.store.disk_info_by_id(id) {
+                Ok(info) => Ok(self.disk_attr(&info)),
+                Err(error) if error.kind() == Kind::NotFound => return self.removed_attr(id),
+                Err(error) => Err(error),
+            },
+        };
+        answer.map_err(|error| Errno::from(error).stale())
+    }
+
+    /// Sets attributes: the size of a disk. Times are accepted and ignored, since those of a disk say when its content
+    /// changed; mode and owner may only be set to what they are.
+    ///
+    /// # Errors
+    /// EPERM for another mode or owner, and those of [`Tree::truncate`].
+    pub fn set_attr(
+        &self,
+        ino: u64,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+    ) -> Answer<Attr> {
+        let attr = self.attr(ino)?;
+        let same_mode = mode.is_none_or(|mode| mode & 0o7777 == u32::from(attr.perm));
+        let same_owner = uid.is_none_or(|uid| uid == self.owner.uid) && gid.is_none_or(|gid| gid == self.owner.gid);
+        if !same_mode || !same_owner {
+            return Err(Errno::EPERM);
+        }
+        let Some(size) = size else { return Ok(attr) };
+        self.truncate(ino, size)?;
+        self.attr(ino)
+    }
+
+    fn dir_attr(&self, node: Node, since: u64) -> Attr {
+        let ino = node.ino();
+        let mtime = self.times.lock().get(&ino).copied().unwrap_or(since);
+        Attr { ino, dir: true, size: 0, blocks: 0, mtime, perm: 0o755, nlink: 2, keep: true }
+    }
+
+    /// Returns the attributes of `snapshots/NAME/`.
+    pub(super) fn snapshots_of_attr(&self, info: &DiskInfo) -> Attr {
+        let newest = self.store.latest(info.id).map_or(info.created, |snapshot| snapshot.created);
+        self.dir_attr(Node::SnapshotsOf(info.id), newest)
+    }
+
+    /// Returns the attributes of a disk.
+    pub(super) fn disk_attr(&self, info: &DiskInfo) -> Attr {
+        // A copy under way shows what was copied so far.
+        let size = self.opened(info.id).map_or(info.size, |file| file.size());
+        let keep = info.holder.as_deref().is_none_or(|holder| holder == HOLDER);
+        let ino = Node::Disk(info.id).ino();
+        Attr { ino, dir: false, size, blocks: info.referenced / 512, mtime: info.modified, perm: 0o600, nlink: 1, keep }
+    }
+
+    /// Returns the attributes of a disk that was removed while somebody has it open.
+    fn removed_attr(&self, id: DiskId) -> Answer<Attr> {
+        let file = self.opened(id).ok_or(Errno::ESTALE)?;
+        let (ino, size) = (Node::Disk(id).ino(), file.size());
+        let mtime = clock::wall_seconds();
+        Ok(Attr { ino, dir: false, size, blocks: file.disk().mapped() / 512, mtime, perm: 0o600, nlink: 0, keep: false })
+    }
+
+    /// Returns the attributes of a snapshot.
+    pub(super) fn snapshot_attr(info: &SnapshotInfo) -> Attr {
+        let (ino, blocks) = (Node::Snapshot(info.id).ino(), info.referenced / 512);
+        Attr { ino, dir: false, size: info.size, blocks, mtime: info.created, perm: 0o400, nlink: 1, keep: true }
+    }
+
+    /// Returns room on the host.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub fn space(&self) -> Answer<Space> {
+        Ok(self.store.space()?)
+    }
+
+    /// Enters a handle into the table.
+    pub(super) fn enter(&self, handle: Handle) -> u64 {
+        let number = self.next_handle.fetch_add(1, Ordering::Relaxed);
+        self.handles.write().insert(number, Arc::new(handle));
+        number
+    }
+
+    /// Finds an open handle.
+    ///
+    /// # Errors
+    /// EBADF for a number never given out or released.
+    pub(super) fn handle(&self, number: u64) -> Answer<Arc<Handle>> {
+        self.handles.read().get(&number).cloned().ok_or(Errno::EBADF)
+    }
+
+    /// Takes a handle out of the table; the last I/O on it drops it.
+    pub fn release(&self, number: u64) {
+        let handle = self.handles.write().remove(&number);
+        drop(handle);
+        *self.releases.lock() += 1;
+        self.released.notify_all();
+    }
+
+    /// Returns how many handles were released so far, for [`Tree::wait_release`].
+    pub(super) fn releases(&self) -> u64 {
+        *self.releases.lock()
+    }
+
+    /// Waits until more handles than `seen` were released, or `until` has come; tells which.
+    pub(super) fn wait_release(&self, seen: u64, until: clock::Instant) -> bool {
+        let mut releases = self.releases.lock();
+        while *releases == seen {
+            if self.released.wait_until(&mut releases, until).timed_out() {
+                return *releases != seen;
+            }
+        }
+        true
+    }
+
+    /// Releases everything, as when the mount is gone.
+    pub fn release_all(&self) {
+        let all = std::mem::take(&mut *self.handles.write());
+        drop(all);
+    }
+
+    /// Returns the open state of a disk, if it is open here.
+    pub(super) fn opened(&self, id: DiskId) -> Option<Arc<DiskFile>> {
+        self.disks.lock().get(&id).and_then(Weak::upgrade)
+    }
+
+    /// Returns the open state of a disk, shared by all its handles.
+    ///
+    /// # Errors
+    /// ESTALE when the disk is gone.
+    pub(super) fn disk_file(&self, id: DiskId) -> Answer<Arc<DiskFile>> {
+        if let Some(file) = self.opened(id) {
+            return Ok(file);
+        }
+        let disk = disk::open_by_id(&self.store, id).map_err(|error| Errno::from(error).stale())?;
+        let mut disks = self.disks.lock();
+        if let Some(file) = disks.get(&id).and_then(Weak::upgrade) {
+            return Ok(file);
+        }
+        disks.retain(|_, file| file.strong_count() > 0);
+        let file = Arc::new(DiskFile::new(disk));
+        disks.insert(id, Arc::downgrade(&file));
+        Ok(file)
+    }
+
+    /// Opens a snapshot's data.
+    pub(super) fn snapshot_device(&self, node: Node) -> Answer<Arc<snapshot::SnapshotDevice>> {
+        let Node::Snapshot(id) = node else { return Err(Errno::EISDIR) };
+        snapshot::open_by_id(&self.store, id).map_err(|error| Errno::from(error).stale())
+    }
+
+    /// Returns the live snapshots of a disk.
+    pub(super) fn live_snapshots(&self, id: DiskId) -> Answer<Vec<SnapshotInfo>> {
+        let mut all = self.store.snapshots_by_id(id).map_err(|error| Errno::from(error).stale())?;
+        all.retain(|snapshot| snapshot.state == SnapshotState::Live);
+        Ok(all)
+    }
+
+    /// Finds a live snapshot by the name of its file in `snapshots/NAME/`.
+    pub(super) fn snapshot_named(&self, id: DiskId, file: &OsStr) -> Answer<SnapshotInfo> {
+        let name = node::named(file).ok_or(Errno::ENOENT)?;
+        let disk = self.store.disk_info_by_id(id).map_err(|error| Errno::from(error).stale())?.name;
+        let info = self.store.snapshot_info(&disk, name)?;
+        // The disk may have been renamed between the two questions.
+        if info.disk_id == id && info.state == SnapshotState::Live { Ok(info) } else { Err(Errno::ENOENT) }
+    }
+}
