@@ -477,4 +477,3 @@ pub(super) fn tell(notifier: &fuser::Notifier, stale: &stale::Stale) -> io::Resu
         stale::Stale::Data(ino) => notifier.inval_inode(INodeNo(*ino), 0, 0),
     }
 }
-

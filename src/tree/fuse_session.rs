@@ -216,7 +216,8 @@ fn unescape(field: &[u8]) -> Vec<u8> {
 /// Makes sure that there is a directory to mount over, taking away what a killed server of the same pool left.
 fn prepare(mountpoint: &Path, fs_name: &str) -> Result<PathBuf> {
     let shown = mountpoint.display();
-    let absolute = std::path::absolute(mountpoint).map_err(|error| Error::io(format!("cannot mount at {shown}"), error))?;
+    let absolute =
+        std::path::absolute(mountpoint).map_err(|error| Error::io(format!("cannot mount at {shown}"), error))?;
     if let Err(error) = fs::metadata(&absolute)
         && error.raw_os_error() == Some(libc::ENOTCONN)
     {
@@ -231,9 +232,8 @@ fn prepare(mountpoint: &Path, fs_name: &str) -> Result<PathBuf> {
             }
         }
     }
-    let at = fs::canonicalize(&absolute).map_err(|error| {
-        Error::io(format!("cannot mount at {shown}"), error).hint(format!("run: mkdir -p {shown}"))
-    })?;
+    let at = fs::canonicalize(&absolute)
+        .map_err(|error| Error::io(format!("cannot mount at {shown}"), error).hint(format!("run: mkdir -p {shown}")))?;
     if !at.is_dir() {
         return Err(Error::usage(format!("cannot mount at {shown}: it is no directory")));
     }

@@ -134,7 +134,9 @@ impl Tree {
     /// EEXIST, EINVAL or ENAMETOOLONG for the name, EPERM where no files are made, and what the store says.
     pub fn create(&self, parent: u64, name: &OsStr, exclusive: bool) -> Answer<Created> {
         let made = match Self::node(parent)? {
-            Node::Disks => disk::create_empty(&self.store, node::new_name(name, DISK_NAME_MAX)?).map(|d| self.disk_attr(&d)),
+            Node::Disks => {
+                disk::create_empty(&self.store, node::new_name(name, DISK_NAME_MAX)?).map(|d| self.disk_attr(&d))
+            }
             Node::SnapshotsOf(id) => self.take(id, node::new_name(name, SNAPSHOT_NAME_MAX)?),
             Node::Root | Node::Snapshots => return Err(Errno::EPERM),
             Node::Disk(_) | Node::Snapshot(_) => return Err(Errno::ENOTDIR),
@@ -154,7 +156,8 @@ impl Tree {
             file.settle()?;
         }
         let taken = snapshot::take(&self.store, &[(disk, name.to_owned())])?;
-        let info = taken.first().ok_or_else(|| Error::failed(format!("snapshot '{name}' was taken and is not there")))?;
+        let info =
+            taken.first().ok_or_else(|| Error::failed(format!("snapshot '{name}' was taken and is not there")))?;
         Ok(Self::snapshot_attr(info))
     }
 

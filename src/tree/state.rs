@@ -191,7 +191,16 @@ impl Tree {
         let file = self.opened(id).ok_or(Errno::ESTALE)?;
         let (ino, size) = (Node::Disk(id).ino(), file.size());
         let mtime = clock::wall_seconds();
-        Ok(Attr { ino, dir: false, size, blocks: file.disk().mapped() / 512, mtime, perm: 0o600, nlink: 0, keep: false })
+        Ok(Attr {
+            ino,
+            dir: false,
+            size,
+            blocks: file.disk().mapped() / 512,
+            mtime,
+            perm: 0o600,
+            nlink: 0,
+            keep: false,
+        })
     }
 
     /// Returns the attributes of a snapshot.
