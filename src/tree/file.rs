@@ -16,7 +16,7 @@
 //! NBD and the virtual machine have devices of a fixed size, for which a request beyond the end is an error.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use super::copy::Cloning;
 use super::errno::{Answer, Errno};
@@ -26,13 +26,15 @@ use crate::disk::{BlockDevice, Disk, Lease};
 use crate::error::Kind;
 use crate::snapshot::SnapshotDevice;
 use crate::sync::Mutex;
-use crate::units::DISK_SIZE_MAX;
+use crate::units::{DISK_SIZE_MAX, DiskId};
 
 /// What all handles of one disk share.
 #[derive(Debug)]
 pub struct DiskFile {
     disk: Arc<Disk>,
     growing: Mutex<()>,
+    /// Handles that write past the kernel's cache.
+    direct_writers: AtomicUsize,
     pub(super) cloning: Mutex<Option<Cloning>>,
     /// Set while `cloning` is `Some`: the lock is not taken for nothing on each read and write.
     pub(super) is_cloning: AtomicBool,
@@ -54,6 +56,7 @@ pub enum Handle {
 pub struct DiskHandle {
     pub(super) file: Arc<DiskFile>,
     lease: Option<Lease>,
+    direct: bool,
     flags: i32,
 }
 
@@ -78,7 +81,13 @@ pub struct Opened {
 impl DiskFile {
     /// Wraps a disk.
     pub(super) fn new(disk: Arc<Disk>) -> Self {
-        Self { disk, growing: Mutex::new(()), cloning: Mutex::new(None), is_cloning: AtomicBool::new(false) }
+        Self {
+            disk,
+            growing: Mutex::new(()),
+            direct_writers: AtomicUsize::new(0),
+            cloning: Mutex::new(None),
+            is_cloning: AtomicBool::new(false),
+        }
     }
 
     /// Returns the disk.
@@ -261,12 +270,20 @@ impl Handle {
     }
 }
 
+impl DiskHandle {
+    /// Returns the disk if this handle wrote past the kernel's cache.
+    pub(super) fn wrote_direct(&self) -> Option<DiskId> {
+        (self.direct && self.lease.is_some()).then(|| self.file.disk.id())
+    }
+}
+
 impl Drop for DiskHandle {
     fn drop(&mut self) {
+        self.file.direct_writers.fetch_sub(usize::from(self.wrote_direct().is_some()), Ordering::AcqRel);
         if self.lease.is_some()
-            && let Err(errno) = self.file.settle()
+            && let Err(error) = self.file.settle()
         {
-            tracing::error!(%errno, "a copy into disk {} was left incomplete and could not be cut", self.file.disk.id());
+            tracing::error!(%error, "a copy into disk {} was left incomplete and could not be cut", self.file.disk.id());
         }
     }
 }
@@ -288,9 +305,12 @@ impl Tree {
                 let file = self.disk_file(id)?;
                 let lease = if writes(flags) { Some(file.disk.lease(HOLDER)?) } else { None };
                 let attr = self.attr(ino)?;
-                let keep_cache = self.trust_cache(id) && attr.keep;
-                let handle = self.enter(Handle::Disk(DiskHandle { file, lease, flags }));
-                Ok(Opened { handle, keep_cache, direct: direct || !attr.keep })
+                let direct = direct || !attr.keep;
+                // A read through the cache that competed with a direct write may have left the older bytes there.
+                let keep_cache = self.trust_cache(id) && file.direct_writers.load(Ordering::Acquire) == 0;
+                file.direct_writers.fetch_add(usize::from(direct && lease.is_some()), Ordering::AcqRel);
+                let handle = self.enter(Handle::Disk(DiskHandle { file, lease, direct, flags }));
+                Ok(Opened { handle, keep_cache, direct })
             }
             Node::Snapshot(_) if writes(flags) && !new => Err(Errno::EROFS),
             node @ Node::Snapshot(_) => {

@@ -33,7 +33,7 @@ use fuser::{
 use super::errno::{Answer, Errno};
 use super::file::Opened;
 use super::names::RenameHow;
-use super::node::FILE_NAME_MAX;
+use super::node::{FILE_NAME_MAX, Node};
 use super::stale;
 use super::state::{Attr, Tree};
 use crate::units::BLOCK_SIZE;
@@ -92,7 +92,7 @@ impl Mount {
 
     fn entry(&self, answer: Answer<Attr>, reply: ReplyEntry) {
         match answer {
-            Ok(attr) => reply.entry_with_ttls(&ttl(&attr), &KEEP, &self.file_attr(&attr), GENERATION),
+            Ok(attr) => reply.entry_with_ttls(&ttl(&attr), &name_ttl(&attr), &self.file_attr(&attr), GENERATION),
             Err(errno) => reply.error(code(errno)),
         }
     }
@@ -104,6 +104,12 @@ fn kind(dir: bool) -> FileType {
 
 fn ttl(attr: &Attr) -> Duration {
     if attr.keep { KEEP } else { Duration::ZERO }
+}
+
+/// How long a name may be kept. `snapshots/NAME` comes, goes and changes with another directory's file, and the handler
+/// that renames the file cannot wait until the kernel has forgotten this name: so it is asked for each time.
+fn name_ttl(attr: &Attr) -> Duration {
+    if matches!(Node::from_ino(attr.ino), Some(Node::SnapshotsOf(_))) { Duration::ZERO } else { KEEP }
 }
 
 fn code(errno: Errno) -> fuser::Errno {
@@ -363,7 +369,8 @@ impl Filesystem for Mount {
                     // Asked anew: the listing may be older than a change the kernel was told of.
                     let Some(attr) = tree.listed(entry) else { continue };
                     let (next, file_attr) = (index as u64 + 1, self.file_attr(&attr));
-                    if reply.add(INodeNo(attr.ino), next, &entry.name, &ttl(&attr), &file_attr, GENERATION) {
+                    let ttl = ttl(&attr).min(name_ttl(&attr));
+                    if reply.add(INodeNo(attr.ino), next, &entry.name, &ttl, &file_attr, GENERATION) {
                         break;
                     }
                 }

@@ -218,10 +218,11 @@ fn prepare(mountpoint: &Path, fs_name: &str) -> Result<PathBuf> {
     let shown = mountpoint.display();
     let absolute =
         std::path::absolute(mountpoint).map_err(|error| Error::io(format!("cannot mount at {shown}"), error))?;
-    if let Err(error) = fs::metadata(&absolute)
+    // Listed, not asked for its attributes: those the kernel still has.
+    if let Err(error) = fs::read_dir(&absolute)
         && error.raw_os_error() == Some(libc::ENOTCONN)
     {
-        match mounted_at(&absolute) {
+        match real_name(&absolute).as_deref().and_then(mounted_at) {
             Some((kind, source)) if kind.starts_with("fuse") && source == fs_name => {
                 tracing::info!("taking away the mount a killed server left at {shown}");
                 detach(&absolute);
@@ -243,6 +244,11 @@ fn prepare(mountpoint: &Path, fs_name: &str) -> Result<PathBuf> {
         return Err(Error::busy(format!("{shown} is mounted already, from this pool")));
     }
     Ok(at)
+}
+
+/// Returns a path as the mount table has it, without touching what is mounted there.
+fn real_name(absolute: &Path) -> Option<PathBuf> {
+    Some(fs::canonicalize(absolute.parent()?).ok()?.join(absolute.file_name()?))
 }
 
 /// A name that survives the option list of fusermount3, where a comma ends it.
@@ -274,6 +280,7 @@ fn mount_error(mountpoint: &Path, error: io::Error) -> Error {
         return Error::unsupported(format!("{what}: this host has no /dev/fuse")).hint("run: modprobe fuse");
     }
     let hint = match error.raw_os_error() {
+        Some(libc::EACCES) if fs::File::open("/dev/fuse").is_err() => "run as root: chmod 666 /dev/fuse",
         None if error.to_string().contains("user_allow_other") => "root must put user_allow_other into /etc/fuse.conf",
         _ => "install fuse3 (for fusermount3), or mount as root",
     };

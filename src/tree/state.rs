@@ -7,7 +7,7 @@
 //! 1. Inode numbers and handles from the kernel are looked up, never trusted.
 //! 2. The locks here are leaves: none is held over a call into the store, but [`super::file::DiskFile`]'s own.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
@@ -70,7 +70,7 @@ pub struct Tree {
     next_handle: AtomicU64,
     disks: Mutex<HashMap<DiskId, Weak<DiskFile>>>,
     times: Mutex<HashMap<u64, u64>>,
-    doubtful: Mutex<std::collections::HashSet<DiskId>>,
+    doubtful: Mutex<HashSet<DiskId>>,
     releases: Mutex<u64>,
     released: Condvar,
 }
@@ -113,7 +113,8 @@ impl Tree {
     }
 
     /// Returns whether the kernel may keep the cached bytes of a disk over an open: not at the first open after its
-    /// content was changed from outside. (The change was announced too; this holds if an announcement was lost.)
+    /// content was changed from outside (which was announced too; this holds if an announcement was lost) or past the
+    /// cache.
     pub(super) fn trust_cache(&self, id: DiskId) -> bool {
         !self.doubtful.lock().remove(&id)
     }
@@ -235,6 +236,11 @@ impl Tree {
     /// Takes a handle out of the table; the last I/O on it drops it.
     pub fn release(&self, number: u64) {
         let handle = self.handles.write().remove(&number);
+        if let Some(Handle::Disk(disk)) = handle.as_deref()
+            && let Some(id) = disk.wrote_direct()
+        {
+            self.doubtful.lock().insert(id);
+        }
         drop(handle);
         *self.releases.lock() += 1;
         self.released.notify_all();

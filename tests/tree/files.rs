@@ -238,3 +238,32 @@ fn another_holder_of_the_disk_keeps_writers_out() {
     let second = create(&path);
     drop((writer, second));
 }
+
+#[test]
+fn direct_writes_leave_no_older_bytes_in_the_cache() {
+    let Some(mount) = Mount::new() else { return };
+    let path = mount.make("a", MIB);
+    for round in 0..30u64 {
+        let done = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    let file = fs::File::open(&path).unwrap();
+                    let mut buf = vec![0; 1 << 20];
+                    while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                        file.read_exact_at(&mut buf, 0).unwrap();
+                    }
+                });
+            }
+            let direct = open_direct(&path);
+            for n in 0..200 {
+                direct.write_all_at(&noise(4096, round * 1000 + n), n % 256 * 4096).unwrap();
+            }
+            done.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+        let held = fs::read(&path).unwrap();
+        for n in 0..200usize {
+            assert!(held[n * 4096..][..4096] == noise(4096, round * 1000 + n as u64), "round {round} block {n}");
+        }
+    }
+}

@@ -34,6 +34,13 @@ pub(crate) fn require_fuse() -> bool {
     usable
 }
 
+/// Makes a pool and opens it.
+pub(crate) fn new_pool(dir: &tempfile::TempDir) -> Arc<Store> {
+    let media = Arc::new(HostMedia::new(dir.path()).unwrap());
+    Store::init(media.clone()).unwrap();
+    Store::open(media, OpenOptions::default()).unwrap()
+}
+
 /// A pool in a temporary directory and its tree, unmounted at the end.
 pub(crate) struct Mount {
     pub(crate) store: Arc<Store>,
@@ -51,9 +58,7 @@ impl Mount {
         }
         let pool = tempfile::tempdir().unwrap();
         let at = tempfile::tempdir().unwrap();
-        let media = Arc::new(HostMedia::new(pool.path()).unwrap());
-        Store::init(media.clone()).unwrap();
-        let store = Store::open(media, OpenOptions::default()).unwrap();
+        let store = new_pool(&pool);
         let mounted = mount(&store, at.path(), &MountOptions::of_pool(pool.path())).unwrap();
         let dir = mounted.mountpoint().to_path_buf();
         Some(Self { store, dir, mounted: Some(mounted), _pool: pool, _at: at })

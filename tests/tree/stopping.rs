@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use afterimage::error::Kind;
 use afterimage::tree::{MountOptions, mount};
 
-use super::{Mount, create, run};
+use super::{Mount, create, errno, require_fuse, run};
 
 fn mounts_at(dir: &std::path::Path) -> usize {
     let table = fs::read_to_string("/proc/self/mounts").unwrap();
@@ -81,4 +81,74 @@ fn what_cannot_be_mounted_is_told() {
     first.mounted.take();
     drop(mount(&first.store, &first.dir, &again).unwrap());
     assert_eq!(mounts_at(&first.dir), 0);
+}
+
+/// Not a test: the server that [`a_killed_server_leaves_a_mount_the_next_one_takes_away`] kills.
+#[test]
+#[ignore = "a helper of another test"]
+fn serves_until_killed() {
+    let Some(at) = std::env::var_os("AFTERIMAGE_TEST_MOUNTPOINT") else { return };
+    let store = super::new_pool(&tempfile::tempdir().unwrap());
+    let mounted =
+        mount(&store, std::path::Path::new(&at), &MountOptions::of_pool("/killed, and back".as_ref())).unwrap();
+    mounted.wait().unwrap();
+}
+
+#[test]
+fn a_killed_server_leaves_a_mount_the_next_one_takes_away() {
+    if !require_fuse() {
+        return;
+    }
+    let at = tempfile::tempdir().unwrap();
+    let mut server = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--ignored", "--exact", "tree::stopping::serves_until_killed"])
+        .env("AFTERIMAGE_TEST_MOUNTPOINT", at.path())
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let begun = Instant::now();
+    while mounts_at(at.path()) == 0 || fs::read_dir(at.path()).unwrap().count() != 2 {
+        assert!(begun.elapsed() < Duration::from_secs(20), "the helper does not mount");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    server.kill().unwrap();
+    server.wait().unwrap();
+    assert_eq!(errno(fs::read_dir(at.path())), libc::ENOTCONN);
+    let store = super::new_pool(&tempfile::tempdir().unwrap());
+    let other = MountOptions::of_pool("/another pool".as_ref());
+    let refused = mount(&store, at.path(), &other).unwrap_err();
+    assert_eq!(refused.kind(), Kind::Busy, "{refused}");
+    let mounted = mount(&store, at.path(), &MountOptions::of_pool("/killed, and back".as_ref())).unwrap();
+    assert_eq!(fs::read_dir(at.path()).unwrap().count(), 2);
+    drop(mounted);
+    assert_eq!(mounts_at(at.path()), 0);
+}
+
+#[test]
+fn an_ordinary_user_can_mount() {
+    if !require_fuse() || !rustix::process::geteuid().is_root() {
+        return; // An ordinary user already: then all the other tests are this one.
+    }
+    let open_to_all = {
+        use std::os::unix::fs::PermissionsExt;
+        fs::metadata("/dev/fuse").unwrap().permissions().mode() & 0o006 == 0o006
+    };
+    if !open_to_all {
+        assert!(std::env::var_os("CI").is_none(), "/dev/fuse must be open to all under CI: chmod 666 /dev/fuse");
+        eprintln!("SKIPPED: /dev/fuse is closed to ordinary users (chmod 666 /dev/fuse)");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    run("chmod", &[OsStr::new("1777"), dir.path().as_os_str()]);
+    let program = dir.path().join("tests");
+    fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
+    let output = std::process::Command::new("setpriv")
+        .args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "--"])
+        .arg(&program)
+        .args(["--test-threads", "2", "tree::names::", "tree::snapshots::", "tree::stopping::it_is_found"])
+        .env("TMPDIR", dir.path())
+        .output()
+        .unwrap();
+    let told = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && told.contains(" passed"), "{told}");
 }
