@@ -69,7 +69,7 @@ fn step(tree: &Tree, dice: &mut Dice, buf: &mut [u8]) -> bool {
     let (name, other) = (dice.name(), dice.name());
     let (name, other) = (OsStr::from_bytes(&name), OsStr::from_bytes(&other));
     let part = usize::try_from(len % (buf.len() as u64 + 1)).unwrap();
-    let signed = i64::from_ne_bytes(offset.to_ne_bytes());
+    let signed = offset.cast_signed();
     let word = i32::try_from(len % (1 << 20)).unwrap();
     match dice.below(18) {
         0 => tree.attr(ino).is_ok(),
