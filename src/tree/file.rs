@@ -306,7 +306,8 @@ impl Tree {
                 let lease = if writes(flags) { Some(file.disk.lease(HOLDER)?) } else { None };
                 let attr = self.attr(ino)?;
                 let direct = direct || !attr.keep;
-                // A read through the cache that competed with a direct write may have left the older bytes there.
+                // A cached read that competed with a direct write may have left the older bytes there. (Linux 6.18 drops
+                // them after the write; other kernels are not relied on to.)
                 let keep_cache = self.trust_cache(id) && file.direct_writers.load(Ordering::Acquire) == 0;
                 file.direct_writers.fetch_add(usize::from(direct && lease.is_some()), Ordering::AcqRel);
                 let handle = self.enter(Handle::Disk(DiskHandle { file, lease, direct, flags }));

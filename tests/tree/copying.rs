@@ -101,7 +101,8 @@ fn skipped_pieces_are_holes_and_not_the_source() {
     while done < rest {
         let (mut off_in, mut off_out) = (at + done, at + done);
         done +=
-            copy_file_range(&from, Some(&mut off_in), &to, Some(&mut off_out), (rest - done) as usize).unwrap() as u64;
+            copy_file_range(&from, Some(&mut off_in), &to, Some(&mut off_out), usize::try_from(rest - done).unwrap())
+                .unwrap() as u64;
     }
     let held = fs::read(mount.disk("b")).unwrap();
     assert_eq!(held.len(), 64 << 20);

@@ -8,6 +8,7 @@
 
 mod copying;
 mod files;
+mod hostile;
 mod names;
 mod news;
 mod snapshots;
