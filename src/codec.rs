@@ -250,7 +250,7 @@ mod tests {
         for bit in 0..bytes.len() * 8 {
             let mut bad = bytes.clone();
             bad[bit / 8] ^= 1 << (bit % 8);
-            assert!(unseal("test", &bad).is_err());
+            unseal("test", &bad).unwrap_err();
         }
     }
 
@@ -273,6 +273,6 @@ mod tests {
         let mut w = Writer::new();
         w.varint(u64::MAX);
         let bytes = w.finish();
-        assert!(Reader::new("test", &bytes).bytes().is_err());
+        Reader::new("test", &bytes).bytes().unwrap_err();
     }
 }

@@ -92,6 +92,7 @@ impl Kind {
 
 /// An error for people and programs alike.
 #[derive(Debug)]
+#[expect(clippy::error_impl_error, reason = "the one error of the crate: there is no other it could be confused with")]
 pub struct Error {
     kind: Kind,
     message: String,

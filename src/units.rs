@@ -32,6 +32,14 @@ pub const SEGMENT_SIZE_MAX: u64 = BLOCK_SIZE << SLOT_BITS;
 pub const CHUNKS_MAX: u64 = DISK_SIZE_MAX / CHUNK_SIZE;
 
 const _: () = assert!(CHUNK_SIZE == 2 << 20);
+const _: () = assert!(usize::BITS == 64, "lengths of buffers and of files are the same numbers here");
+
+/// Returns a number of bytes or blocks as a length or index in memory.
+#[must_use]
+#[expect(clippy::cast_possible_truncation, reason = "usize has 64 bits: asserted above")]
+pub const fn to_usize(number: u64) -> usize {
+    number as usize
+}
 const _: () = assert!(CHUNKS_MAX <= u32::MAX as u64);
 
 macro_rules! id {
@@ -165,7 +173,7 @@ impl BlockAddress {
     /// Returns the address of block `index` of the slab whose base this is.
     #[must_use]
     pub fn at(self, index: usize) -> Self {
-        assert!(self.index() == 0 && index < CHUNK_BLOCKS as usize, "not a slab base, or an index beyond the slab");
+        assert!(self.index() == 0 && index < to_usize(CHUNK_BLOCKS), "not a slab base, or an index beyond the slab");
         Self(self.0 + index as u64)
     }
 }

@@ -258,15 +258,15 @@ mod tests {
         for bad in ["", "a/b", "a@b", "a#b", "a\nb", "..", "a..b", "-x", ".x", &"x".repeat(129)] {
             assert!(check_disk_name(bad).is_err(), "{bad:?}");
         }
-        assert!(check_snapshot_name(&"x".repeat(121)).is_err());
+        check_snapshot_name(&"x".repeat(121)).unwrap_err();
     }
 
     #[test]
     fn sizes_are_rounded_and_bounded() {
         assert_eq!(round_size(1).unwrap(), 512);
         assert_eq!(round_size(64 << 40).unwrap(), 64 << 40);
-        assert!(round_size(0).is_err());
-        assert!(round_size((64 << 40) + 1).is_err());
-        assert!(round_size(u64::MAX).is_err());
+        round_size(0).unwrap_err();
+        round_size((64 << 40) + 1).unwrap_err();
+        round_size(u64::MAX).unwrap_err();
     }
 }

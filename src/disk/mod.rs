@@ -26,7 +26,7 @@ pub use scrub::{Damage, ScrubReport, scrub};
 
 use crate::error::{Error, Result};
 use crate::store::{Edit, Head, Line, Store};
-use crate::units::{BLOCK_SIZE, DISK_SIZE_MAX, DiskId};
+use crate::units::{BLOCK_SIZE, DISK_SIZE_MAX, DiskId, to_usize};
 
 /// Something that is read and written in bytes and keeps blocks.
 pub trait BlockDevice: Send + Sync {
@@ -170,7 +170,7 @@ impl Disk {
         let end = size.next_multiple_of(BLOCK_SIZE);
         let mapped = size < end && self.store.next_data(&self.whole_blocks(), Some(&self.head), size)?.is_some();
         if mapped {
-            let zeros = vec![0; (end - size) as usize];
+            let zeros = vec![0; to_usize(end - size)];
             self.write_upto(&zeros, size, end)?;
             self.flush()?;
         }

@@ -14,7 +14,7 @@ use crate::map::{BlockSet, Run};
 use crate::progress::Progress;
 use crate::store::seal_file::{SealFile, SealedSlab};
 use crate::store::{Status, Store};
-use crate::units::{BLOCK_SIZE, BlockAddress, ChunkIndex, Epoch, SegmentId};
+use crate::units::{BLOCK_SIZE, BlockAddress, ChunkIndex, Epoch, SegmentId, to_usize};
 
 /// A block that is not what was sealed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -109,7 +109,7 @@ impl Scrub<'_> {
     }
 
     fn slab(&mut self, base: BlockAddress, chunk: ChunkIndex, set: &BlockSet, crcs: &[u32]) -> Result<()> {
-        let mut buf = vec![0; BLOCK_SIZE as usize];
+        let mut buf = vec![0; to_usize(BLOCK_SIZE)];
         for (index, crc) in set.iter().zip(crcs) {
             let address = base.at(index);
             // Freed since, or compared already: a copy of a seal says the same.

@@ -14,11 +14,11 @@ use crate::error::Result;
 use crate::map::{BlockSet, Chunk, Piece};
 use crate::pool::Segment;
 use crate::store::Line;
-use crate::units::{BLOCK_SIZE, BlockAddress, CHUNK_SIZE, ChunkIndex};
+use crate::units::{BLOCK_SIZE, BlockAddress, CHUNK_SIZE, ChunkIndex, to_usize};
 
 /// Changed chunks at which a writer makes the flush itself, so that no frame grows without bound.
 const FLUSH_AT: usize = 16 * 1024;
-const ZEROS: [u8; BLOCK_SIZE as usize] = [0; BLOCK_SIZE as usize];
+const ZEROS: [u8; to_usize(BLOCK_SIZE)] = [0; to_usize(BLOCK_SIZE)];
 
 /// One pwrite: consecutive bytes of the data at consecutive bytes of a segment.
 #[derive(Debug)]
@@ -99,7 +99,7 @@ impl Disk {
             let upto = end.min(index.byte() + CHUNK_SIZE);
             let chunk = self.store.chunk(&line.source(), index)?;
             let first = ((at - index.byte()) / BLOCK_SIZE) as usize;
-            let last = (upto - index.byte()).div_ceil(BLOCK_SIZE) as usize;
+            let last = to_usize((upto - index.byte()).div_ceil(BLOCK_SIZE));
             for run in chunk.lock().entry.runs(first, last) {
                 if run.address.is_none_or(|address| address.raw() < line.floor) {
                     fresh += run.len as u64 * BLOCK_SIZE;
@@ -135,7 +135,7 @@ impl Disk {
         data: &[u8],
     ) -> Result<()> {
         let first = ((at - index.byte()) / BLOCK_SIZE) as usize;
-        let last = (upto - index.byte()).div_ceil(BLOCK_SIZE) as usize;
+        let last = to_usize((upto - index.byte()).div_ceil(BLOCK_SIZE));
         let claim = BlockSet::range(first, last);
         let chunk = self.store.chunk(&line.source(), index)?;
         let mut state = chunk.lock();
@@ -154,7 +154,7 @@ impl Disk {
             let end = (index.byte() + (run.start + run.len) as u64 * BLOCK_SIZE).min(upto);
             let skip = start - index.byte() - run.start as u64 * BLOCK_SIZE;
             let from = usize::try_from(start - offset).expect("inside the data");
-            plan.push(Stretch { segment, address, skip, from, len: (end - start) as usize });
+            plan.push(Stretch { segment, address, skip, from, len: to_usize(end - start) });
         }
         let missing = claim.minus(&owned);
         if missing.is_empty() {
@@ -183,7 +183,7 @@ impl Disk {
                         address: slab.base.at(i),
                         skip: 0,
                         from: usize::try_from(whole.0 - offset).expect("inside the data"),
-                        len: (whole.1 - whole.0) as usize,
+                        len: to_usize(whole.1 - whole.0),
                     });
                 }
             }
@@ -193,15 +193,15 @@ impl Disk {
 
     /// Returns a block as it will be: the old one, or zeros, with the written part over it.
     fn merge(&self, old: &crate::map::Entry, i: usize, block: u64, data: &[u8], offset: u64) -> Result<Box<[u8]>> {
-        let mut whole = vec![0; BLOCK_SIZE as usize].into_boxed_slice();
+        let mut whole = vec![0; to_usize(BLOCK_SIZE)].into_boxed_slice();
         let _inside = self.store.fence.enter();
         for run in old.runs(i, i + 1) {
             self.store.read_run(&run, &mut whole, 0)?;
         }
         let start = offset.max(block);
         let end = (offset + data.len() as u64).min(block + BLOCK_SIZE);
-        let part = &data[(start - offset) as usize..(end - offset) as usize];
-        whole[(start - block) as usize..(end - block) as usize].copy_from_slice(part);
+        let part = &data[to_usize(start - offset)..to_usize(end - offset)];
+        whole[to_usize(start - block)..to_usize(end - block)].copy_from_slice(part);
         Ok(whole)
     }
 
@@ -248,7 +248,7 @@ impl Disk {
             let here = at(byte);
             let in_slab = (512 - here.index() as u64) * BLOCK_SIZE;
             let upto = last.min(byte + in_slab);
-            self.head.crcs.note(here, &data[(byte - start) as usize..(upto - start) as usize]);
+            self.head.crcs.note(here, &data[to_usize(byte - start)..to_usize(upto - start)]);
             byte = upto;
         }
     }
@@ -283,7 +283,7 @@ impl Disk {
         }
         assert!(upto - from <= BLOCK_SIZE, "only parts of one block are zeroed by writing");
         let mapped = self.next_data(from)?.is_some_and(|(start, _)| start < upto);
-        if mapped { self.write_upto(&ZEROS[..(upto - from) as usize], from, self.size()) } else { Ok(()) }
+        if mapped { self.write_upto(&ZEROS[..to_usize(upto - from)], from, self.size()) } else { Ok(()) }
     }
 }
 

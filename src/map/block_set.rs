@@ -4,9 +4,9 @@
 
 use crate::codec::{Reader, Writer};
 use crate::error::Result;
-use crate::units::CHUNK_BLOCKS;
+use crate::units::{CHUNK_BLOCKS, to_usize};
 
-const BITS: usize = CHUNK_BLOCKS as usize;
+const BITS: usize = to_usize(CHUNK_BLOCKS);
 const TAG_FULL: u8 = 0;
 const TAG_RANGE: u8 = 1;
 const TAG_LIST: u8 = 2;

@@ -7,9 +7,9 @@
 use super::BlockSet;
 use crate::codec::{Reader, Writer};
 use crate::error::Result;
-use crate::units::{BlockAddress, CHUNK_BLOCKS};
+use crate::units::{BlockAddress, CHUNK_BLOCKS, to_usize};
 
-const BLOCKS: usize = CHUNK_BLOCKS as usize;
+const BLOCKS: usize = to_usize(CHUNK_BLOCKS);
 /// More pieces than this take more memory than the flat form.
 const PIECES_MAX: usize = 56;
 const TAG_PIECES: u8 = 1;

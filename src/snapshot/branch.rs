@@ -101,7 +101,7 @@ pub fn clone_into(store: &Arc<Store>, disk: &str, snapshot: Option<&str>, target
         None => Some(super::take::take_hidden(store, source)?),
     };
     let head = store.head(target)?;
-    let mut order = head.order();
+    let order = head.order();
     let gate = head.gate.write();
     let result = (|| {
         let line = head.line();
@@ -134,7 +134,6 @@ pub fn clone_into(store: &Arc<Store>, disk: &str, snapshot: Option<&str>, target
         Ok((ticket, line.owner))
     })();
     drop(gate);
-    order.completed = order.completed.max(0);
     drop(order);
     if let Some(id) = hidden {
         // The clone has it as its parent now; by itself it is not needed.

@@ -77,7 +77,7 @@ fn take_all(store: &Arc<Store>, mut targets: Vec<Target>) -> Result<Vec<Snapshot
         store.flush(&target.head)?;
     }
     // The orders keep flushes of the new epochs behind the frame of the snapshot.
-    let mut orders: Vec<_> = targets.iter().map(|target| target.head.order()).collect();
+    let orders: Vec<_> = targets.iter().map(|target| target.head.order()).collect();
     refuse_taken(store, &targets)?;
     let (switched, slabs) = stop_and_switch(store, &targets)?;
     drop(slabs);
@@ -86,9 +86,8 @@ fn take_all(store: &Arc<Store>, mut targets: Vec<Target>) -> Result<Vec<Snapshot
         // The epochs have been switched in memory and no frame says so: only a replay gets that right again.
         store.ledger.poison(error);
     }
-    for (target, order) in targets.iter().zip(&mut orders) {
+    for target in &targets {
         target.head.thawed();
-        order.completed = order.completed.max(0);
     }
     drop(orders);
     store.counters.snapshots.fetch_add(targets.len() as u64, Ordering::Relaxed);

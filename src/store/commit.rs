@@ -66,7 +66,7 @@ struct Sums {
 
 /// Chunks to enter into the index and to take out of it.
 #[derive(Debug, Default)]
-pub struct IndexChanges(BTreeMap<(BranchId, Epoch, u32), [BlockSet; 2]>);
+pub(super) struct IndexChanges(BTreeMap<(BranchId, Epoch, u32), [BlockSet; 2]>);
 
 impl IndexChanges {
     fn slot(&mut self, branch: BranchId, epoch: Epoch, chunk: ChunkIndex, which: usize) {
@@ -75,12 +75,12 @@ impl IndexChanges {
     }
 
     /// Enters a chunk for which the epoch has an entry now.
-    pub fn add(&mut self, branch: BranchId, epoch: Epoch, chunk: ChunkIndex) {
+    pub(super) fn add(&mut self, branch: BranchId, epoch: Epoch, chunk: ChunkIndex) {
         self.slot(branch, epoch, chunk, 0);
     }
 
     /// Takes out a chunk for which it has none any more.
-    pub fn remove(&mut self, branch: BranchId, epoch: Epoch, chunk: ChunkIndex) {
+    pub(super) fn remove(&mut self, branch: BranchId, epoch: Epoch, chunk: ChunkIndex) {
         self.slot(branch, epoch, chunk, 1);
     }
 
@@ -88,7 +88,7 @@ impl IndexChanges {
     ///
     /// # Errors
     /// When the catalog cannot be read.
-    pub fn rows(&self, ledger: &Ledger, rows: &mut Vec<Row>) -> Result<()> {
+    pub(super) fn rows(&self, ledger: &Ledger, rows: &mut Vec<Row>) -> Result<()> {
         for ((branch, epoch, group), [added, removed]) in &self.0 {
             let key = Key::index(*branch, *epoch, *group);
             let known = ledger.get(&key)?.map_or(Ok(BlockSet::EMPTY), |value| decode_set(&value))?;
@@ -103,7 +103,7 @@ impl IndexChanges {
 }
 
 /// Chunks of one index row.
-pub const CHUNKS_PER_GROUP: u32 = 512;
+pub(super) const CHUNKS_PER_GROUP: u32 = 512;
 
 impl Store {
     /// Makes every write of the disk that was acknowledged before durable.
@@ -310,7 +310,7 @@ impl Store {
 }
 
 /// Queues addresses for punching: neighbouring ones as one row.
-pub fn free_rows(pieces: &[Piece], rows: &mut Vec<Row>) {
+pub(super) fn free_rows(pieces: &[Piece], rows: &mut Vec<Row>) {
     let mut runs: Vec<(u64, u64)> = pieces
         .iter()
         .flat_map(|piece| piece.set.runs().map(|(start, end)| (piece.base.at(start).raw(), (end - start) as u64)))

@@ -20,7 +20,7 @@ use crate::error::Result;
 use crate::units::{BranchId, ChunkIndex, Epoch};
 
 /// Branches a look-up goes through at most before they are cut loose.
-pub const DEPTH_MAX: u32 = 32;
+pub(super) const DEPTH_MAX: u32 = 32;
 const STEP: usize = 128;
 
 impl Store {

@@ -45,7 +45,7 @@ impl Bell {
 
 /// The background threads of a store.
 #[derive(Debug, Default)]
-pub struct Keeper {
+pub(super) struct Keeper {
     flusher: Arc<Bell>,
     tidier: Arc<Bell>,
     threads: Mutex<Vec<JoinHandle<()>>>,
@@ -56,7 +56,7 @@ impl Keeper {
     ///
     /// # Errors
     /// When the host has no threads to give.
-    pub fn start(&self, store: &Arc<Store>) -> std::io::Result<()> {
+    pub(super) fn start(&self, store: &Arc<Store>) -> std::io::Result<()> {
         self.spawn("afterimage-flush", &self.flusher, store, FLUSH_EVERY, |store| {
             store.flush_all()?;
             Ok(false)
@@ -79,12 +79,12 @@ impl Keeper {
     }
 
     /// Asks the tidier to look at once.
-    pub fn wake(&self) {
+    pub(super) fn wake(&self) {
         self.tidier.ring();
     }
 
     /// Ends the threads and waits for them.
-    pub fn stop(&self) {
+    pub(super) fn stop(&self) {
         for bell in [&self.flusher, &self.tidier] {
             bell.stop.store(true, Ordering::Release);
             bell.ring();

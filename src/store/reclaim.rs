@@ -28,7 +28,7 @@ use crate::units::{BranchId, ChunkIndex, Epoch};
 
 /// The state that is going away, and how far that is.
 #[derive(Debug, Default)]
-pub struct Progressing {
+pub(super) struct Progressing {
     node: Option<StateKey>,
     /// Chunks below are done.
     cursor: u32,
@@ -42,7 +42,7 @@ impl Progressing {
 
 /// What a head's change sets free.
 #[derive(Debug, Default)]
-pub struct Lost {
+pub(super) struct Lost {
     /// Addresses that nobody holds.
     pub free: Vec<Piece>,
     /// A row that nobody resolves to.

@@ -18,7 +18,7 @@ use crate::codec::crc32;
 use crate::error::Result;
 use crate::map::{BlockSet, Entry, Piece, Run};
 use crate::sync::Mutex;
-use crate::units::{BLOCK_SIZE, BlockAddress, CHUNK_BLOCKS, ChunkIndex, SegmentId};
+use crate::units::{BLOCK_SIZE, BlockAddress, CHUNK_BLOCKS, ChunkIndex, SegmentId, to_usize};
 
 /// Slabs with noted checksums per disk at most: 2 KiB each.
 const SLABS_MAX: usize = 16 * 1024;
@@ -26,7 +26,7 @@ const SLABS_MAX: usize = 16 * 1024;
 #[derive(Debug)]
 struct SlabChecksums {
     known: BlockSet,
-    crcs: Box<[u32; CHUNK_BLOCKS as usize]>,
+    crcs: Box<[u32; to_usize(CHUNK_BLOCKS)]>,
 }
 
 /// Checksums of blocks that no seal has yet.
@@ -40,14 +40,14 @@ pub struct Checksums {
 impl Checksums {
     /// Notes the checksums of whole blocks that were written at consecutive addresses from `first`.
     pub fn note(&self, first: BlockAddress, data: &[u8]) {
-        let fresh: Vec<u32> = data.chunks_exact(BLOCK_SIZE as usize).map(crc32).collect();
+        let fresh: Vec<u32> = data.chunks_exact(to_usize(BLOCK_SIZE)).map(crc32).collect();
         let mut slabs = self.slabs.lock();
         if slabs.len() >= SLABS_MAX && !slabs.contains_key(&first.slab()) {
             return;
         }
         let slab = slabs
             .entry(first.slab())
-            .or_insert_with(|| SlabChecksums { known: BlockSet::EMPTY, crcs: Box::new([0; CHUNK_BLOCKS as usize]) });
+            .or_insert_with(|| SlabChecksums { known: BlockSet::EMPTY, crcs: Box::new([0; to_usize(CHUNK_BLOCKS)]) });
         for (index, crc) in (first.index()..).zip(fresh) {
             slab.crcs[index] = crc;
             slab.known.add(index);
@@ -129,7 +129,7 @@ impl Store {
     fn sealed_slab(&self, row: &StateRow, chunk: ChunkIndex, piece: &Piece) -> Result<SealedSlab> {
         let head = self.heads.lock().get(&row.disk).cloned();
         let mut crcs = Vec::with_capacity(piece.set.count() as usize);
-        let mut block = vec![0; BLOCK_SIZE as usize];
+        let mut block = vec![0; to_usize(BLOCK_SIZE)];
         for index in piece.set.iter() {
             let address = piece.base.at(index);
             let noted = head.as_ref().and_then(|head| head.crcs.get(address));

@@ -18,12 +18,12 @@ use crate::pool::BALLAST;
 use crate::units::{BLOCK_SIZE, DiskId, show_size};
 
 /// Bytes of the ballast.
-pub const BALLAST_SIZE: u64 = 16 << 20;
+pub(super) const BALLAST_SIZE: u64 = 16 << 20;
 const CREDIT_MAX: u64 = 64 << 20;
 
 /// Credit for new blocks.
 #[derive(Debug, Default)]
-pub struct SpaceGuard {
+pub(super) struct SpaceGuard {
     credit: AtomicI64,
 }
 
@@ -141,7 +141,7 @@ impl Store {
 ///
 /// # Errors
 /// Any error of the host; what was written of it is removed.
-pub fn make_ballast(media: &dyn Media, bytes: u64) -> std::io::Result<()> {
+pub(super) fn make_ballast(media: &dyn Media, bytes: u64) -> std::io::Result<()> {
     let file = media.open(BALLAST, Open::New)?;
     let zeros = vec![0u8; 1 << 20];
     let mut at = 0;

@@ -17,7 +17,7 @@ use super::tables::StateKey;
 use crate::error::{Error, Result};
 use crate::map::{Chunk, Entry, Run};
 use crate::pool::Segment;
-use crate::units::{BLOCK_SIZE, BlockAddress, BranchId, CHUNK_SIZE, ChunkIndex, Epoch, SegmentId};
+use crate::units::{BLOCK_SIZE, BlockAddress, BranchId, CHUNK_SIZE, ChunkIndex, Epoch, SegmentId, to_usize};
 
 /// The entry that holds for a chunk of a state, and the row it is stored in.
 #[derive(Debug, Clone, Default)]
@@ -126,7 +126,7 @@ impl Store {
     fn read_chunk(&self, source: &Source, index: ChunkIndex, buf: &mut [u8], at: u64) -> Result<()> {
         let within = at - index.byte();
         let first = (within / BLOCK_SIZE) as usize;
-        let last = (within + buf.len() as u64).div_ceil(BLOCK_SIZE) as usize;
+        let last = to_usize((within + buf.len() as u64).div_ceil(BLOCK_SIZE));
         let runs = {
             let chunk = self.chunk(source, index)?;
             let state = chunk.lock();
@@ -135,7 +135,7 @@ impl Store {
         for run in runs {
             let start = (run.start as u64 * BLOCK_SIZE).max(within);
             let end = ((run.start + run.len) as u64 * BLOCK_SIZE).min(within + buf.len() as u64);
-            let part = &mut buf[(start - within) as usize..(end - within) as usize];
+            let part = &mut buf[to_usize(start - within)..to_usize(end - within)];
             self.read_run(&run, part, start - run.start as u64 * BLOCK_SIZE)?;
         }
         Ok(())

@@ -423,9 +423,8 @@ impl Run {
             disk.snapshots.insert(keep.clone(), disk.live.now.clone());
         }
         disk.live = Image::of(disk.snapshots[&snap].clone());
-        if keep.is_some() {
+        if let Some(keep) = keep.clone() {
             // Two frames: a crash may come between them. The first one alone first.
-            let keep = keep.unwrap();
             let mut between = self.twin.clone();
             let disk = between.disks.get_mut(&name).unwrap();
             disk.live.flush();
@@ -495,7 +494,7 @@ impl Run {
         if self.media.is_down() {
             return;
         }
-        let what = self.any_snapshot().filter(|_| self.random % 2 == 0);
+        let what = self.any_snapshot().filter(|_| self.random.is_multiple_of(2));
         let (device, image): (Arc<dyn BlockDevice>, &[u8]) = match &what {
             Some((name, snap)) => {
                 (snapshot::open(self.store(), name, snap).unwrap(), &self.twin.disks[name].snapshots[snap])
