@@ -117,7 +117,7 @@ impl DiskFile {
         let _growing = self.growing.lock();
         let old = self.disk.size();
         if size > old {
-            self.disk.resize(size, false)?;
+            self.disk.extend(size)?;
         }
         Ok(old)
     }
