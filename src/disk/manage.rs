@@ -193,6 +193,7 @@ pub fn remove(store: &Arc<Store>, name: &str, recursive: bool) -> Result<()> {
             });
         }
         edit.delete_disk(id);
+        head.set_gone();
         store.ledger.submit(edit.finish())?
     };
     drop(gate);

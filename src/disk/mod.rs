@@ -135,13 +135,22 @@ impl Disk {
         if size < now {
             self.shrink(size)?;
         } else if size > now {
-            self.grow(size)?;
+            self.extend(size)?;
+            let ticket = *self.head.owed_row.lock();
+            self.store.ledger.wait(ticket)?;
         }
         self.store.tell_resized(self.head.id);
         Ok(())
     }
 
-    fn grow(&self, size: u64) -> Result<()> {
+    /// Grows the disk for a write behind its end; durable with the next flush. Smaller sizes change nothing.
+    ///
+    /// # Errors
+    /// `Usage` beyond 64 TiB, `ReadOnly`, `NotFound` when the disk was removed.
+    pub fn extend(&self, size: u64) -> Result<()> {
+        if size > DISK_SIZE_MAX {
+            return Err(Error::usage(format!("{size} bytes is more than the largest disk, 64 TiB")));
+        }
         if self.store.tables.read().disk(self.head.id)?.trim {
             // What a shrink left beyond the end must not come to light again.
             self.store.trim(&self.head)?;
@@ -152,6 +161,7 @@ impl Disk {
         if size <= line.size {
             return Ok(());
         }
+        self.head.refuse_gone()?;
         let ticket = {
             let mut tables = self.store.tables.write();
             let mut edit = Edit::new(&mut tables);
@@ -159,8 +169,9 @@ impl Disk {
             self.store.ledger.submit(edit.finish())?
         };
         self.head.set_line(Line { size, ..line });
+        *self.head.owed_row.lock() = ticket;
         drop(gate);
-        self.store.ledger.wait(ticket)
+        Ok(())
     }
 
     /// Zeroes what the last block has beyond the end of the disk: bytes that a shrink left, and that nobody can read
@@ -212,6 +223,7 @@ impl BlockDevice for Disk {
     }
 
     fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        self.head.refuse_gone()?;
         self.head.limits.take(&self.store, self.head.id, buf.len() as u64);
         self.store.read(&self.head.line().source(), buf, offset)
     }

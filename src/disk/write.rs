@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use super::{BlockDevice, Disk};
 use crate::error::Result;
-use crate::map::{BlockSet, Chunk, Piece};
+use crate::map::{BlockSet, Chunk, Entry, Piece};
 use crate::pool::Segment;
 use crate::store::Line;
 use crate::units::{BLOCK_SIZE, BlockAddress, CHUNK_SIZE, ChunkIndex, to_usize};
@@ -25,9 +25,26 @@ const ZEROS: [u8; to_usize(BLOCK_SIZE)] = [0; to_usize(BLOCK_SIZE)];
 struct Stretch {
     segment: Arc<Segment>,
     address: BlockAddress,
-    skip: u64,
     from: usize,
     len: usize,
+}
+
+/// What is to be written, and where.
+#[derive(Debug, Clone, Copy)]
+struct Bytes<'a> {
+    data: &'a [u8],
+    offset: u64,
+}
+
+impl Bytes<'_> {
+    fn end(&self) -> u64 {
+        self.offset + self.data.len() as u64
+    }
+
+    /// Returns the part that lies in a chunk, as bytes of the disk.
+    fn within(&self, index: ChunkIndex) -> (u64, u64) {
+        (self.offset.max(index.byte()), self.end().min(index.byte() + CHUNK_SIZE))
+    }
 }
 
 /// A block that is written in part and has to be made whole first.
@@ -73,10 +90,12 @@ impl Disk {
         {
             let _gate = self.head.gate.read();
             let line = self.head.line();
-            // Again: the disk may have been shrunk meanwhile.
+            // Again: the disk may have been shrunk or removed meanwhile.
+            self.head.refuse_gone()?;
             inside(&line)?;
             let mut plan = Plan::default();
-            let result = self.plan(&line, data, offset, &mut plan).and_then(|()| self.carry_out(&plan, data));
+            let result =
+                self.plan(&line, &Bytes { data, offset }, &mut plan).and_then(|()| self.carry_out(&plan, data));
             self.enter(&line, plan, result.is_ok());
             if let Err(error) = result {
                 self.store.poison_unless_full(&error);
@@ -110,30 +129,19 @@ impl Disk {
         if fresh == 0 { Ok(()) } else { self.store.room_for(self.head.id, fresh) }
     }
 
-    fn plan(&self, line: &Line, data: &[u8], offset: u64, plan: &mut Plan) -> Result<()> {
-        let end = offset + data.len() as u64;
-        let mut at = offset;
-        while at < end {
+    fn plan(&self, line: &Line, source: &Bytes<'_>, plan: &mut Plan) -> Result<()> {
+        let mut at = source.offset;
+        while at < source.end() {
             let index = ChunkIndex::of_byte(at);
-            let upto = end.min(index.byte() + CHUNK_SIZE);
-            self.plan_chunk(line, index, offset, at, upto, plan, data)?;
-            at = upto;
+            self.plan_chunk(line, index, source, plan)?;
+            at = index.byte() + CHUNK_SIZE;
         }
         Ok(())
     }
 
-    /// Claims the blocks of `at..upto` and chooses where each run of them goes.
-    #[expect(clippy::too_many_arguments, reason = "the range, the whole write it is part of, and the plan")]
-    fn plan_chunk(
-        &self,
-        line: &Line,
-        index: ChunkIndex,
-        offset: u64,
-        at: u64,
-        upto: u64,
-        plan: &mut Plan,
-        data: &[u8],
-    ) -> Result<()> {
+    /// Claims the blocks of one chunk that the write touches, and chooses where each run of them goes.
+    fn plan_chunk(&self, line: &Line, index: ChunkIndex, source: &Bytes<'_>, plan: &mut Plan) -> Result<()> {
+        let (at, upto) = source.within(index);
         let first = ((at - index.byte()) / BLOCK_SIZE) as usize;
         let last = to_usize((upto - index.byte()).div_ceil(BLOCK_SIZE));
         let claim = BlockSet::range(first, last);
@@ -141,66 +149,82 @@ impl Disk {
         let mut state = chunk.lock();
         state.wait_idle(&claim);
         state.claim(&claim);
-        let owned: BlockSet =
-            claim.iter().filter(|i| state.entry.get(*i).is_some_and(|a| a.raw() >= line.floor)).collect();
         let old = state.entry.clone();
         drop(state);
-        let at_part = plan.parts.len();
         plan.parts.push(Part { index, chunk, claim, fresh: Vec::new() });
+        let mut missing = BlockSet::EMPTY;
         for run in old.runs(first, last) {
-            let Some(address) = run.address.filter(|_| owned.has(run.start)) else { continue };
-            let segment = self.store.segment(address.segment())?;
-            let start = (index.byte() + run.start as u64 * BLOCK_SIZE).max(at);
-            let end = (index.byte() + (run.start + run.len) as u64 * BLOCK_SIZE).min(upto);
-            let skip = start - index.byte() - run.start as u64 * BLOCK_SIZE;
-            let from = usize::try_from(start - offset).expect("inside the data");
-            plan.push(Stretch { segment, address, skip, from, len: to_usize(end - start) });
+            match run.address.filter(|address| address.raw() >= line.floor) {
+                Some(address) => {
+                    let segment = self.store.segment(address.segment())?;
+                    self.place(source, &old, &segment, address, (run.start, run.start + run.len), index, plan)?;
+                }
+                None => missing = missing.or(&BlockSet::range(run.start, run.start + run.len)),
+            }
         }
-        let missing = claim.minus(&owned);
         if missing.is_empty() {
             return Ok(());
         }
         for (slab, set) in self.head.hand_out(&self.store, index, &missing)? {
-            plan.parts[at_part].fresh.push((slab.base, set));
-            for (run_start, run_end) in set.runs() {
-                let start = index.byte() + run_start as u64 * BLOCK_SIZE;
-                let end = index.byte() + run_end as u64 * BLOCK_SIZE;
-                let whole = (start.max(at).next_multiple_of(BLOCK_SIZE), end.min(upto) / BLOCK_SIZE * BLOCK_SIZE);
-                // At most the first and the last block are written in part.
-                for block in [start, end - BLOCK_SIZE] {
-                    let part = block < at || block + BLOCK_SIZE > upto;
-                    let i = ((block - index.byte()) / BLOCK_SIZE) as usize;
-                    let address = slab.base.at(i);
-                    if part && !plan.merged.iter().any(|m| m.address == address) {
-                        let block = self.merge(&old, i, block, data, offset)?;
-                        plan.merged.push(Merged { address, segment: Arc::clone(&slab.segment), block });
-                    }
-                }
-                if whole.0 < whole.1 {
-                    let i = ((whole.0 - index.byte()) / BLOCK_SIZE) as usize;
-                    plan.push(Stretch {
-                        segment: Arc::clone(&slab.segment),
-                        address: slab.base.at(i),
-                        skip: 0,
-                        from: usize::try_from(whole.0 - offset).expect("inside the data"),
-                        len: to_usize(whole.1 - whole.0),
-                    });
-                }
+            plan.parts.last_mut().expect("pushed above").fresh.push((slab.base, set));
+            for (start, end) in set.runs() {
+                self.place(source, &old, &slab.segment, slab.base.at(start), (start, end), index, plan)?;
             }
         }
         Ok(())
     }
 
+    /// Plans the pwrites of a run of blocks at consecutive addresses. Only whole blocks are ever written: what a write
+    /// covers in part, its first and its last block at most, is merged with the block as it is.
+    #[expect(clippy::too_many_arguments, reason = "a run of blocks, where it comes from, where it goes")]
+    fn place(
+        &self,
+        source: &Bytes<'_>,
+        old: &Entry,
+        segment: &Arc<Segment>,
+        address: BlockAddress,
+        run: (usize, usize),
+        index: ChunkIndex,
+        plan: &mut Plan,
+    ) -> Result<()> {
+        let (at, upto) = source.within(index);
+        let byte = |block: usize| index.byte() + block as u64 * BLOCK_SIZE;
+        let address_of = |block: usize| {
+            BlockAddress::from_raw(address.raw() + (block - run.0) as u64).expect("a run stays in its slab")
+        };
+        let (mut first, mut last) = run;
+        let in_part = |block: usize| byte(block) < at || byte(block + 1) > upto;
+        if in_part(first) {
+            let block = self.merge(source, old, first, byte(first))?;
+            plan.merged.push(Merged { address: address_of(first), segment: Arc::clone(segment), block });
+            first += 1;
+        }
+        if last > first && in_part(last - 1) {
+            last -= 1;
+            let block = self.merge(source, old, last, byte(last))?;
+            plan.merged.push(Merged { address: address_of(last), segment: Arc::clone(segment), block });
+        }
+        if first < last {
+            plan.push(Stretch {
+                segment: Arc::clone(segment),
+                address: address_of(first),
+                from: usize::try_from(byte(first) - source.offset).expect("inside the data"),
+                len: (last - first) * to_usize(BLOCK_SIZE),
+            });
+        }
+        Ok(())
+    }
+
     /// Returns a block as it will be: the old one, or zeros, with the written part over it.
-    fn merge(&self, old: &crate::map::Entry, i: usize, block: u64, data: &[u8], offset: u64) -> Result<Box<[u8]>> {
+    fn merge(&self, source: &Bytes<'_>, old: &Entry, i: usize, block: u64) -> Result<Box<[u8]>> {
         let mut whole = vec![0; to_usize(BLOCK_SIZE)].into_boxed_slice();
         let _inside = self.store.fence.enter();
         for run in old.runs(i, i + 1) {
             self.store.read_run(&run, &mut whole, 0)?;
         }
-        let start = offset.max(block);
-        let end = (offset + data.len() as u64).min(block + BLOCK_SIZE);
-        let part = &data[to_usize(start - offset)..to_usize(end - offset)];
+        let start = source.offset.max(block);
+        let end = source.end().min(block + BLOCK_SIZE);
+        let part = &source.data[to_usize(start - source.offset)..to_usize(end - source.offset)];
         whole[to_usize(start - block)..to_usize(end - block)].copy_from_slice(part);
         Ok(whole)
     }
@@ -208,49 +232,35 @@ impl Disk {
     fn carry_out(&self, plan: &Plan, data: &[u8]) -> Result<()> {
         let _inside = self.store.fence.enter();
         for merged in &plan.merged {
-            self.pwrite(&merged.segment, &merged.block, merged.address, 0)?;
+            self.pwrite(&merged.segment, &merged.block, merged.address)?;
         }
         for stretch in &plan.stretches {
             let part = &data[stretch.from..stretch.from + stretch.len];
-            self.pwrite(&stretch.segment, part, stretch.address, stretch.skip)?;
+            self.pwrite(&stretch.segment, part, stretch.address)?;
         }
         Ok(())
     }
 
-    fn pwrite(&self, segment: &Arc<Segment>, data: &[u8], address: BlockAddress, skip: u64) -> Result<()> {
-        let result = segment.write(data, address, skip);
+    fn pwrite(&self, segment: &Arc<Segment>, data: &[u8], address: BlockAddress) -> Result<()> {
+        let result = segment.write(data, address);
         // Also after a failure: what was written is owed a sync, or at least must not be trusted.
         if !matches!(result, Ok(false)) {
             self.head.owe(segment);
         }
-        self.note_checksums(data, address, skip, result.is_ok());
-        result.map(drop)
-    }
-
-    /// Notes the checksums of the whole blocks of a write, and drops those of partial ones and of failed writes.
-    fn note_checksums(&self, data: &[u8], address: BlockAddress, skip: u64, written: bool) {
-        let at = |byte: u64| BlockAddress::from_raw(address.raw() + byte / BLOCK_SIZE).expect("of the same segment");
-        let (start, end) = (skip, skip + data.len() as u64);
-        let (first, last) = (start.next_multiple_of(BLOCK_SIZE), end / BLOCK_SIZE * BLOCK_SIZE);
-        if !written {
-            (start / BLOCK_SIZE..end.div_ceil(BLOCK_SIZE))
-                .for_each(|block| self.head.crcs.drop_one(at(block * BLOCK_SIZE)));
-            return;
-        }
-        if start < first {
-            self.head.crcs.drop_one(at(start));
-        }
-        if end > last && last >= first {
-            self.head.crcs.drop_one(at(last));
-        }
-        let mut byte = first;
-        while byte < last {
+        let at =
+            |byte: usize| BlockAddress::from_raw(address.raw() + byte as u64 / BLOCK_SIZE).expect("of one segment");
+        let mut byte = 0;
+        while byte < data.len() {
             let here = at(byte);
-            let in_slab = (512 - here.index() as u64) * BLOCK_SIZE;
-            let upto = last.min(byte + in_slab);
-            self.head.crcs.note(here, &data[to_usize(byte - start)..to_usize(upto - start)]);
+            let upto = data.len().min(byte + (512 - here.index()) * to_usize(BLOCK_SIZE));
+            if result.is_ok() {
+                self.head.crcs.note(here, &data[byte..upto]);
+            } else {
+                self.head.crcs.forget(here.slab());
+            }
             byte = upto;
         }
+        result.map(drop)
     }
 
     /// Maps what was written, or drops the slots of a failed write, and ends the claims.
@@ -291,8 +301,8 @@ impl Plan {
     /// Adds a pwrite, as part of the one before where addresses and data go on.
     fn push(&mut self, next: Stretch) {
         if let Some(last) = self.stretches.last_mut() {
-            let end = last.address.byte() + last.skip + last.len as u64;
-            let goes_on = last.segment.id() == next.segment.id() && end == next.address.byte() + next.skip;
+            let end = last.address.byte() + last.len as u64;
+            let goes_on = last.segment.id() == next.segment.id() && end == next.address.byte();
             if goes_on && last.from + last.len == next.from {
                 last.len += next.len;
                 return;

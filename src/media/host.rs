@@ -19,6 +19,7 @@ use std::sync::Arc;
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 
+use super::direct::{self, Direct};
 use super::{File, Media, Open, Space};
 use crate::sys::hole;
 
@@ -60,8 +61,8 @@ impl AsFd for HostMedia {
     }
 }
 
-impl Media for HostMedia {
-    fn open(&self, path: &str, how: Open) -> io::Result<Arc<dyn File>> {
+impl HostMedia {
+    fn open_file(&self, path: &str, how: Open) -> io::Result<HostFile> {
         let how = match how {
             Open::Existing => OFlags::RDWR,
             Open::New => OFlags::RDWR | OFlags::CREATE | OFlags::EXCL,
@@ -71,10 +72,32 @@ impl Media for HostMedia {
         let file = rustix::fs::openat(&self.dir, super::checked(path)?, flags, FILE_MODE)?;
         // A directory opens for reading and a device in our place would lie about sparseness.
         match FileType::from_raw_mode(rustix::fs::fstat(&file)?.st_mode) {
-            FileType::RegularFile => Ok(Arc::new(HostFile { file: file.into() })),
-            FileType::Directory => Err(io::Error::from_raw_os_error(libc::EISDIR)),
-            _ => Err(io::Error::from_raw_os_error(libc::EINVAL)),
+            FileType::RegularFile => {}
+            FileType::Directory => return Err(io::Error::from_raw_os_error(libc::EISDIR)),
+            _ => return Err(io::Error::from_raw_os_error(libc::EINVAL)),
         }
+        // Clean pages may be ones whose write-back failed: what is read from here on comes from the disk.
+        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
+        Ok(HostFile { file: file.into(), direct: None })
+    }
+}
+
+impl Media for HostMedia {
+    fn open(&self, path: &str, how: Open) -> io::Result<Arc<dyn File>> {
+        Ok(Arc::new(self.open_file(path, how)?))
+    }
+
+    fn open_direct(&self, path: &str, how: Open) -> io::Result<Arc<dyn File>> {
+        let mut file = self.open_file(path, how)?;
+        let access = if how == Open::ReadOnly { OFlags::RDONLY } else { OFlags::RDWR };
+        let flags = access | OFlags::DIRECT | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        match rustix::fs::openat(&self.dir, super::checked(path)?, flags, Mode::empty()) {
+            Ok(direct) => file.direct = Some(Direct::new(direct.into())),
+            // The file system has no direct I/O: the page cache serves as well, if more slowly.
+            Err(rustix::io::Errno::INVAL) => {}
+            Err(error) => return Err(error.into()),
+        }
+        Ok(Arc::new(file))
     }
 
     fn make_dir(&self, path: &str) -> io::Result<()> {
@@ -115,10 +138,15 @@ impl Media for HostMedia {
 #[derive(Debug)]
 struct HostFile {
     file: fs::File,
+    /// The same file, opened for direct I/O.
+    direct: Option<Direct>,
 }
 
 impl File for HostFile {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        if let Some(direct) = &self.direct {
+            return direct.read_at(buf, offset);
+        }
         let mut done = 0;
         while done < buf.len() {
             match self.file.read_at(&mut buf[done..], offset + done as u64) {
@@ -132,7 +160,10 @@ impl File for HostFile {
     }
 
     fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
-        self.file.write_all_at(data, offset)
+        match &self.direct {
+            Some(direct) if direct::aligned(offset, data.len()) => direct.write_at(data, offset),
+            _ => self.file.write_all_at(data, offset),
+        }
     }
 
     fn sync(&self) -> io::Result<()> {

@@ -16,6 +16,7 @@
 
 #[cfg(test)]
 mod conformance;
+mod direct;
 pub mod host;
 pub mod sim;
 
@@ -50,6 +51,11 @@ pub struct Space {
 pub trait Media: Send + Sync + Debug {
     /// Opens a file.
     fn open(&self, path: &str, how: Open) -> io::Result<Arc<dyn File>>;
+    /// Opens a file for large I/O that keeps out of the page cache where the host can do that. Only ranges of whole
+    /// 4 KiB blocks profit; all others work.
+    fn open_direct(&self, path: &str, how: Open) -> io::Result<Arc<dyn File>> {
+        self.open(path, how)
+    }
     /// Makes a directory (mode 0700); its parent must exist. `AlreadyExists` if it is there.
     fn make_dir(&self, path: &str) -> io::Result<()>;
     /// Removes a file.

@@ -127,14 +127,15 @@ impl Segment {
         Ok(())
     }
 
-    /// Writes at `address` plus `skip` bytes, and remembers that a sync is owed. Returns whether it was the first write
-    /// since the last sync.
+    /// Writes whole blocks at `address`, and remembers that a sync is owed. Returns whether it was the first write since
+    /// the last sync.
     ///
     /// # Errors
     /// Any error of the host; what was written is undefined then.
-    pub fn write(&self, data: &[u8], address: BlockAddress, skip: u64) -> Result<bool> {
+    pub fn write(&self, data: &[u8], address: BlockAddress) -> Result<bool> {
         assert_eq!(address.segment(), self.id, "an address is written in its own segment");
-        let result = self.file.write_at(data, address.byte() + skip);
+        assert!((data.len() as u64).is_multiple_of(BLOCK_SIZE), "segments are written in whole blocks");
+        let result = self.file.write_at(data, address.byte());
         // Also after an error: part of the data may be in the page cache.
         let first = !self.dirty.swap(true, Ordering::AcqRel);
         result.map_err(|e| Error::io(format!("cannot write segment {}", self.id), e))?;
@@ -231,7 +232,7 @@ impl Segments {
             Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}
             Err(e) => return Err(what(e)),
         }
-        let file = self.media.open(&segment_path(id), Open::New).map_err(what)?;
+        let file = self.media.open_direct(&segment_path(id), Open::New).map_err(what)?;
         let header = SegmentHeader { pool: self.pool, id, nonce, disk };
         file.write_at(&header.encode(), 0).map_err(what)?;
         file.set_len(CHUNK_SIZE).map_err(what)?;
@@ -259,7 +260,7 @@ impl Segments {
             return Ok(found);
         }
         let path = segment_path(id);
-        let file = self.media.open(&path, Open::Existing).map_err(|e| match e.kind() {
+        let file = self.media.open_direct(&path, Open::Existing).map_err(|e| match e.kind() {
             std::io::ErrorKind::NotFound => Error::corrupt(format!("segment file {path} is missing")),
             _ => Error::io(format!("cannot open {path}"), e),
         })?;

@@ -126,7 +126,9 @@ impl Store {
     /// As [`Store::flush`].
     pub fn flush_ordered(&self, head: &Head, order: &mut Order) -> Result<()> {
         self.ledger.writable()?;
+        head.refuse_gone()?;
         let covered = head.requested.load(Ordering::Acquire);
+        let row = *head.owed_row.lock();
         let line = head.line();
         let mut captures = Vec::new();
         for chunk in head.take_dirty() {
@@ -134,10 +136,8 @@ impl Store {
             captures.push(Capture::take(line.branch, chunk, &mut cached.lock()));
         }
         self.sync_owed(head)?;
-        if !captures.is_empty() {
-            let ticket = self.submit_captures(head.id, &line, captures)?;
-            self.ledger.wait(ticket)?;
-        }
+        let ticket = if captures.is_empty() { row } else { self.submit_captures(head.id, &line, captures)? };
+        self.ledger.wait(ticket.max(row))?;
         order.completed = covered;
         Ok(())
     }
@@ -161,7 +161,8 @@ impl Store {
     /// # Errors
     /// The first one; the others are flushed all the same.
     pub fn flush_all(&self) -> Result<()> {
-        let results: Vec<_> = self.open_heads().iter().map(|head| self.flush(head)).collect();
+        let heads = self.open_heads();
+        let results: Vec<_> = heads.iter().filter(|h| h.refuse_gone().is_ok()).map(|head| self.flush(head)).collect();
         results.into_iter().collect()
     }
 

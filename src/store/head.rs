@@ -10,9 +10,10 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 
 use super::commit::Capture;
+use super::ledger::Ticket;
 use super::rows::SegmentRow;
 use super::tables::Edit;
 use super::{DiskRow, Store};
@@ -94,6 +95,10 @@ pub struct Head {
     pub referenced: AtomicI64,
     /// Who may write.
     pub tenancy: Mutex<Tenancy>,
+    /// Set when the disk was removed; nothing is written or flushed any more.
+    gone: AtomicBool,
+    /// The last change of the disk's row that a flush has to wait for.
+    pub owed_row: Mutex<Ticket>,
     /// How fast users of the disk may be.
     pub limits: super::limits::Limits,
 }
@@ -116,8 +121,23 @@ impl Head {
             crcs: super::seal::Checksums::default(),
             referenced: AtomicI64::new(i64::try_from(row.referenced).unwrap_or(i64::MAX)),
             tenancy: Mutex::default(),
+            gone: AtomicBool::new(false),
+            owed_row: Mutex::default(),
             limits: super::limits::Limits::default(),
         }
+    }
+
+    /// Marks the disk as removed; the caller holds the gate exclusively.
+    pub fn set_gone(&self) {
+        self.gone.store(true, Ordering::Release);
+    }
+
+    /// Fails when the disk was removed.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn refuse_gone(&self) -> Result<()> {
+        if self.gone.load(Ordering::Acquire) { Err(Error::not_found("the disk was removed")) } else { Ok(()) }
     }
 
     /// Returns the line as of now. Without the gate it may change at any moment.

@@ -109,7 +109,7 @@ impl Store {
             written: row.written * BLOCK_SIZE,
             created: row.created,
             modified: row.modified,
-            snapshots: tables.snapshots_of(id).count(),
+            snapshots: tables.snapshot_count(id),
             origin: row.origin.clone(),
             settings: row.settings.clone(),
             holder: head.and_then(|head| head.tenancy.lock().holder.clone()),
@@ -181,7 +181,7 @@ impl Store {
     /// Returns the newest live snapshot of a disk.
     pub fn latest(&self, disk: DiskId) -> Option<SnapshotInfo> {
         let tables = self.tables.read();
-        let newest = tables.snapshots_of(disk).filter(|(_, row)| row.status == Status::Live).last();
+        let newest = tables.snapshots_of(disk).rev().find(|(_, row)| row.status == Status::Live);
         newest.map(|(_, row)| snapshot(&tables, row))
     }
 

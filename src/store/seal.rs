@@ -1,7 +1,7 @@
 //! Sealing: after an epoch has ended, the checksums of everything it wrote go to a file beside its segment.
 //!
 //! # Rules
-//! 1. A checksum is noted while a whole block is written, under the claim on the block; a partial overwrite drops it.
+//! 1. A checksum is noted when a block is written - always whole - under the claim on the block; a failed write drops it.
 //! 2. What has no noted checksum when the epoch is sealed is read back. Sealed blocks never change again.
 //! 3. Checksums in memory have their own budget; beyond it they are dropped, and read back later.
 
@@ -54,20 +54,14 @@ impl Checksums {
         }
     }
 
-    /// Drops the checksum of a block that is about to be overwritten in part.
-    pub fn drop_one(&self, address: BlockAddress) {
-        if let Some(slab) = self.slabs.lock().get_mut(&address.slab()) {
-            slab.known = slab.known.minus(&std::iter::once(address.index()).collect());
-        }
-    }
-
     fn get(&self, address: BlockAddress) -> Option<u32> {
         let slabs = self.slabs.lock();
         let slab = slabs.get(&address.slab())?;
         slab.known.has(address.index()).then(|| slab.crcs[address.index()])
     }
 
-    fn forget(&self, base: BlockAddress) {
+    /// Drops the checksums of a slab.
+    pub fn forget(&self, base: BlockAddress) {
         self.slabs.lock().remove(&base);
     }
 }

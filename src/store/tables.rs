@@ -28,6 +28,7 @@ pub struct Tables {
     snapshot_ids: HashMap<SnapshotId, StateKey>,
     snapshot_names: BTreeMap<(DiskId, String), StateKey>,
     by_disk: HashMap<DiskId, BTreeSet<(Epoch, BranchId)>>,
+    named: HashMap<DiskId, usize>,
     heads: HashMap<BranchId, DiskId>,
     segments: BTreeMap<SegmentId, SegmentRow>,
     held: HashMap<DiskId, u64>,
@@ -109,6 +110,7 @@ impl Tables {
         self.snapshot_ids.insert(row.snapshot, key);
         if !row.name.is_empty() {
             self.snapshot_names.insert((row.disk, row.name.clone()), key);
+            *self.named.entry(row.disk).or_default() += 1;
         }
         self.by_disk.entry(row.disk).or_default().insert((key.1, key.0));
         self.states.insert(key, row);
@@ -117,7 +119,11 @@ impl Tables {
     fn unset_state(&mut self, key: StateKey) {
         let Some(old) = self.states.remove(&key) else { return };
         self.snapshot_ids.remove(&old.snapshot);
-        self.snapshot_names.remove(&(old.disk, old.name));
+        if self.snapshot_names.remove(&(old.disk, old.name)).is_some()
+            && let Some(count) = self.named.get_mut(&old.disk)
+        {
+            *count -= 1;
+        }
         if let Some(list) = self.by_disk.get_mut(&old.disk) {
             list.remove(&(key.1, key.0));
         }
@@ -214,14 +220,20 @@ impl Tables {
     }
 
     /// Returns all ended epochs of a disk, oldest first, of any status.
-    pub fn states_of(&self, disk: DiskId) -> impl Iterator<Item = (StateKey, &StateRow)> {
+    pub fn states_of(&self, disk: DiskId) -> impl DoubleEndedIterator<Item = (StateKey, &StateRow)> {
         let list = self.by_disk.get(&disk);
         list.into_iter().flatten().map(|(epoch, branch)| ((*branch, *epoch), &self.states[&(*branch, *epoch)]))
     }
 
     /// Returns the named snapshots of a disk, oldest first.
-    pub fn snapshots_of(&self, disk: DiskId) -> impl Iterator<Item = (StateKey, &StateRow)> {
+    pub fn snapshots_of(&self, disk: DiskId) -> impl DoubleEndedIterator<Item = (StateKey, &StateRow)> {
         self.states_of(disk).filter(|(_, row)| matches!(row.status, Status::Live | Status::Retired))
+    }
+
+    /// Returns how many named snapshots a disk has.
+    #[must_use]
+    pub fn snapshot_count(&self, disk: DiskId) -> usize {
+        self.named.get(&disk).copied().unwrap_or(0)
     }
 
     /// Finds a snapshot by name.

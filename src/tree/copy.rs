@@ -2,7 +2,7 @@
 //!
 //! `cp` does not say that it means to copy everything. It asks for pieces, skips holes, and may stop half-way. So the
 //! clone is made at the first piece, and from then on the file *shows* only what was asked for so far
-//! ([`Cloning::upto`]): each further piece in order costs nothing and only moves the mark. Any other operation on the
+//! (`Cloning::upto`): each further piece in order costs nothing and only moves the mark. Any other operation on the
 //! file first settles it: what was not asked for is cut off. A program that copies the first megabyte of a terabyte has
 //! a file of one megabyte.
 //!
@@ -11,7 +11,7 @@
 //! 2. The file never shows a byte that was not asked for, except to a snapshot taken through the command line while the
 //!    copy is under way, and after a crash in that time: there the whole source may be seen.
 //! 3. A gap between pieces is a hole: the bytes of the source that were skipped are zeroed.
-//! 4. Work per call is bounded ([`COPY_MAX`]), since a call cannot be interrupted and holds a thread; callers go on
+//! 4. Work per call is bounded (`COPY_MAX`), since a call cannot be interrupted and holds a thread; callers go on
 //!    after a short answer, as they must.
 
 use std::sync::atomic::Ordering;

@@ -9,7 +9,7 @@
 //! 2. A write whose flags ask for O_DSYNC is flushed before it is answered. For files the kernel caches it sends an
 //!    fsync as well, which then finds nothing to do; for direct and asynchronous ones it does not, so this is the only
 //!    place that holds for all.
-//! 3. A size only grows under [`DiskFile::grow`], so of two writers past the end the later one cannot cut the other.
+//! 3. A size only grows under `DiskFile::grow`, so of two writers past the end the later one cannot cut the other.
 //! 4. While a copy is under way ([`super::copy`]) the file is as long as what was copied, whatever the disk says.
 //!
 //! # Why reads clip and writes grow here
@@ -117,7 +117,7 @@ impl DiskFile {
         let _growing = self.growing.lock();
         let old = self.disk.size();
         if size > old {
-            self.disk.resize(size, false)?;
+            self.disk.extend(size)?;
         }
         Ok(old)
     }

@@ -20,7 +20,7 @@
 //! Nothing of its own. A killed server leaves a dead mount, which the next one on the same pool takes away.
 //!
 //! The way in: [`mount`]. The parts: [`node`] (inode numbers and names), [`state`] (the tree and stat), [`names`]
-//! (directories), [`file`] (open files), [`copy`] (copy_file_range), [`stale`] (what the kernel must forget), [`errno`].
+//! (directories), [`mod@file`] (open files), [`copy`] (copy_file_range), [`stale`] (what the kernel must forget), [`errno`].
 
 pub mod copy;
 pub mod errno;
