@@ -275,7 +275,7 @@ impl FrameHeader {
 }
 
 /// Appends a row to a frame body.
-pub(super) fn encode_row(row: &Row, out: &mut Writer) {
+pub fn encode_row(row: &Row, out: &mut Writer) {
     let key = row.key.as_bytes();
     out.u8(u8::try_from(key.len()).expect("keys are short")).raw(key);
     match &row.value {
