@@ -7,4 +7,5 @@
 mod cli;
 mod format;
 mod model;
+mod tidy;
 mod tree;

@@ -99,6 +99,8 @@ fn keys_are_table_and_big_endian_ids() {
         for len in 1..key.as_bytes().len() {
             refused("a short key", Key::from_bytes(&key.as_bytes()[..len]).unwrap().parts());
         }
+        let longer = Key::from_bytes(&[key.as_bytes(), &[0]].concat());
+        refused("a long key", longer.and_then(|key| key.parts()));
     }
     refused("no key", Key::from_bytes(&[]));
     refused("table 0", Key::from_bytes(&[0]));
