@@ -5,5 +5,6 @@
 #![allow(clippy::let_underscore_must_use, let_underscore_drop, reason = "tests")]
 
 mod cli;
+mod import;
 mod model;
 mod tree;

@@ -60,7 +60,7 @@ pub(super) fn open(source: Source, progress: &dyn Progress) -> Result<Box<dyn Im
         return Ok(Box::new(ImagoImage::open(source)?));
     }
     let node = json!({ "driver": "qcow2", "backing": null, "file": qemu::file_node(&source) });
-    Ok(Box::new(qemu::QemuImage::open(node, vec![source.file])?))
+    Ok(Box::new(qemu::QemuImage::open(node, vec![source.file], None)?))
 }
 
 impl Header {

@@ -29,6 +29,8 @@ const COMPLAINT_MAX: usize = 400;
 pub(super) struct QemuImage {
     node: Value,
     size: u64,
+    /// Length of the file, where the offsets in the map are those of one file.
+    len: Option<u64>,
     map: Map,
     window: Window,
     /// The node names them by number.
@@ -57,6 +59,8 @@ struct Extent {
     length: u64,
     zero: bool,
     data: bool,
+    /// Where it is in the file, as it is.
+    offset: Option<u64>,
 }
 
 #[derive(Deserialize)]
@@ -78,16 +82,21 @@ pub(super) fn memory() -> Result<fs::File> {
     Ok(fd.into())
 }
 
+/// Has the metadata of an image checked.
+pub(super) fn check(node: &Value) -> Result<()> {
+    run(&["check", "--output=json", &image_name(node)]).map(drop)
+}
+
 impl QemuImage {
-    /// Opens the image and has its metadata checked. `files` are those that the node names.
-    pub(super) fn open(node: Value, files: Vec<fs::File>) -> Result<Self> {
+    /// Opens the image. `files` are those that the node names; `len` is the length of the one
+    /// that has the data, if every byte of that must be there.
+    pub(super) fn open(node: Value, files: Vec<fs::File>, len: Option<u64>) -> Result<Self> {
         let name = image_name(&node);
         let output = run(&["info", "--output=json", &name])?;
         let info: Info = serde_json::from_slice(&output.stdout).map_err(|error| not_understood(&error))?;
-        run(&["check", "--output=json", &name])?;
         let map = Map::start(&name)?;
         let window = Window { memory: memory()?, start: 0, end: 0 };
-        Ok(Self { node, size: info.virtual_size, map, window, _files: files })
+        Ok(Self { node, size: info.virtual_size, len, map, window, _files: files })
     }
 
     fn fill_window(&mut self, at: u64) -> Result<()> {
@@ -113,6 +122,12 @@ impl Image for QemuImage {
 
     fn extent(&mut self, at: u64) -> Result<(u64, bool)> {
         let extent = self.map.at(at)?;
+        if let (Some(offset), Some(len)) = (extent.offset, self.len)
+            && offset.saturating_add(extent.length) > len
+        {
+            return Err(Error::corrupt(format!("data from byte {offset} of the file is missing; it has {len} bytes"))
+                .hint("copy the image again"));
+        }
         Ok((extent.start.saturating_add(extent.length), extent.data && !extent.zero))
     }
 
@@ -157,7 +172,9 @@ impl Map {
             }
             self.last = next;
         }
-        Ok(Extent { start: at, length: self.last.start + self.last.length - at, ..self.last })
+        let skip = at - self.last.start;
+        let offset = self.last.offset.map(|offset| offset.saturating_add(skip));
+        Ok(Extent { start: at, length: self.last.length - skip, offset, ..self.last })
     }
 
     fn next(&mut self) -> Result<Extent> {

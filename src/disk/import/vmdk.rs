@@ -6,7 +6,9 @@
 //!    symbolic links.
 //! 2. qemu never sees that text: it gets a descriptor written here, in memory, that names the opened extents by number.
 //!    So it does not matter whether it would read the text in the same way.
-//! 3. A sparse file whose header gives no size is a descriptor in disguise, and refused.
+//! 3. What is beyond the end of a file is missing: of one sparse file by the map, of several by what `qemu-img check` finds
+//!    (which lets the last grain of each be cut short), of flat ones by their lengths.
+//! 4. A sparse file whose header gives no size is a descriptor in disguise, and refused.
 
 use std::fmt::Write as _;
 use std::os::unix::fs::FileExt;
@@ -49,7 +51,8 @@ pub(super) fn open(source: Source, path: &Path) -> Result<QemuImage> {
     }
     check_sparse(&source, &head)?;
     let node = json!({ "driver": "vmdk", "backing": null, "file": qemu::file_node(&source) });
-    QemuImage::open(node, vec![source.file])
+    qemu::check(&node)?;
+    QemuImage::open(node, vec![source.file], Some(source.len))
 }
 
 /// Checks the header of a sparse file and the descriptor embedded in it.
@@ -113,7 +116,9 @@ fn open_descriptor(source: &Source, path: &Path) -> Result<QemuImage> {
     descriptor.write_all_at(ours.as_bytes(), 0).map_err(|error| Error::io("cannot write to memory", error))?;
     let file = json!({ "driver": "file", "filename": super::source::proc_path(&descriptor), "read-only": true });
     files.push(descriptor);
-    QemuImage::open(json!({ "driver": "vmdk", "backing": null, "file": file }), files)
+    let node = json!({ "driver": "vmdk", "backing": null, "file": file });
+    qemu::check(&node)?;
+    QemuImage::open(node, files, None)
 }
 
 /// qemu takes what is missing at the end of a flat extent for zeros.
