@@ -6,6 +6,7 @@
 
 mod cli;
 mod format;
+mod import;
 mod model;
 mod tidy;
 mod tree;

@@ -19,6 +19,7 @@ mod write;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+pub use import::{ImportReport, import};
 pub use lease::Lease;
 pub(crate) use manage::new_row;
 pub use manage::{check_disk_name, check_snapshot_name, create, create_empty, remove, rename, round_size, set, unique};

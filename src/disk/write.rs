@@ -249,6 +249,11 @@ impl Disk {
         }
         let at =
             |byte: usize| BlockAddress::from_raw(address.raw() + byte as u64 / BLOCK_SIZE).expect("of one segment");
+        if result.is_ok() {
+            self.head.small.note(address, data);
+        } else {
+            self.head.small.spoil();
+        }
         let mut byte = 0;
         while byte < data.len() {
             let here = at(byte);

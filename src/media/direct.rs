@@ -113,6 +113,7 @@ impl Direct {
 #[cfg(test)]
 mod tests {
     use crate::media::{HostMedia, Media, Open};
+    use crate::units::to_usize;
 
     #[test]
     fn any_range_reads_what_was_written() {

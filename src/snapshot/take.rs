@@ -141,7 +141,7 @@ fn stop_and_switch(store: &Store, targets: &[Target]) -> Result<(Vec<Switched>, 
 fn complete(store: &Arc<Store>, targets: &[Target], switched: &[Switched]) -> Result<Vec<SnapshotId>> {
     for (target, switched) in targets.iter().zip(switched) {
         let captures = target.head.take_frozen(store, &switched.ended, switched.ended.epoch);
-        store.sync_owed(&target.head)?;
+        store.sync_and_settle(&target.head)?;
         store.submit_captures(target.head.id, &switched.ended, captures)?;
     }
     let now = clock::wall_seconds();

@@ -15,6 +15,7 @@ use std::sync::atomic::Ordering;
 
 use super::head::{Head, Line, Order};
 use super::ledger::{Ledger, Ticket, row_size};
+use super::logged::Plan;
 use super::rows::{Key, Row, decode_set, encode_count, encode_entry, encode_set};
 use super::tables::Edit;
 use super::{DiskRow, Store};
@@ -50,6 +51,9 @@ impl Capture {
         Self { chunk, epoch, entry: state.entry.clone(), saved, row, dropped }
     }
 }
+
+/// Chunks of which a flush logs the data at most: each brings a row of up to 4 KiB.
+const LOG_CHUNKS_MAX: usize = 16;
 
 /// Blocks per segment, for its row.
 type Tally = BTreeMap<SegmentId, i64>;
@@ -135,11 +139,46 @@ impl Store {
             let cached = self.cache.peek(line.owner, chunk).expect("changed chunks stay cached");
             captures.push(Capture::take(line.branch, chunk, &mut cached.lock()));
         }
-        self.sync_owed(head)?;
-        let ticket = if captures.is_empty() { row } else { self.submit_captures(head.id, &line, captures)? };
-        self.ledger.wait(ticket.max(row))?;
+        // All copies are one submit, and leave room for the rows that name them.
+        let may_log = captures.len() <= LOG_CHUNKS_MAX && super::logged::COPIES_MAX <= self.ledger.submit_max() / 2;
+        let copies = match head.small.take(!captures.is_empty(), may_log) {
+            Plan::Log(copies) => copies,
+            Plan::Sync(stale) => {
+                self.sync_owed(head)?;
+                stale
+            }
+        };
+        let ticket = self.submit_changes(head, &line, captures, copies)?.max(row);
+        self.ledger.wait(ticket)?;
+        self.tidy_logged(head);
         order.completed = covered;
         Ok(())
+    }
+
+    /// Submits captures, with copies of blocks in the same frame or before.
+    fn submit_changes(&self, head: &Head, line: &Line, captures: Vec<Capture>, copies: Vec<Row>) -> Result<Ticket> {
+        let mut ticket = Ticket::default();
+        // First, or in one frame with the last of them: a map entry is never durable without its data. What the ledger
+        // has dropped by a fold needs no deletion.
+        let copies: Vec<Row> =
+            copies.into_iter().filter(|row| row.value.is_some() || self.ledger.in_memory(&row.key)).collect();
+        if !copies.is_empty() {
+            ticket = self.ledger.submit(copies)?;
+        }
+        if !captures.is_empty() {
+            ticket = self.submit_captures(head.id, line, captures)?;
+        }
+        Ok(ticket)
+    }
+
+    /// Syncs what a disk wrote, and submits that copies in the journal are out of date.
+    ///
+    /// # Errors
+    /// As [`Store::sync_owed`] and [`Ledger::submit`].
+    pub fn sync_and_settle(&self, head: &Head) -> Result<()> {
+        let (Plan::Sync(stale) | Plan::Log(stale)) = head.small.take(false, false);
+        self.sync_owed(head)?;
+        self.submit_changes(head, &head.line(), Vec::new(), stale).map(drop)
     }
 
     /// Syncs the segments a disk wrote to.

@@ -99,6 +99,8 @@ pub struct Head {
     gone: AtomicBool,
     /// The last change of the disk's row that a flush has to wait for.
     pub owed_row: Mutex<Ticket>,
+    /// What was written since the last flush, as far as it is little.
+    pub small: super::logged::SmallWrites,
     /// How fast users of the disk may be.
     pub limits: super::limits::Limits,
 }
@@ -123,6 +125,7 @@ impl Head {
             tenancy: Mutex::default(),
             gone: AtomicBool::new(false),
             owed_row: Mutex::default(),
+            small: super::logged::SmallWrites::default(),
             limits: super::limits::Limits::default(),
         }
     }

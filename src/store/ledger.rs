@@ -17,18 +17,22 @@
 //! # After a crash
 //! Frames after the mark are read into `journaled`; they are folded later.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::catalog::{Catalog, View};
 use super::journal::{Journal, encode_row};
-use super::rows::{Key, Row};
+use super::rows::{Key, KeyParts, Row, Table};
 use crate::codec::Writer;
 use crate::error::{Error, Kind, Result};
 use crate::sync::{Mutex, RwLock};
+use crate::units::SegmentId;
 
 type Layer = BTreeMap<Key, Option<Arc<[u8]>>>;
+
+/// Syncs segments.
+pub type Settle = Box<dyn Fn(&BTreeSet<SegmentId>) -> Result<()> + Send + Sync>;
 
 /// A place in the order of all submits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
@@ -66,12 +70,12 @@ impl Layers {
 }
 
 /// Rows, with the journal and the catalog behind them.
-#[derive(Debug)]
 pub struct Ledger {
     layers: Mutex<Layers>,
     writer: Mutex<Writing>,
     catalog: Mutex<Option<Catalog>>,
     poison: RwLock<Option<String>>,
+    settle: RwLock<Option<Settle>>,
     body_max: usize,
     /// Frames written and folds done, for the metrics.
     pub counters: LedgerCounters,
@@ -84,6 +88,12 @@ pub struct LedgerCounters {
     pub frames: AtomicU64,
     /// Folds done.
     pub folds: AtomicU64,
+}
+
+impl std::fmt::Debug for Ledger {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Ledger").field("poison", &self.poison).finish_non_exhaustive()
+    }
 }
 
 #[derive(Debug)]
@@ -111,6 +121,7 @@ impl Ledger {
             writer: Mutex::new(Writing { journal, durable: Ticket(0) }),
             catalog: Mutex::new(Some(catalog)),
             poison: RwLock::new(None),
+            settle: RwLock::new(None),
             body_max,
             counters: LedgerCounters::default(),
         })
@@ -259,8 +270,9 @@ impl Ledger {
             layers.folding = Arc::new(std::mem::take(&mut layers.journaled));
             (Arc::clone(&layers.folding), writer.journal.mark())
         };
-        let rows = folding.iter().map(|(key, value)| (*key, value.as_deref()));
-        let folded = open.fold(&mut { rows }, mark).and_then(|()| open.view());
+        let rows = folding.iter().filter(|(key, _)| !key.is_of(Table::Data));
+        let rows = rows.map(|(key, value)| (*key, value.as_deref()));
+        let folded = self.settle(&folding).and_then(|()| open.fold(&mut { rows }, mark)).and_then(|()| open.view());
         match folded {
             Ok(view) => {
                 let mut writer = self.writer.lock();
@@ -275,6 +287,22 @@ impl Ledger {
                 drop(folding);
                 Err(self.unfold(open, error))
             }
+        }
+    }
+
+    /// Syncs the segments of the logged blocks that a fold drops.
+    fn settle(&self, folding: &Layer) -> Result<()> {
+        let low = Key::first_of(Table::Data);
+        let mut segments = BTreeSet::new();
+        for key in folding.range(low..=Key::beyond(Table::Data)).map(|(key, _)| key) {
+            if let KeyParts::Data(address) = key.parts()? {
+                segments.insert(address.segment());
+            }
+        }
+        match &*self.settle.read() {
+            Some(settle) if !segments.is_empty() => settle(&segments),
+            _ if segments.is_empty() => Ok(()),
+            _ => Err(Error::failed("logged blocks cannot be folded before the pool is open")),
         }
     }
 
@@ -308,6 +336,16 @@ impl Ledger {
     /// Returns how full the journal is, from 0 to 100.
     pub fn journal_percent(&self) -> u64 {
         self.writer.lock().journal.percent_used()
+    }
+
+    /// Tells whether memory has a value for a key, that is, one that no fold has dealt with yet.
+    pub fn in_memory(&self, key: &Key) -> bool {
+        self.layers.lock().get(key).is_some_and(|value| value.is_some())
+    }
+
+    /// Sets what a fold does first with the segments of logged blocks: sync them.
+    pub fn on_fold(&self, settle: Settle) {
+        *self.settle.write() = Some(settle);
     }
 
     /// Returns all rows as of one instant; they stay as they are while others go on.

@@ -34,6 +34,7 @@ mod keeper;
 pub mod ledger;
 mod limits;
 mod listing;
+mod logged;
 mod open;
 mod punch;
 mod reclaim;

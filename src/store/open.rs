@@ -188,8 +188,15 @@ impl Store {
         Ok(())
     }
 
-    /// Numbers the opening, durably: from here on the pool counts as not closed in order.
-    fn begin_opening(&self) -> Result<()> {
+    /// Brings logged blocks to their segments and numbers the opening, durably: from here on the pool counts as not closed
+    /// in order.
+    fn begin_opening(self: &Arc<Self>) -> Result<()> {
+        let weak = Arc::downgrade(self);
+        self.ledger.on_fold(Box::new(move |segments| match weak.upgrade() {
+            Some(store) => store.settle_segments(segments),
+            None => Err(Error::read_only("the pool is closed")),
+        }));
+        let (mut logged, touched) = self.replay_logged()?;
         let ticket = {
             let mut tables = self.tables.write();
             let mut edit = Edit::new(&mut tables);
@@ -198,7 +205,15 @@ impl Store {
                 meta.openings = opening;
                 meta.clean = false;
             });
-            self.ledger.submit(edit.finish())?
+            for id in touched {
+                edit.change_segment(id, |row| row.swept = false)?;
+            }
+            logged.extend(edit.finish());
+            // Nothing is written to the segments before the last of these is durable.
+            for part in logged.chunks(1024) {
+                self.ledger.submit(part.to_vec())?;
+            }
+            self.ledger.latest()
         };
         self.ledger.wait(ticket)
     }

@@ -13,13 +13,13 @@ use crate::codec::{Reader, Writer, unseal};
 use crate::error::{Error, Result};
 use crate::map::{BlockSet, Entry};
 use crate::units::{
-    BlockAddress, BranchId, CHUNKS_MAX, ChunkIndex, DISK_SIZE_MAX, DiskId, Epoch, SegmentId, SnapshotId,
+    BLOCK_SIZE, BlockAddress, BranchId, CHUNKS_MAX, ChunkIndex, DISK_SIZE_MAX, DiskId, Epoch, SegmentId, SnapshotId,
 };
 
 /// Longest key: table, branch, chunk, epoch.
 const KEY_MAX: usize = 21;
 /// Length of a key of each table.
-const LENGTHS: [usize; 8] = [1, 9, 9, 17, 9, KEY_MAX, KEY_MAX, 9];
+const LENGTHS: [usize; 9] = [1, 9, 9, 17, 9, KEY_MAX, KEY_MAX, 9, 9];
 
 /// Tables, by the first byte of a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -41,6 +41,8 @@ pub enum Table {
     Index = 7,
     /// Addresses to punch, by first address; the value is a number of blocks.
     Free = 8,
+    /// Copies of blocks that are not synced in their segments, by address; in the journal only.
+    Data = 9,
 }
 
 /// A key of any table.
@@ -89,7 +91,7 @@ impl Key {
     /// # Errors
     /// `Corrupt` when they are too long, empty, or of no table.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
-        if bytes.is_empty() || bytes.len() > KEY_MAX || !(1..=8).contains(&bytes[0]) {
+        if bytes.is_empty() || bytes.len() > KEY_MAX || !(1..=9).contains(&bytes[0]) {
             return Err(Error::corrupt("a key of the catalog is damaged"));
         }
         let mut key = Self { len: u8::try_from(bytes.len()).expect("checked"), bytes: [0; KEY_MAX] };
@@ -149,6 +151,18 @@ impl Key {
     #[must_use]
     pub fn free(first: BlockAddress) -> Self {
         Self::new(Table::Free, &[&first.raw().to_be_bytes()])
+    }
+
+    /// The copy of a block.
+    #[must_use]
+    pub fn data(address: BlockAddress) -> Self {
+        Self::new(Table::Data, &[&address.raw().to_be_bytes()])
+    }
+
+    /// Tells whether the row is of a table.
+    #[must_use]
+    pub fn is_of(&self, table: Table) -> bool {
+        self.bytes[0] == table as u8
     }
 
     /// The smallest key of a table.
@@ -218,9 +232,11 @@ impl Key {
             5 => KeyParts::Segment(SegmentId(long(1)?)),
             6 => KeyParts::Map(BranchId(long(1)?), ChunkIndex(short(9)?), Epoch(long(13)?)),
             7 => KeyParts::Index(BranchId(long(1)?), Epoch(long(9)?), short(17)?),
-            _ => KeyParts::Free(
-                BlockAddress::from_raw(long(1)?).ok_or_else(|| Error::corrupt("a free row names no address"))?,
-            ),
+            kind => {
+                let address = BlockAddress::from_raw(long(1)?);
+                let address = address.ok_or_else(|| Error::corrupt("a row of the catalog names no address"))?;
+                if kind == Table::Data as u8 { KeyParts::Data(address) } else { KeyParts::Free(address) }
+            }
         })
     }
 }
@@ -244,6 +260,8 @@ pub enum KeyParts {
     Index(BranchId, Epoch, u32),
     /// A free range.
     Free(BlockAddress),
+    /// The copy of a block.
+    Data(BlockAddress),
 }
 
 /// A change of one row: `None` deletes.
@@ -472,6 +490,26 @@ pub fn decode_count(first: BlockAddress, bytes: &[u8]) -> Result<u64> {
         return Err(Error::corrupt(format!("{what} leaves its segment")));
     }
     Ok(blocks)
+}
+
+/// Encodes the value of a data row: one block.
+#[must_use]
+pub fn encode_block(block: &[u8]) -> Vec<u8> {
+    assert_eq!(block.len() as u64, BLOCK_SIZE, "a copy is one block");
+    crate::codec::seal(block.to_vec())
+}
+
+/// Decodes the value of a data row.
+///
+/// # Errors
+/// `Corrupt`.
+pub fn decode_block(bytes: &[u8]) -> Result<Vec<u8>> {
+    let what = "a block in the journal";
+    let block = unseal(what, bytes)?;
+    if block.len() as u64 != BLOCK_SIZE {
+        return Err(Error::corrupt(format!("{what} has {} bytes", block.len())));
+    }
+    Ok(block.to_vec())
 }
 
 /// Checks a chunk index from a key.

@@ -88,6 +88,7 @@ pub fn frames() -> [Vec<Row>; 2] {
     let second = vec![
         Row::delete(Key::free(BlockAddress::new(SegmentId(7), 1024))),
         Row::put(Key::map(branch, ChunkIndex(5), epoch), value("map-flat")),
+        Row::put(Key::data(BlockAddress::new(SegmentId(7), 513)), value("data")),
     ];
     [first, second]
 }

@@ -12,8 +12,10 @@ use uuid::Uuid;
 pub struct Sample {
     pub name: &'static str,
     pub bytes: Vec<u8>,
-    pub decode: Box<dyn Fn(&[u8]) -> Result<bool>>,
+    pub decode: Decode,
 }
+
+type Decode = Box<dyn Fn(&[u8]) -> Result<bool>>;
 
 pub const POOL: Uuid = Uuid::from_u128(0x00112233_4455_6677_8899_aabbccddeeff);
 const OTHER: Uuid = Uuid::from_u128(0xfedcba98_7654_4321_8123_456789abcdef);
@@ -165,6 +167,7 @@ pub fn all() -> Vec<Sample> {
         sample("state", state(), StateRow::encode, StateRow::decode),
         sample("state-ghost", ghost(), StateRow::encode, StateRow::decode),
         sample("free", 300, |count| rows::encode_count(*count), free),
+        sample("data", super::make::pattern(1, 2), |block| rows::encode_block(block), rows::decode_block),
         sample("segment-header", header(), SegmentHeader::encode, |bytes| SegmentHeader::decode("it", bytes)),
     ];
     all.extend(maps.map(|(name, entry)| sample(name, entry, rows::encode_entry, rows::decode_entry)));

@@ -92,6 +92,7 @@ fn keys_are_table_and_big_endian_ids() {
         ),
         (Key::index(branch, epoch, 9), "070000000000000102000000000000030400000009", KeyParts::Index(branch, epoch, 9)),
         (Key::free(address), "080000000070000201", KeyParts::Free(address)),
+        (Key::data(address), "090000000070000201", KeyParts::Data(address)),
     ];
     for (key, bytes, parts) in golden {
         assert_eq!(hex(key), bytes);
@@ -104,7 +105,7 @@ fn keys_are_table_and_big_endian_ids() {
     }
     refused("no key", Key::from_bytes(&[]));
     refused("table 0", Key::from_bytes(&[0]));
-    refused("table 9", Key::from_bytes(&[9]));
+    refused("table 10", Key::from_bytes(&[10]));
     refused("a long key", Key::from_bytes(&[1; 22]));
     refused("address 0", Key::from_bytes(&[8, 0, 0, 0, 0, 0, 0, 0, 0]).unwrap().parts());
 }

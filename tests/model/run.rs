@@ -63,7 +63,7 @@ impl Run {
     pub fn new(seed: u64) -> Self {
         let media = SimMedia::new(seed);
         let shared: Arc<dyn Media> = Arc::new(media.clone());
-        let init = InitOptions { journal: 128 << 10, ballast: 4096, probe: false };
+        let init = InitOptions { journal: 320 << 10, ballast: 4096, probe: false };
         Store::init(&shared, init).unwrap();
         let store = Store::open(shared, options()).unwrap();
         let random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
