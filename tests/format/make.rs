@@ -59,14 +59,13 @@ pub fn options() -> OpenOptions {
     }
 }
 
-/// What block `block` holds after a write with `tag`: no two alike.
+/// What block `block` holds after a write with `tag`: no two alike. Half of it is zeros, so that the fixture is small.
 pub fn pattern(tag: u32, block: u64) -> Vec<u8> {
-    (0..256u32)
-        .flat_map(|line| {
-            let block = u32::try_from(block).expect("small disks").to_le_bytes();
-            [tag.to_le_bytes(), block, line.to_le_bytes(), (!line).to_le_bytes()].concat()
-        })
-        .collect()
+    let block = u32::try_from(block).expect("small disks").to_le_bytes();
+    let line = |line: u32| [tag.to_le_bytes(), block, line.to_le_bytes(), (!line).to_le_bytes()].concat();
+    let mut bytes: Vec<u8> = (0..128).flat_map(line).collect();
+    bytes.resize(4096, 0);
+    bytes
 }
 
 fn write(store: &Arc<Store>, name: &str, blocks: impl IntoIterator<Item = u64>, tag: u32) {
@@ -85,7 +84,7 @@ fn take(store: &Arc<Store>, names: &[(&str, &str)]) {
 fn make_pool() -> SimMedia {
     let media = SimMedia::new(1);
     let shared: Arc<dyn Media> = Arc::new(media.clone());
-    Store::init(&shared, InitOptions { journal: 256 << 10, ballast: 4096, probe: false }).unwrap();
+    Store::init(&shared, InitOptions { journal: 512 << 10, ballast: 4096, probe: false }).unwrap();
     let store = Store::open(Arc::clone(&shared), options()).unwrap();
     disk::create(&store, "alpha", 8 << 20).unwrap();
     disk::create(&store, "beta", (1 << 20) + 512).unwrap();
