@@ -5,6 +5,8 @@
 #![allow(clippy::let_underscore_must_use, let_underscore_drop, reason = "tests")]
 
 mod cli;
+mod format;
 mod import;
 mod model;
+mod tidy;
 mod tree;

@@ -41,13 +41,13 @@ use super::{BlockDevice, check_disk_name, create, open, remove, rename};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 use crate::store::Store;
-use crate::units::{BLOCK_SIZE, DiskId};
+use crate::units::{BLOCK_SIZE, DiskId, to_usize};
 use source::{Format, Image, Source};
 
 /// Bytes read at once.
 const BUFFER: u64 = 4 << 20;
 const SECTOR: usize = 512;
-const ZEROS: [u8; BLOCK_SIZE as usize] = [0; BLOCK_SIZE as usize];
+const ZEROS: [u8; to_usize(BLOCK_SIZE)] = [0; to_usize(BLOCK_SIZE)];
 /// Bytes of a name that are kept for the disk while it is half-made; with the rest it must be a good name.
 const STEM_MAX: usize = 100;
 

@@ -55,7 +55,10 @@ pub struct Journal {
 }
 
 fn fail(what: &str) -> impl Fn(std::io::Error) -> Error + '_ {
-    move |e| Error::io(format!("cannot {what} the journal"), e)
+    move |e| match e.kind() {
+        std::io::ErrorKind::UnexpectedEof => Error::corrupt(format!("cannot {what} the journal: {e}")),
+        _ => Error::io(format!("cannot {what} the journal"), e),
+    }
 }
 
 impl Journal {
@@ -92,7 +95,10 @@ impl Journal {
         if from.u32()? > VERSION {
             return Err(Error::unsupported("the journal is of a newer version than this program knows"));
         }
-        let mut from = Reader::new("the journal", &unseal("the journal", &bytes)?[16..]);
+        let mut from = Reader::new("the journal", &unseal("the journal", &bytes)?[12..]);
+        if from.u32()? != 0 {
+            return Err(from.corrupt("reserved bytes are set"));
+        }
         if from.raw(16)? != pool.as_bytes() {
             return Err(from.corrupt("it belongs to another pool"));
         }
@@ -275,7 +281,7 @@ impl FrameHeader {
 }
 
 /// Appends a row to a frame body.
-pub(super) fn encode_row(row: &Row, out: &mut Writer) {
+pub fn encode_row(row: &Row, out: &mut Writer) {
     let key = row.key.as_bytes();
     out.u8(u8::try_from(key.len()).expect("keys are short")).raw(key);
     match &row.value {

@@ -55,7 +55,7 @@ use std::sync::atomic::AtomicU64;
 pub use check::{CheckReport, Problem, check};
 pub use commit::Capture;
 pub use head::{Head, Line, Slab};
-pub use journal::{JOURNAL_MIN, Journal, Mark};
+pub use journal::{JOURNAL_MIN, Journal, Mark, encode_row};
 pub use listing::{DiskInfo, SnapshotInfo, SnapshotState};
 pub use open::{InitOptions, OpenOptions};
 pub use punch::ReclaimReport;

@@ -18,6 +18,8 @@ use crate::units::{
 
 /// Longest key: table, branch, chunk, epoch.
 const KEY_MAX: usize = 21;
+/// Length of a key of each table.
+const LENGTHS: [usize; 9] = [1, 9, 9, 17, 9, KEY_MAX, KEY_MAX, 9, 9];
 
 /// Tables, by the first byte of a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -219,6 +221,9 @@ impl Key {
             let part = bytes.get(at..at + 4).ok_or_else(|| Error::corrupt("a key of the catalog is too short"))?;
             Ok(u32::from_be_bytes(part.try_into().expect("four bytes")))
         };
+        if bytes.len() != LENGTHS[usize::from(bytes[0]) - 1] {
+            return Err(Error::corrupt("a key of the catalog has the wrong length"));
+        }
         Ok(match bytes[0] {
             1 => KeyParts::Meta,
             2 => KeyParts::Disk(DiskId(long(1)?)),
@@ -374,6 +379,9 @@ impl BranchRow {
         from.end()?;
         if row.inherits && !has {
             return Err(Error::corrupt(format!("{what} inherits from nothing")));
+        }
+        if !has && parent != <(BranchId, Epoch)>::default() {
+            return Err(Error::corrupt(format!("{what} has a parent and says that it has none")));
         }
         Ok(row)
     }

@@ -219,6 +219,7 @@ impl SealReader {
                 if from.u64()? != self.count {
                     return Err(from.corrupt("records are missing"));
                 }
+                from.end()?;
                 return Ok(None);
             }
             _ => return Err(from.corrupt("a record has an unknown kind")),

@@ -92,6 +92,9 @@ impl DiskRow {
             settings: Settings::decode(&mut from)?,
         };
         from.end()?;
+        if !has_base && base != <(BranchId, Epoch)>::default() {
+            return Err(Error::corrupt(format!("{what} has a base and says that it has none")));
+        }
         Ok(row)
     }
 
