@@ -27,6 +27,7 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CACHES = "/proc/sys/vm/drop_caches"
 IS_ROOT = os.geteuid() == 0
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def say(text, end="\n"):
@@ -69,11 +70,27 @@ def workplace(given, name, gigabytes):
     if not IS_ROOT:
         say("warning: not root: page caches are dropped file by file only")
     # A signal ends the program as an exception does, so that everything below is cleaned up.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: sys.exit(130))
+    for number in SIGNALS:
+        signal.signal(number, stop)
     work = pathlib.Path(tempfile.mkdtemp(prefix=f"{name}-", dir=parent))
-    atexit.register(shutil.rmtree, work, ignore_errors=True)
+    atexit.register(remove, work)
     return work, kind
+
+
+def stop(*_):
+    ignore_signals()
+    sys.exit(130)
+
+
+def ignore_signals():
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def remove(work):
+    """Removes the directory of the run, in one go: impatience does not leave half of it."""
+    ignore_signals()
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def run(*command, **options):
@@ -118,7 +135,7 @@ def fio(path, size, pattern, block, depth, seconds, buffer="--refill_buffers=0",
     """
     options = {
         "name": "step", "filename": path, "size": size, "rw": pattern, "bs": block, "iodepth": depth,
-        "ioengine": "psync" if depth == 1 else queue_engine(), "direct": 1, "end_fsync": 1, "fallocate": "none",
+        "ioengine": "psync" if depth == 1 else queue_engine(), "direct": 1, "end_fsync": 1, "thread": 1, "fallocate": "none",
         "allow_file_create": 0, "randrepeat": 0, "norandommap": 0, "output-format": "json", **more,
     }  # fmt: skip
     if seconds:
@@ -247,7 +264,40 @@ def unmount(path):
         subprocess.run(["fusermount3", "-u", "-q", "-z", path], capture_output=True)
 
 
-def rounds(count, rows, targets, step):
+class Quiet:
+    """Waits for other programs to leave the CPUs alone, for so many seconds in all, and keeps count of how it was.
+
+    A busy CPU is not the same burden on all: what needs another thread for each request waits for that one too, and on
+    Linux 6.18 a flush of the device waits in a kernel thread, behind a compiler by as much as 3 ms.
+    """
+
+    def __init__(self, patience):
+        self.patience, self.seen = patience, []
+
+    def wait(self):
+        while True:
+            busy = self.sample()
+            if busy < 0.25 or self.patience <= 0:
+                self.seen.append(busy)
+                return
+            time.sleep(1)
+            self.patience -= 1.2
+
+    @staticmethod
+    def sample():
+        """Returns the share of the CPUs in use over a fifth of a second in which this program sleeps."""
+        read = lambda: [int(word) for word in open("/proc/stat").readline().split()[1:9]]
+        before = read()
+        time.sleep(0.2)
+        spent = [b - a for a, b in zip(before, read())]
+        return 1 - (spent[3] + spent[4]) / max(sum(spent), 1)
+
+    def line(self):
+        """Says how busy the host was before the steps."""
+        return f"other programs used {statistics.mean(self.seen):.0%} of the CPUs" if self.seen else ""
+
+
+def rounds(count, rows, targets, step, quiet):
     """Measures every (row, target) once per round; returns the figures of each, one per round.
 
     A step that returns None leaves the cell empty in every round.
@@ -258,6 +308,7 @@ def rounds(count, rows, targets, step):
             turn = number % len(targets)
             for target in targets[turn:] + targets[:turn]:
                 say(f"\rround {number + 1}/{count}: {row:<8} {target:<10}", end="")
+                quiet.wait()
                 figure = step(row, target)
                 if figure is not None:
                     figures[row, target].append(figure)
