@@ -232,17 +232,19 @@ impl Disk {
     fn carry_out(&self, plan: &Plan, data: &[u8]) -> Result<()> {
         let _inside = self.store.fence.enter();
         for merged in &plan.merged {
-            self.pwrite(&merged.segment, &merged.block, merged.address)?;
+            self.pwrite(&merged.segment, &merged.block, merged.address, plan.is_fresh(merged.address))?;
         }
         for stretch in &plan.stretches {
             let part = &data[stretch.from..stretch.from + stretch.len];
-            self.pwrite(&stretch.segment, part, stretch.address)?;
+            self.pwrite(&stretch.segment, part, stretch.address, plan.is_fresh(stretch.address))?;
         }
         Ok(())
     }
 
-    fn pwrite(&self, segment: &Arc<Segment>, data: &[u8], address: BlockAddress) -> Result<()> {
-        let result = segment.write(data, address);
+    fn pwrite(&self, segment: &Arc<Segment>, data: &[u8], address: BlockAddress, fresh: bool) -> Result<()> {
+        // New space: the host allocates it now for direct I/O, or with many others when the page cache is written back.
+        let cached = fresh && self.head.small.would_copy(data.len());
+        let result = segment.write(data, address, cached);
         // Also after a failure: what was written is owed a sync, or at least must not be trusted.
         if !matches!(result, Ok(false)) {
             self.head.owe(segment);
@@ -303,6 +305,12 @@ impl Disk {
 }
 
 impl Plan {
+    /// Tells whether an address was handed out for this write.
+    fn is_fresh(&self, address: BlockAddress) -> bool {
+        let mut fresh = self.parts.iter().flat_map(|part| &part.fresh);
+        fresh.any(|(base, set)| *base == address.slab() && set.has(address.index()))
+    }
+
     /// Adds a pwrite, as part of the one before where addresses and data go on.
     fn push(&mut self, next: Stretch) {
         if let Some(last) = self.stretches.last_mut() {

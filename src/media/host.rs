@@ -166,6 +166,10 @@ impl File for HostFile {
         }
     }
 
+    fn write_cached_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
+        self.file.write_all_at(data, offset)
+    }
+
     fn sync(&self) -> io::Result<()> {
         // Never retried: after a failed fdatasync Linux marks the pages clean and a second one would lie.
         Ok(rustix::fs::fdatasync(&self.file)?)

@@ -77,6 +77,10 @@ pub trait File: Send + Sync + Debug {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize>;
     /// Writes all of `data` at `offset`, growing the file as needed.
     fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()>;
+    /// As [`File::write_at`], through the page cache also for a file opened with [`Media::open_direct`].
+    fn write_cached_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
+        self.write_at(data, offset)
+    }
     /// Makes data and length durable (fdatasync).
     fn sync(&self) -> io::Result<()>;
     /// Returns the length.

@@ -128,14 +128,18 @@ impl Segment {
     }
 
     /// Writes whole blocks at `address`, and remembers that a sync is owed. Returns whether it was the first write since
-    /// the last sync.
+    /// the last sync. `cached` leaves the data in the page cache: right for what is logged and synced much later.
     ///
     /// # Errors
     /// Any error of the host; what was written is undefined then.
-    pub fn write(&self, data: &[u8], address: BlockAddress) -> Result<bool> {
+    pub fn write(&self, data: &[u8], address: BlockAddress, cached: bool) -> Result<bool> {
         assert_eq!(address.segment(), self.id, "an address is written in its own segment");
         assert!((data.len() as u64).is_multiple_of(BLOCK_SIZE), "segments are written in whole blocks");
-        let result = self.file.write_at(data, address.byte());
+        let result = if cached {
+            self.file.write_cached_at(data, address.byte())
+        } else {
+            self.file.write_at(data, address.byte())
+        };
         // Also after an error: part of the data may be in the page cache.
         let first = !self.dirty.swap(true, Ordering::AcqRel);
         result.map_err(|e| Error::io(format!("cannot write segment {}", self.id), e))?;

@@ -59,6 +59,13 @@ pub(super) enum Plan {
 }
 
 impl SmallWrites {
+    /// Tells whether a write of so many bytes would still be copied: then a flush that comes next logs it, and its place
+    /// in the segment is best written through the page cache.
+    pub fn would_copy(&self, len: usize) -> bool {
+        let inner = self.inner.lock();
+        !inner.spoiled && inner.blocks.len() + len / to_usize(BLOCK_SIZE) <= BLOCKS_MAX
+    }
+
     /// Notes a write of whole blocks at consecutive addresses that has just returned.
     pub fn note(&self, first: BlockAddress, data: &[u8]) {
         let mut inner = self.inner.lock();
@@ -146,7 +153,7 @@ impl Store {
         for (address, block) in &copies {
             // A segment that was removed since had nothing mapped.
             if self.tables.read().segment(address.segment()).is_ok_and(|row| !row.removed) {
-                self.segment(address.segment())?.write(block, *address)?;
+                self.segment(address.segment())?.write(block, *address, false)?;
                 touched.insert(address.segment());
             }
         }

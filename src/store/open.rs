@@ -130,6 +130,7 @@ impl Store {
             meta.map_or(Ok(Meta::default()), |value| Meta::decode(&value))?.clean
         };
         if !clean {
+            tracing::info!("the pool was not closed in order; {} frames of its journal are replayed", frames.len());
             journal.check_end()?;
         }
         let ledger = Ledger::new(catalog, journal, frames)?;
