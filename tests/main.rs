@@ -6,4 +6,5 @@
 
 mod cli;
 mod model;
+mod real;
 mod tree;

@@ -79,7 +79,8 @@ impl Header {
         }
         let features = if version == 3 { long(72) } else { 0 };
         refuse(long(8), word(32), features)?;
-        let header = Self { cluster_bits: word(20), size: long(24), l1_entries: word(36).into(), l1_offset: long(40), features };
+        let header =
+            Self { cluster_bits: word(20), size: long(24), l1_entries: word(36).into(), l1_offset: long(40), features };
         if !(9..=21).contains(&header.cluster_bits) {
             return Err(Error::corrupt(format!("the qcow2 header gives clusters of 2^{} bytes", header.cluster_bits)));
         }
@@ -136,8 +137,10 @@ fn refuse(backing: u64, encryption: u32, features: u64) -> Result<()> {
             .hint("make it whole first: `qemu-img convert -O qcow2 IMAGE WHOLE`, or `qemu-img rebase -b '' IMAGE`"));
     }
     if features & DATA_FILE != 0 {
-        return Err(Error::failed("its data is in an external file, and an image does not choose which files are read")
-            .hint("make it whole first: `qemu-img convert -O qcow2 IMAGE WHOLE`"));
+        return Err(Error::failed(
+            "its data is in an external file, and an image does not choose which files are read",
+        )
+        .hint("make it whole first: `qemu-img convert -O qcow2 IMAGE WHOLE`"));
     }
     if encryption != 0 {
         return Err(Error::failed("it is encrypted")

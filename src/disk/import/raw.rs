@@ -44,7 +44,8 @@ impl Image for RawImage {
             Some((start, _)) => Ok((start, false)),
             None => {
                 // The end of a file that was cut meanwhile looks like a hole.
-                let len = self.source.file.metadata().map_err(|error| Error::io("cannot read its length", error))?.len();
+                let len =
+                    self.source.file.metadata().map_err(|error| Error::io("cannot read its length", error))?.len();
                 if len < self.source.len {
                     return Err(Error::failed("the file became shorter while it was read"));
                 }

@@ -141,8 +141,10 @@ fn value<'a>(text: &'a str, key: &str) -> Option<&'a str> {
 /// Refuses images that show only what changed since another one, and encrypted ones.
 fn refuse_parent(text: &str) -> Result<()> {
     if value(text, "parentCID").is_some_and(|parent| !parent.eq_ignore_ascii_case("ffffffff")) {
-        return Err(Error::failed("it has a parent image (a backing file), and an image does not choose which files are read")
-            .hint("make it whole first: `qemu-img convert -f vmdk -O qcow2 IMAGE WHOLE`"));
+        return Err(Error::failed(
+            "it has a parent image (a backing file), and an image does not choose which files are read",
+        )
+        .hint("make it whole first: `qemu-img convert -f vmdk -O qcow2 IMAGE WHOLE`"));
     }
     if value(text, "encryption.keySafe").is_some() {
         return Err(Error::failed("it is encrypted").hint("decrypt it first, with the product that made it"));
@@ -178,7 +180,9 @@ fn parse_extent(line: &str) -> Result<Extent<'_>> {
     let flat = match kind {
         Some("FLAT" | "VMFS") => true,
         Some("SPARSE" | "VMFSSPARSE") => false,
-        Some(other) => return Err(Error::unsupported(format!("it has an extent of type {other:?}, which is not read"))),
+        Some(other) => {
+            return Err(Error::unsupported(format!("it has an extent of type {other:?}, which is not read")));
+        }
         None => return Err(bad()),
     };
     if access == Some("NOACCESS") {
