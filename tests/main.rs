@@ -9,4 +9,5 @@ mod format;
 mod import;
 mod model;
 mod tidy;
+mod real;
 mod tree;

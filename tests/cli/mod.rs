@@ -15,51 +15,51 @@ use std::process::{Command, Output, Stdio};
 use serde_json::Value;
 
 /// The binary, pointed at a pool of its own.
-struct Afterimage {
-    dir: tempfile::TempDir,
+pub(crate) struct Afterimage {
+    pub(crate) dir: tempfile::TempDir,
 }
 
 impl Afterimage {
     /// Makes a directory for a pool, but no pool.
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { dir: tempfile::tempdir().unwrap() }
     }
 
     /// Makes a pool.
-    fn with_pool() -> Self {
+    pub(crate) fn with_pool() -> Self {
         let it = Self::new();
         it.json(&["init"]);
         it
     }
 
-    fn pool(&self) -> PathBuf {
+    pub(crate) fn pool(&self) -> PathBuf {
         self.dir.path().join("pool")
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
     /// Returns a command with the pool in the environment.
-    fn command(&self, words: &[&str]) -> Command {
+    pub(crate) fn command(&self, words: &[&str]) -> Command {
         let mut command = program();
         command.env("AFTERIMAGE_POOL", self.pool()).args(words);
         command
     }
 
-    fn run(&self, words: &[&str]) -> Output {
+    pub(crate) fn run(&self, words: &[&str]) -> Output {
         self.command(words).output().unwrap()
     }
 
     /// Runs a command that must succeed and returns its answer.
-    fn json(&self, words: &[&str]) -> Value {
+    pub(crate) fn json(&self, words: &[&str]) -> Value {
         let output = self.command(&[&["--json"], words].concat()).output().unwrap();
         assert!(output.status.success(), "{words:?}: {}", text(&output.stderr));
         serde_json::from_slice(&output.stdout).unwrap()
     }
 
     /// Runs a command that must fail and returns its exit code and the error.
-    fn error(&self, words: &[&str]) -> (i32, Value) {
+    pub(crate) fn error(&self, words: &[&str]) -> (i32, Value) {
         let output = self.command(&[&["--json"], words].concat()).output().unwrap();
         assert_eq!(text(&output.stdout), "", "{words:?}");
         let error: Value = serde_json::from_slice(&output.stderr)
@@ -74,13 +74,13 @@ impl Afterimage {
     }
 }
 
-fn program() -> Command {
+pub(crate) fn program() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_afterimage"));
     command.env_remove("AFTERIMAGE_POOL").env_remove("AFTERIMAGE_LOG").stdin(Stdio::null());
     command
 }
 
-fn text(bytes: &[u8]) -> &str {
+pub(crate) fn text(bytes: &[u8]) -> &str {
     std::str::from_utf8(bytes).unwrap()
 }
 
