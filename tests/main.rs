@@ -8,6 +8,6 @@ mod cli;
 mod format;
 mod import;
 mod model;
-mod tidy;
 mod real;
+mod tidy;
 mod tree;

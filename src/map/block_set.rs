@@ -1,6 +1,7 @@
 //! A set of blocks of one chunk: 512 bits.
 //!
-//! Coded as the shortest of four forms (tag byte first): full, range (start, length), list of indexes, bitmap.
+//! Coded as the first of these that fits (tag byte first): full, one range (start, length), list of up to 30 indexes, bitmap;
+//! for all but tiny sets that is the shortest.
 
 use crate::codec::{Reader, Writer};
 use crate::error::Result;

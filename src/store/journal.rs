@@ -47,7 +47,8 @@ impl Mark {
 #[derive(Debug)]
 pub struct Journal {
     file: Arc<dyn File>,
-    pool: Uuid,
+    /// In every frame. Blocks of guests are in the ring too, and a guest must not be able to write a frame.
+    salt: Uuid,
     capacity: u64,
     head: Mark,
     tail: u64,
@@ -62,11 +63,11 @@ fn fail(what: &str) -> impl Fn(std::io::Error) -> Error + '_ {
 }
 
 impl Journal {
-    /// Fills the file with zeros and writes its header. Durable when this returns.
+    /// Fills the file with zeros and writes its header. Durable when this returns. `salt` is random and kept to the file.
     ///
     /// # Errors
     /// Any error of the host.
-    pub fn create(file: &Arc<dyn File>, pool: Uuid, capacity: u64) -> Result<()> {
+    pub fn create(file: &Arc<dyn File>, pool: Uuid, salt: Uuid, capacity: u64) -> Result<()> {
         assert!(capacity >= JOURNAL_MIN && capacity.is_multiple_of(ALIGN), "a journal has a sensible size");
         let zeros = vec![0; 1 << 20];
         let mut at = 0;
@@ -76,7 +77,7 @@ impl Journal {
             at += len;
         }
         let mut out = Writer::new();
-        out.raw(&MAGIC).u32(VERSION).u32(0).raw(pool.as_bytes()).u64(capacity);
+        out.raw(&MAGIC).u32(VERSION).u32(0).raw(pool.as_bytes()).u64(capacity).raw(salt.as_bytes());
         file.write_at(&out.sealed(), 0).map_err(fail("make"))?;
         file.sync().map_err(fail("make"))
     }
@@ -86,7 +87,7 @@ impl Journal {
     /// # Errors
     /// `Corrupt` when header or ring are damaged in a way that no crash explains.
     pub fn open(file: Arc<dyn File>, pool: Uuid, mark: Mark) -> Result<(Self, Vec<Vec<Row>>)> {
-        let mut bytes = [0; 44];
+        let mut bytes = [0; 60];
         file.read_exact_at(&mut bytes, 0).map_err(fail("read"))?;
         let mut from = Reader::new("the journal", &bytes);
         if from.raw(8)? != MAGIC {
@@ -103,12 +104,13 @@ impl Journal {
             return Err(from.corrupt("it belongs to another pool"));
         }
         let capacity = from.u64()?;
+        let salt = Uuid::from_slice(from.raw(16)?).expect("16 bytes");
         let len = file.len().map_err(fail("read"))?;
         let sensible = capacity >= JOURNAL_MIN && capacity.is_multiple_of(ALIGN) && capacity <= len;
         if !sensible || mark.at < ALIGN || mark.at > capacity || !mark.at.is_multiple_of(ALIGN) {
             return Err(from.corrupt("its length or the place to begin make no sense"));
         }
-        let mut journal = Self { file, pool, capacity, head: mark, tail: mark.at, used: 0 };
+        let mut journal = Self { file, salt, capacity, head: mark, tail: mark.at, used: 0 };
         let mut frames = Vec::new();
         while let Some(rows) = journal.replay_one()? {
             frames.push(rows);
@@ -161,7 +163,7 @@ impl Journal {
         }
         let mut bytes = [0; HEADER_LEN];
         self.file.read_exact_at(&mut bytes, at).map_err(fail("read"))?;
-        Ok(FrameHeader::decode(&bytes, self.pool).filter(|frame| at + frame.len() <= self.capacity))
+        Ok(FrameHeader::decode(&bytes, self.salt).filter(|frame| at + frame.len() <= self.capacity))
     }
 
     fn read_frame(&self, at: u64) -> Result<Option<Vec<Row>>> {
@@ -208,7 +210,7 @@ impl Journal {
         };
         let len = frame.len();
         let (at, waste) = self.place(len);
-        let mut bytes = frame.encode(self.pool);
+        let mut bytes = frame.encode(self.salt);
         bytes.extend_from_slice(body);
         bytes.resize(usize::try_from(len).expect("bounded"), 0);
         self.file.write_at(&bytes, at).map_err(fail("write"))?;
@@ -256,9 +258,9 @@ impl FrameHeader {
         frame_len(u64::from(self.body_len))
     }
 
-    fn encode(&self, pool: Uuid) -> Vec<u8> {
+    fn encode(&self, salt: Uuid) -> Vec<u8> {
         let mut out = Writer::new();
-        out.raw(&FRAME_MAGIC).raw(pool.as_bytes()).u64(self.lsn).u32(self.body_len).u32(self.rows);
+        out.raw(&FRAME_MAGIC).raw(salt.as_bytes()).u64(self.lsn).u32(self.body_len).u32(self.rows);
         out.u32(self.body_crc).raw(&[0; 16]);
         let bytes = out.sealed();
         assert_eq!(bytes.len(), HEADER_LEN, "the header has a fixed length");
@@ -266,10 +268,10 @@ impl FrameHeader {
     }
 
     /// Anything that is not a whole header of this pool is no frame: old bytes of the ring look like that.
-    fn decode(bytes: &[u8], pool: Uuid) -> Option<Self> {
+    fn decode(bytes: &[u8], salt: Uuid) -> Option<Self> {
         let body = unseal("a frame", bytes).ok()?;
         let mut from = Reader::new("a frame", body);
-        let ours = from.raw(8).ok()? == FRAME_MAGIC && from.raw(16).ok()? == pool.as_bytes();
+        let ours = from.raw(8).ok()? == FRAME_MAGIC && from.raw(16).ok()? == salt.as_bytes();
         let frame = Self {
             lsn: from.u64().ok()?,
             body_len: from.u32().ok()?,

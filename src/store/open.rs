@@ -91,7 +91,7 @@ impl Store {
         }
         let superblock = Superblock::new();
         let journal = fresh(&**media, JOURNAL)?;
-        Journal::create(&journal, superblock.uuid, options.journal.max(JOURNAL_MIN))?;
+        Journal::create(&journal, superblock.uuid, Uuid::new_v4(), options.journal.max(JOURNAL_MIN))?;
         match media.make_dir(SEGMENTS_DIR) {
             Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => {
                 return Err(Error::io(format!("cannot make {SEGMENTS_DIR}"), e));
@@ -157,7 +157,7 @@ impl Store {
             keeper: keeper::Keeper::default(),
             counters: Counters::default(),
         });
-        store.compare_segments(clean)?;
+        store.compare_segments()?;
         store.begin_opening()?;
         if options.background {
             store.keeper.start(&store).map_err(|e| Error::io("cannot start the background threads", e))?;
@@ -167,7 +167,7 @@ impl Store {
 
     /// Compares the segments of the catalog with the files: a missing one is corruption, an unlisted one an orphan of a
     /// crash.
-    fn compare_segments(&self, _clean: bool) -> Result<()> {
+    fn compare_segments(&self) -> Result<()> {
         let on_disk = self.segments.on_disk()?;
         let tables = self.tables.read();
         for (id, row) in tables.segments() {
@@ -216,7 +216,10 @@ impl Store {
             }
             self.ledger.latest()
         };
-        self.ledger.wait(ticket)
+        self.ledger.wait(ticket)?;
+        // So that the catalog itself says "not closed in order" before anything is acknowledged: if the disk then loses
+        // the first frames, the next opening looks for later ones.
+        self.fold().map(drop)
     }
 
     /// Makes everything durable, folds the journal, and marks the pool as closed in order. Later changes are refused.

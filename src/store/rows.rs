@@ -429,6 +429,9 @@ impl SegmentRow {
             swept: from.flag()?,
             removed: from.flag()?,
         };
+        if row.mapped > 1 << crate::units::SLOT_BITS {
+            return Err(Error::corrupt(format!("{what} counts more blocks than a segment has slots")));
+        }
         from.end()?;
         Ok(row)
     }

@@ -82,8 +82,14 @@ impl Tables {
                 return bad(format!("branch {id} is its own ancestor"));
             }
         }
-        if let Some(id) = self.segments.keys().find(|id| **id > self.meta.segment) {
+        if let Some(id) = self.segments.keys().find(|id| **id > self.meta.segment || **id > SegmentId::MAX) {
             return bad(format!("segment {id} was never handed out"));
+        }
+        if self.branches.keys().next_back().is_some_and(|id| *id > self.meta.branch) {
+            return bad("a branch was never handed out".into());
+        }
+        if self.snapshot_ids.keys().any(|id| *id > self.meta.snapshot) {
+            return bad("a snapshot was never handed out".into());
         }
         Ok(())
     }

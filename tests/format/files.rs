@@ -102,9 +102,14 @@ pub fn body_of(rows: &[Row]) -> Vec<u8> {
 
 /// A journal with frames of these bodies and numbers of rows.
 pub fn journal_with(pool: Uuid, capacity: u64, frames: &[(Vec<u8>, u32)]) -> Vec<u8> {
+    journal_salted(pool, SALT, capacity, frames)
+}
+
+/// As [`journal_with`], with another salt.
+pub fn journal_salted(pool: Uuid, salt: Uuid, capacity: u64, frames: &[(Vec<u8>, u32)]) -> Vec<u8> {
     let media = SimMedia::new(1);
     let file = media.open("journal", Open::New).unwrap();
-    Journal::create(&file, pool, capacity).unwrap();
+    Journal::create(&file, pool, salt, capacity).unwrap();
     let (mut journal, found) = Journal::open(Arc::clone(&file), pool, Mark::START).unwrap();
     assert_eq!(found.len(), 0);
     for (body, rows) in frames {
@@ -112,6 +117,8 @@ pub fn journal_with(pool: Uuid, capacity: u64, frames: &[(Vec<u8>, u32)]) -> Vec
     }
     bytes_of(&file)
 }
+
+pub const SALT: Uuid = Uuid::from_u128(0x5a17_5a17_5a17_5a17_5a17_5a17_5a17_5a17);
 
 /// The golden journal.
 pub fn journal() -> Vec<u8> {

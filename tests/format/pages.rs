@@ -148,23 +148,26 @@ fn segments_and_seals_are_as_the_page_says() {
 
 #[test]
 fn the_journal_is_as_the_page_says() {
+    use files::SALT;
+
     let other = Uuid::from_u128(1);
-    let frame = |pool, bodies: &[(Vec<u8>, u32)]| {
-        files::journal_with(pool, JOURNAL_MIN, bodies)[4096 * bodies.len()..4096 * bodies.len() + 4096].to_vec()
+    let frame = |salt, bodies: &[(Vec<u8>, u32)]| {
+        files::journal_salted(POOL, salt, JOURNAL_MIN, bodies)[4096 * bodies.len()..4096 * bodies.len() + 4096].to_vec()
     };
     let variants = [
         variant("pool", files::journal_with(other, JOURNAL_MIN, &[])),
         variant("capacity", files::journal_with(POOL, JOURNAL_MIN * 2, &[])),
+        variant("salt", files::journal_salted(POOL, other, JOURNAL_MIN, &[])),
     ];
     check(STORE_PAGE, "Journal header", &fixture("journal"), &variants);
     let (a, b) = (vec![1; 40], vec![2; 40]);
-    let golden = frame(POOL, &[(a.clone(), 3)]);
+    let golden = frame(SALT, &[(a.clone(), 3)]);
     let mut variants = vec![
-        variant("pool", frame(other, &[(a.clone(), 3)])),
-        variant("lsn", frame(POOL, &[(b.clone(), 3), (a.clone(), 3)])),
-        variant("length", frame(POOL, &[(vec![1; 41], 3)])),
-        variant("rows", frame(POOL, &[(a.clone(), 4)])),
-        variant("bodycrc", frame(POOL, &[(b, 3)])),
+        variant("salt", frame(other, &[(a.clone(), 3)])),
+        variant("lsn", frame(SALT, &[(b.clone(), 3), (a.clone(), 3)])),
+        variant("length", frame(SALT, &[(vec![1; 41], 3)])),
+        variant("rows", frame(SALT, &[(a.clone(), 4)])),
+        variant("bodycrc", frame(SALT, &[(b, 3)])),
     ];
     variants[2].also = &["bodycrc"];
     check(STORE_PAGE, "Frame header", &golden, &variants);
