@@ -84,7 +84,10 @@ impl Journal {
     /// `Corrupt` when header or ring are damaged in a way that no crash explains.
     pub fn open(file: Arc<dyn File>, pool: Uuid, mark: Mark) -> Result<(Self, Vec<Vec<Row>>)> {
         let mut bytes = [0; 44];
-        file.read_exact_at(&mut bytes, 0).map_err(fail("read"))?;
+        file.read_exact_at(&mut bytes, 0).map_err(|e| match e.kind() {
+            std::io::ErrorKind::UnexpectedEof => Error::corrupt("the journal is damaged: it has lost its end"),
+            _ => fail("read")(e),
+        })?;
         let mut from = Reader::new("the journal", &bytes);
         if from.raw(8)? != MAGIC {
             return Err(from.corrupt("it does not begin like one"));
