@@ -193,7 +193,7 @@ fn fallocate_gives_space_back_and_seek_finds_the_holes() {
         return;
     }
     let walk = run("xfs_io", ["-r".as_ref(), "-c".as_ref(), "seek -a -r 0".as_ref(), disk.as_os_str()]);
-    let found: Vec<&str> = walk.lines().filter(|line| line.starts_with("DATA") || line.starts_with("HOLE")).collect();
+    let found: Vec<&str> = walk.lines().filter(|line| line.contains(char::is_numeric)).collect();
     let wanted = ["DATA\t0", "HOLE\t1048576", "DATA\t3145728", "HOLE\t8388608", "DATA\t9437184", "HOLE\t16777216"];
     assert_eq!(found, wanted, "{walk}");
 }
