@@ -26,7 +26,7 @@ pub use manage::{check_disk_name, check_snapshot_name, create, create_empty, rem
 pub use scrub::{Damage, ScrubReport, scrub};
 
 use crate::error::{Error, Result};
-use crate::store::{Edit, Head, Line, Store};
+use crate::store::{Edit, EnospcPolicy, Head, Line, Store};
 use crate::units::{BLOCK_SIZE, DISK_SIZE_MAX, DiskId, to_usize};
 
 /// Something that is read and written in bytes and keeps blocks.
@@ -108,6 +108,15 @@ impl Disk {
         !row_touched && self.head.dirty_chunks() == 0
     }
 
+    /// Tells whether a write may wait on purpose: for room, or because the disk has a limit.
+    #[must_use]
+    pub fn may_wait(&self) -> bool {
+        self.store.tables.read().disk(self.head.id).is_ok_and(|row| {
+            let settings = &row.settings;
+            settings.enospc == EnospcPolicy::Wait || settings.iops.is_some() || settings.bandwidth.is_some()
+        })
+    }
+
     fn inside(&self, line: &Line, what: &str, offset: u64, len: u64) -> Result<()> {
         if offset.checked_add(len).is_some_and(|end| end <= line.size) {
             return Ok(());
@@ -152,21 +161,32 @@ impl Disk {
         if size > DISK_SIZE_MAX {
             return Err(Error::usage(format!("{size} bytes is more than the largest disk, 64 TiB")));
         }
-        if self.store.tables.read().disk(self.head.id)?.trim {
-            // What a shrink left beyond the end must not come to light again.
-            self.store.trim(&self.head)?;
-        }
-        self.zero_last_block()?;
-        let gate = self.head.gate.write();
-        let line = self.head.line();
-        if size <= line.size {
-            return Ok(());
-        }
+        let (gate, line) = loop {
+            let seen = self.size();
+            if size <= seen {
+                return Ok(());
+            }
+            if self.store.tables.read().disk(self.head.id)?.trim {
+                // What a shrink left beyond the end must not come to light again.
+                self.store.trim(&self.head)?;
+                self.zero_last_block()?;
+            }
+            let gate = self.head.gate.write();
+            let line = self.head.line();
+            if line.size == seen {
+                break (gate, line);
+            }
+            // Somebody resized it meanwhile.
+            drop(gate);
+        };
         self.head.refuse_gone()?;
         let ticket = {
             let mut tables = self.store.tables.write();
             let mut edit = Edit::new(&mut tables);
-            edit.change_disk(self.head.id, |row| row.size = size)?;
+            edit.change_disk(self.head.id, |row| {
+                row.size = size;
+                row.trim = false;
+            })?;
             self.store.ledger.submit(edit.finish())?
         };
         self.head.set_line(Line { size, ..line });
@@ -184,9 +204,9 @@ impl Disk {
         if mapped {
             let zeros = vec![0; to_usize(end - size)];
             self.write_upto(&zeros, size, end)?;
-            self.flush()?;
         }
-        Ok(())
+        // Also when it is unmapped: that must not be undone by a power cut once the size is larger.
+        self.flush()
     }
 
     /// Returns what to read of the disk, its last block whole.

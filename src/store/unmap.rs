@@ -86,10 +86,18 @@ impl Store {
     /// # Errors
     /// As [`Store::unmap`].
     pub fn trim_one(&self) -> Result<bool> {
-        let next = self.tables.read().disks().find(|(_, row)| row.trim).map(|(id, _)| id);
-        let Some(id) = next else { return Ok(false) };
-        self.trim(&*self.head(id)?)?;
-        Ok(true)
+        let shrunk: Vec<_> = self.tables.read().disks().filter(|(_, row)| row.trim).map(|(id, _)| id).collect();
+        for id in shrunk {
+            let head = self.head(id)?;
+            let end = head.line().size.next_multiple_of(BLOCK_SIZE);
+            let all = Source { size: DISK_SIZE_MAX, ..head.line().source() };
+            let aligned = head.line().size == end;
+            if aligned || self.next_data(&all, Some(&head), end)?.is_some() {
+                self.trim(&head)?;
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Unmaps what lies beyond the size of a disk, durably.
@@ -104,7 +112,10 @@ impl Store {
             let mut tables = self.tables.write();
             let mut edit = Edit::new(&mut tables);
             // Shrunk once more meanwhile: there is more to do.
-            edit.change_disk(head.id, |row| row.trim = row.trim && row.size < size)?;
+            // And of a last block that is cut by the end, the rest is zeroed when the disk grows.
+            edit.change_disk(head.id, |row| {
+                row.trim = row.trim && (row.size < size || !row.size.is_multiple_of(BLOCK_SIZE));
+            })?;
             self.ledger.submit(edit.finish())?
         };
         self.ledger.wait(ticket)

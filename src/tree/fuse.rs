@@ -69,6 +69,21 @@ impl Mount {
         }
     }
 
+    /// Runs a handler that may wait long (no room and `enospc=wait`, a limit) on a thread of its own, so that requests
+    /// for other disks, and the `rm` that makes room, find the handler threads free.
+    fn run_aside(&self, operation: &'static str, handler: impl FnOnce(&Tree) + Send + 'static) {
+        let (tree, number) = (Arc::clone(&self.tree), self.number);
+        let work = move || {
+            stale::enter_handler(number);
+            if catch_unwind(AssertUnwindSafe(|| handler(&tree))).is_err() {
+                tracing::error!(operation, "the operation failed on a mistake in this program");
+            }
+        };
+        if let Err(error) = std::thread::Builder::new().name("afterimage-wait".into()).spawn(work) {
+            tracing::error!(operation, "the host has no thread for a write that may wait: {error}");
+        }
+    }
+
     fn file_attr(&self, attr: &Attr) -> FileAttr {
         let time = UNIX_EPOCH + Duration::from_secs(attr.mtime);
         FileAttr {
@@ -310,6 +325,12 @@ impl Filesystem for Mount {
         _: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
+        if self.tree.may_wait(handle.0) {
+            let data = data.to_vec();
+            return self.run_aside("write", move |tree| {
+                written(tree.write(handle.0, &data, offset, flags.0).map(|length| length as u64), reply);
+            });
+        }
         self.run("write", |tree| {
             written(tree.write(handle.0, data, offset, flags.0).map(|length| length as u64), reply);
         });

@@ -233,6 +233,11 @@ impl Tree {
         self.handles.read().get(&number).cloned().ok_or(Errno::EBADF)
     }
 
+    /// Tells whether a write through a handle may wait for longer than a disk takes.
+    pub fn may_wait(&self, number: u64) -> bool {
+        matches!(self.handle(number).as_deref(), Ok(Handle::Disk(file)) if file.file.disk().may_wait())
+    }
+
     /// Takes a handle out of the table; the last I/O on it drops it.
     pub fn release(&self, number: u64) {
         let handle = self.handles.write().remove(&number);
