@@ -163,12 +163,11 @@ pub fn remove(store: &Arc<Store>, name: &str, recursive: bool) -> Result<()> {
     let mut order = head.order();
     store.flush_ordered(&head, &mut order)?;
     let gate = head.gate.write();
-    // A write may have come between: what it handed out must be known before the disk goes.
-    let late = head.take_dirty();
     let line = head.line();
     let ticket = {
         store.refuse_leased(&head)?;
-        if !late.is_empty() {
+        // A write may have come between: what it handed out must be known before the disk goes.
+        if head.dirty_chunks() > 0 {
             return Err(Error::busy(format!("disk '{name}' is being written to")));
         }
         let mut tables = store.tables.write();

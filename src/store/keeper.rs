@@ -125,16 +125,29 @@ impl Store {
         if self.ledger.writable().is_err() {
             return Ok(false);
         }
-        let mut more = self.ledger.journal_percent() >= FOLD_AT && self.fold()?;
-        more |= self.trim_one()?;
-        more |= self.seal_one()?;
-        more |= self.reclaim_one()?;
-        more |= self.flatten_one()?;
-        more |= self.sweep()?;
-        more |= self.punch_step(true)? > 0;
+        let fold = |store: &Self| Ok(store.ledger.journal_percent() >= FOLD_AT && store.fold()?);
+        let punch = |store: &Self| Ok(store.punch_step(true)? > 0);
+        // What gives room comes first, and one that fails does not keep the others from their turn: on a full host file
+        // system neither a fold nor a seal can be written, and punching must go on all the same.
+        let steps: [fn(&Self) -> Result<bool>; 7] =
+            [fold, Self::trim_one, Self::reclaim_one, Self::sweep, punch, Self::seal_one, Self::flatten_one];
+        let mut more = false;
+        let mut failed = None;
+        for step in steps {
+            match step(self) {
+                Ok(again) => more |= again,
+                Err(error) => failed = failed.or(Some(error)),
+            }
+        }
         if !more {
             self.remove_empty_segments()?;
             self.restore_ballast();
+        }
+        match failed {
+            // Try it again once the rest is done.
+            Some(error) if !more => return Err(error),
+            Some(error) => tracing::debug!("a piece of work in the background failed: {error}"),
+            None => {}
         }
         Ok(more)
     }
