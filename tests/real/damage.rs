@@ -118,14 +118,13 @@ fn a_pool_of_a_newer_format_or_with_unknown_features_is_left_alone() {
 fn a_catalog_with_flipped_bits_is_refused_or_whole() {
     let Some(place) = pool() else { return };
     let path = place.cli.pool().join("catalog.redb");
-    // In this order: opening writes.
     let listed = place.cli.json(&["ls"]);
-    let catalog = fs::read(&path).unwrap();
     // Opening writes, so every try begins with the same files.
     let sound = scratch();
     let copy = |from: &Path, to: &Path| run("cp", ["-a".as_ref(), from.as_os_str(), to.as_os_str()]);
     let kept = sound.path().join("pool");
     copy(&place.cli.pool(), &kept);
+    let catalog = fs::read(&path).unwrap();
     let restore = || {
         fs::remove_dir_all(place.cli.pool()).unwrap();
         copy(&kept, &place.cli.pool());

@@ -68,6 +68,8 @@ fn scratch() -> tempfile::TempDir {
 struct Place {
     cli: Afterimage,
     mnt: PathBuf,
+    /// What the servers log; not beside the pool, where there may be no room for it.
+    log: tempfile::NamedTempFile,
 }
 
 impl Place {
@@ -82,13 +84,14 @@ impl Place {
         let mnt = cli.path("mnt");
         fs::create_dir(&mnt).unwrap();
         cli.json(&["init"]);
-        Self { cli, mnt }
+        let log = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        Self { cli, mnt, log }
     }
 
     /// Starts the server.
     fn serve(&self) -> Server {
         let words = ["-v", "--json", "mount", self.mnt.to_str().unwrap()];
-        let log = fs::OpenOptions::new().append(true).create(true).open(self.cli.path("log")).unwrap();
+        let log = fs::OpenOptions::new().append(true).open(self.log.path()).unwrap();
         let mut child = self.cli.command(&words).stdout(Stdio::piped()).stderr(log).spawn().unwrap();
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
@@ -98,7 +101,9 @@ impl Place {
     }
 
     fn log(&self) -> String {
-        fs::read_to_string(self.cli.path("log")).unwrap_or_default()
+        let lines = fs::read_to_string(self.log.path()).unwrap();
+        let last = lines.lines().count().saturating_sub(50);
+        lines.lines().skip(last).collect::<Vec<_>>().join("\n")
     }
 
     fn disk(&self, name: &str) -> PathBuf {
