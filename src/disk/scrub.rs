@@ -50,7 +50,7 @@ pub struct ScrubReport {
 /// Any error of the host but those of reading blocks, which are in the report; `Failed` when cancelled.
 pub fn scrub(store: &Arc<Store>, progress: &dyn Progress) -> Result<ScrubReport> {
     store.flush_all()?;
-    while store.seal_one()? {}
+    while store.seal_next()? {}
     let mut mapped = RoaringTreemap::new();
     store.every_entry(&mut |_, _, entry| {
         for piece in entry.pieces() {

@@ -78,6 +78,11 @@ impl Keeper {
         Ok(())
     }
 
+    /// Tells whether the threads were asked to end: long work breaks off then.
+    pub(super) fn stopping(&self) -> bool {
+        self.tidier.stop.load(Ordering::Acquire)
+    }
+
     /// Asks the tidier to look at once.
     pub(super) fn wake(&self) {
         self.tidier.ring();
@@ -134,12 +139,16 @@ impl Store {
         let mut more = false;
         let mut failed = None;
         for step in steps {
-            match step(self) {
+            let turn = self.tidying.lock();
+            let result = step(self);
+            drop(turn);
+            match result {
                 Ok(again) => more |= again,
                 Err(error) => failed = failed.or(Some(error)),
             }
         }
         if !more {
+            let _turn = self.tidying.lock();
             self.remove_empty_segments()?;
             self.restore_ballast();
         }

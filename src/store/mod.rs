@@ -8,6 +8,7 @@
 //! # Locks, in the order in which they are taken
 //! | lock | guards | may wait for the disk while held |
 //! |---|---|---|
+//! | `Store::tidying` | one piece of background work at a time | yes |
 //! | `Head::commit` of several disks in order of id | the order of frames of a disk: flush, snapshot, revert | yes |
 //! | `Head::gate` in order of id | shared by writers, exclusive for an epoch switch, resize, revert | shared: one write; exclusive: no |
 //! | claims on blocks of a chunk (`ChunkGuard::claim`), chunks in order | the blocks being written | yes |
@@ -129,6 +130,8 @@ pub struct Store {
     pub fence: Fence,
     heads: Mutex<HashMap<DiskId, Arc<Head>>>,
     owners: AtomicU64,
+    /// Held for one piece of background work, whoever does it: two that seal or reclaim one state would undo each other.
+    pub(crate) tidying: Mutex<()>,
     reclaim: Mutex<reclaim::Progressing>,
     holders: Mutex<HashMap<SnapshotId, usize>>,
     bad: RwLock<BTreeMap<BlockAddress, u64>>,

@@ -147,6 +147,7 @@ impl Store {
             fence: Fence::default(),
             heads: Mutex::default(),
             owners: AtomicU64::new(1),
+            tidying: Mutex::default(),
             reclaim: Mutex::default(),
             holders: Mutex::default(),
             bad: RwLock::default(),

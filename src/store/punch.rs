@@ -238,15 +238,19 @@ impl Store {
             if progress.cancelled() {
                 return Err(Error::failed("reclaiming was cancelled; it goes on in the background"));
             }
+            let turn = self.tidying.lock();
             let more = self.trim_one()? | self.reclaim_one()? | self.sweep()?;
             let blocks = self.punch_step(false)?;
+            drop(turn);
             freed += blocks * BLOCK_SIZE;
             progress.advance(blocks * BLOCK_SIZE);
             if !more && blocks == 0 {
                 break;
             }
         }
+        let turn = self.tidying.lock();
         self.remove_empty_segments()?;
+        drop(turn);
         self.ledger.wait(self.ledger.latest())?;
         Ok(ReclaimReport { freed })
     }

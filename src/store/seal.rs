@@ -15,7 +15,7 @@ use super::states::StateRow;
 use super::tables::{Edit, StateKey};
 use super::tree::Stretch;
 use crate::codec::crc32;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::map::{BlockSet, Entry, Piece, Run};
 use crate::sync::Mutex;
 use crate::units::{BLOCK_SIZE, BlockAddress, CHUNK_BLOCKS, ChunkIndex, SegmentId, to_usize};
@@ -67,6 +67,15 @@ impl Checksums {
 }
 
 impl Store {
+    /// As [`Store::seal_one`], in turn with the work in the background.
+    ///
+    /// # Errors
+    /// As [`Store::seal_one`].
+    pub fn seal_next(&self) -> Result<bool> {
+        let _turn = self.tidying.lock();
+        self.seal_one()
+    }
+
     /// Writes the seal files of one ended epoch. Returns false when every epoch is sealed.
     ///
     /// # Errors
@@ -82,7 +91,11 @@ impl Store {
         self.hold_open(row.snapshot);
         let result = self.seal_epoch(key, &row);
         self.let_go(row.snapshot);
-        result?;
+        match result {
+            // Deleted meanwhile: there is nothing to seal any more.
+            Err(error) if error.kind() == crate::error::Kind::NotFound => return Ok(true),
+            other => other?,
+        }
         let mut tables = self.tables.write();
         let mut edit = Edit::new(&mut tables);
         edit.change_state(key, |row| row.sealed = true);
@@ -111,13 +124,26 @@ impl Store {
             let nonce = self.tables.read().segment(segment)?.nonce;
             let header = SealFile { pool: self.uuid(), segment, nonce, disk: row.disk, branch: key.0, epoch: key.1 };
             let extra = std::mem::take(&mut unmapped);
-            let records = slabs.iter().map(|(chunk, piece)| self.sealed_slab(row, *chunk, piece));
+            let records = slabs.iter().map(|(chunk, piece)| {
+                self.still_to_seal(key)?;
+                self.sealed_slab(row, *chunk, piece)
+            });
             header.write(&*self.media, records.chain(extra.into_iter().map(Ok)))?;
             if let Ok(head) = self.head(row.disk) {
                 slabs.iter().for_each(|(_, piece)| head.crcs.forget(piece.base));
             }
         }
         Ok(())
+    }
+
+    /// Breaks the sealing of a large epoch off when its snapshot is deleted, whose space somebody waits for, or when the
+    /// pool is closed.
+    fn still_to_seal(&self, key: StateKey) -> Result<()> {
+        if self.keeper.stopping() {
+            return Err(Error::failed("the pool is being closed; the epoch is sealed after the next opening"));
+        }
+        let there = self.tables.read().state(key).is_some_and(|row| row.status.readable());
+        if there { Ok(()) } else { Err(Error::not_found("the snapshot was deleted")) }
     }
 
     fn sealed_slab(&self, row: &StateRow, chunk: ChunkIndex, piece: &Piece) -> Result<SealedSlab> {
@@ -147,7 +173,7 @@ impl Store {
     /// Any error of the host.
     pub fn seals_on_disk(&self) -> Result<Vec<(SegmentId, crate::units::Epoch)>> {
         use crate::pool::SEGMENTS_DIR;
-        let fail = |e| crate::error::Error::io(format!("cannot list {SEGMENTS_DIR}"), e);
+        let fail = |e| Error::io(format!("cannot list {SEGMENTS_DIR}"), e);
         let mut out = Vec::new();
         for dir in self.media.list(SEGMENTS_DIR).map_err(fail)? {
             for name in self.media.list(&format!("{SEGMENTS_DIR}/{dir}")).map_err(fail)? {
@@ -169,7 +195,7 @@ impl Store {
         let (low, high) = (Key::first_of(super::rows::Table::Map), Key::beyond(super::rows::Table::Map));
         self.ledger.scan(&low, &high, &mut |key, value| match key.parts()? {
             KeyParts::Map(branch, chunk, epoch) => each((branch, epoch), chunk, decode_entry(&value)?),
-            _ => Err(crate::error::Error::corrupt("a map key of the catalog is damaged")),
+            _ => Err(Error::corrupt("a map key of the catalog is damaged")),
         })
     }
 }
