@@ -42,10 +42,18 @@ impl PoolLock {
             return Err(Error::busy(format!("the pool {} is in use by {holder}", pool.display()))
                 .hint("wait for it to end, or talk to it through the same command while it serves the pool"));
         }
-        let fail = |e| Error::io(format!("cannot write {}", path.display()), e);
-        file.set_len(0).map_err(fail)?;
-        file.rewind().map_err(fail)?;
-        writeln!(file, "{}", std::process::id()).map_err(fail)?;
+        let line = format!("{}\n", std::process::id());
+        // Over what is there, and only then cut: on a full file system a block given up might not come back.
+        let wrote =
+            file.rewind().and_then(|()| file.write_all(line.as_bytes())).and_then(|()| file.set_len(line.len() as u64));
+        match wrote {
+            Ok(()) => {}
+            // The lock is what counts. Better no number than that of somebody else.
+            Err(error) if error.kind() == std::io::ErrorKind::StorageFull => {
+                file.set_len(0).map_err(|e| Error::io(format!("cannot write {}", path.display()), e))?;
+            }
+            Err(error) => return Err(Error::io(format!("cannot write {}", path.display()), error)),
+        }
         Ok(Self { _file: file })
     }
 }
