@@ -173,12 +173,12 @@ pub fn remove(store: &Arc<Store>, name: &str, recursive: bool) -> Result<()> {
         let mut tables = store.tables.write();
         let row = tables.disk(id)?.clone();
         let states: Vec<_> = tables.states_of(id).map(|(key, row)| (key, row.clone())).collect();
-        let named: Vec<_> = states.iter().filter(|(_, row)| !row.name.is_empty()).collect();
+        let named: Vec<_> = tables.snapshots_of(id).map(|(_, row)| row.clone()).collect();
         if !named.is_empty() && !recursive {
             return Err(Error::busy(format!("disk '{name}' has {} snapshots", named.len()))
                 .hint(format!("delete them first, or all at once with `afterimage rm {name} --recursive`")));
         }
-        if let Some((_, held)) = named.iter().find(|(_, row)| !row.holds.is_empty()) {
+        if let Some(held) = named.iter().find(|row| !row.holds.is_empty()) {
             let why = held.holds.join(", ");
             return Err(Error::busy(format!("snapshot '{name}@{}' is held: {why}", held.name))
                 .hint("let it go with `afterimage release`"));
@@ -191,6 +191,9 @@ pub fn remove(store: &Arc<Store>, name: &str, recursive: bool) -> Result<()> {
                 row.name = String::new();
             });
         }
+        let retired: Vec<_> = edit.tables.retired_of(id).map(|(id, _)| id).collect();
+        retired.into_iter().for_each(|id| edit.delete_retired(id));
+        keep_last_stamp(&mut edit, id, &row)?;
         edit.delete_disk(id);
         head.set_gone();
         store.ledger.submit(edit.finish())?
@@ -202,6 +205,17 @@ pub fn remove(store: &Arc<Store>, name: &str, recursive: bool) -> Result<()> {
     store.tell(&Change::Disk { id, name: name.to_owned(), was: None, gone: true, resized: false, data: false });
     store.wake_keeper();
     Ok(())
+}
+
+/// Leaves the last stamp of a lineage to another disk of it, when the one that has it goes.
+fn keep_last_stamp(edit: &mut Edit<'_>, id: DiskId, row: &DiskRow) -> Result<()> {
+    let lineage = edit.tables.branch(row.branch)?.lineage;
+    let same = |branch| edit.tables.branch(branch).is_ok_and(|branch| branch.lineage == lineage);
+    let heir = edit.tables.disks().find(|(other, disk)| *other != id && same(disk.branch)).map(|(other, _)| other);
+    match heir {
+        Some(heir) => edit.change_disk(heir, |disk| disk.stamp = disk.stamp.max(row.stamp)),
+        None => Ok(()),
+    }
 }
 
 /// Changes a setting of a disk.

@@ -13,6 +13,7 @@
 
 mod branch;
 mod device;
+pub mod diff;
 mod prune;
 mod remove;
 mod take;

@@ -17,12 +17,11 @@ fn change(
 ) -> Result<StateRow> {
     let (old, ticket) = {
         let mut tables = store.tables.write();
-        let (key, row) = tables.snapshot(tables.disk_id(disk)?, snapshot)?;
-        let old = row.clone();
+        let old = tables.snapshot(tables.disk_id(disk)?, snapshot)?.1.clone();
         check(&old, &tables)?;
         store.ledger.writable()?;
         let mut edit = Edit::new(&mut tables);
-        edit.change_state(key, change);
+        edit.change_snapshot(old.snapshot, change);
         (old, store.ledger.submit(edit.finish())?)
     };
     store.ledger.wait(ticket)?;

@@ -147,6 +147,7 @@ fn complete(store: &Arc<Store>, targets: &[Target], switched: &[Switched]) -> Re
     let now = clock::wall_seconds();
     let (ids, ticket) = {
         let mut tables = store.tables.write();
+        let mut last = tables.last_stamps();
         let mut edit = Edit::new(&mut tables);
         let mut ids = Vec::new();
         for (target, switched) in targets.iter().zip(switched) {
@@ -154,7 +155,11 @@ fn complete(store: &Arc<Store>, targets: &[Target], switched: &[Switched]) -> Re
             ids.push(id);
             let disk = edit.tables.disk(target.head.id)?.clone();
             let key = (switched.ended.branch, switched.ended.epoch);
-            let stamp = now.max(disk.stamp + 1);
+            // Whole seconds, no two alike in a lineage: extent files have them as their time.
+            let known = last.entry(edit.tables.branch(key.0)?.lineage).or_insert(0);
+            let stamp = now.max(*known + 1);
+            *known = stamp;
+            edit.put_stamp(key.1, stamp);
             let state = StateRow {
                 status: target.status,
                 snapshot: id,

@@ -306,39 +306,21 @@ impl Store {
             rows.push(Row::delete(Key::map(stale_branch, capture.chunk, stale_epoch)));
             sums.index.remove(stale_branch, stale_epoch, capture.chunk);
         }
-        // A tombstone that hides nothing is not stored.
-        let needed = !capture.entry.is_empty() || self.older_shows(branch, capture.chunk, capture.epoch, stale)?;
-        match (needed, own_row) {
-            (true, _) => rows.push(Row::put(key, encode_entry(&capture.entry))),
-            (false, true) => rows.push(Row::delete(key)),
-            (false, false) => return Ok(()),
+        // A tombstone is stored where something was mapped before, also when nobody needs that any more: the time of an
+        // extent file follows from its newest entry, and it did change. Where nothing was, nothing is stored.
+        if capture.entry.is_empty() && !own_row && !self.older_shows(branch, capture.chunk, capture.epoch)? {
+            return Ok(());
         }
-        // Also for an own row: the last capture may have stored nothing, and the index is compared before it is written.
-        if needed {
-            sums.index.add(branch, capture.epoch, capture.chunk);
-        } else {
-            sums.index.remove(branch, capture.epoch, capture.chunk);
-        }
+        rows.push(Row::put(key, encode_entry(&capture.entry)));
+        // Also for an own row: the index is compared before it is written.
+        sums.index.add(branch, capture.epoch, capture.chunk);
         Ok(())
     }
 
     /// Tells whether a look-up would find an older entry if the branch had none of this epoch.
-    fn older_shows(
-        &self,
-        branch: BranchId,
-        chunk: ChunkIndex,
-        epoch: Epoch,
-        stale: Option<(BranchId, Epoch)>,
-    ) -> Result<bool> {
-        let below = |branch: BranchId, epoch: Epoch| {
-            let path = self.tables.read().lookup_path(branch, Epoch(epoch.0.saturating_sub(1)));
-            self.resolve_on(&path, chunk).map(|found| found.row)
-        };
-        match (below(branch, epoch)?, stale) {
-            // That one goes in the same frame; what lies below it would show instead.
-            (Some(row), Some(stale)) if row == stale => Ok(below(stale.0, stale.1)?.is_some()),
-            (row, _) => Ok(row.is_some()),
-        }
+    fn older_shows(&self, branch: BranchId, chunk: ChunkIndex, epoch: Epoch) -> Result<bool> {
+        let path = self.tables.read().lookup_path(branch, Epoch(epoch.0.saturating_sub(1)));
+        Ok(self.resolve_on(&path, chunk)?.row.is_some())
     }
 
     /// Refuses further writes after an error that leaves it unknown what is on the disk.

@@ -4,7 +4,8 @@
 //! ancestors - but its look-ups end in itself.
 //!
 //! # Rules
-//! 1. A copied entry is stored under the epoch at which the branch began, which no state of the branch has.
+//! 1. A copied entry keeps its epoch: it is below every epoch of the branch, no state of the branch has it, and the time
+//!    of extent files follows from it.
 //! 2. Entries that only this branch could see in the branches above are removed before it is cut loose, after their
 //!    copies were made; so at every moment a look-up finds the one or the other.
 //!
@@ -117,9 +118,9 @@ impl Store {
             let page = self.ledger.page(&low, &Key::map(branch, chunk, parent.1), 1)?;
             let copied = page.rows.first().is_some_and(|(key, _)| matches!(key.parts(), Ok(KeyParts::Map(..))));
             let found = self.resolve(parent, chunk)?;
-            if !copied && !found.entry.is_empty() {
-                rows.push(Row::put(Key::map(branch, chunk, parent.1), encode_entry(&found.entry)));
-                index.add(branch, parent.1, chunk);
+            if let (false, Some((_, epoch))) = (copied, found.row) {
+                rows.push(Row::put(Key::map(branch, chunk, epoch), encode_entry(&found.entry)));
+                index.add(branch, epoch, chunk);
             }
         }
         index.rows(&self.ledger, &mut rows)?;

@@ -181,7 +181,7 @@ impl Store {
     /// Returns the newest live snapshot of a disk.
     pub fn latest(&self, disk: DiskId) -> Option<SnapshotInfo> {
         let tables = self.tables.read();
-        let newest = tables.snapshots_of(disk).rev().find(|(_, row)| row.status == Status::Live);
+        let newest = tables.states_of(disk).rev().find(|(_, row)| row.status == Status::Live);
         newest.map(|(_, row)| snapshot(&tables, row))
     }
 

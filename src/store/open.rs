@@ -199,6 +199,7 @@ impl Store {
             None => Err(Error::read_only("the pool is closed")),
         }));
         let (mut logged, touched) = self.replay_logged()?;
+        let nonce = getrandom::u64().map_err(|e| Error::failed(format!("the host gives no random numbers: {e}")))?;
         let ticket = {
             let mut tables = self.tables.write();
             let mut edit = Edit::new(&mut tables);
@@ -207,6 +208,8 @@ impl Store {
                 meta.openings = opening;
                 meta.clean = false;
             });
+            let snapshot = edit.tables.meta.snapshot;
+            edit.put_opening(opening, super::past::OpeningRow { nonce, snapshot, begun: crate::clock::wall_seconds() });
             for id in touched {
                 edit.change_segment(id, |row| row.swept = false)?;
             }

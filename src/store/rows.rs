@@ -19,7 +19,7 @@ use crate::units::{
 /// Longest key: table, branch, chunk, epoch.
 const KEY_MAX: usize = 21;
 /// Length of a key of each table.
-const LENGTHS: [usize; 9] = [1, 9, 9, 17, 9, KEY_MAX, KEY_MAX, 9, 9];
+const LENGTHS: [usize; 12] = [1, 9, 9, 17, 9, KEY_MAX, KEY_MAX, 9, 9, 9, 9, 9];
 
 /// Tables, by the first byte of a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -43,6 +43,12 @@ pub enum Table {
     Free = 8,
     /// Copies of blocks that are not synced in their segments, by address; in the journal only.
     Data = 9,
+    /// Retired snapshots whose record is in a file of its own, by snapshot.
+    Retired = 10,
+    /// When an epoch ended, by epoch; for as long as entries of it are left.
+    Stamp = 11,
+    /// Openings of the pool in which snapshots were taken, by number.
+    Opening = 12,
 }
 
 /// A key of any table.
@@ -91,7 +97,7 @@ impl Key {
     /// # Errors
     /// `Corrupt` when they are too long, empty, or of no table.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
-        if bytes.is_empty() || bytes.len() > KEY_MAX || !(1..=9).contains(&bytes[0]) {
+        if bytes.is_empty() || bytes.len() > KEY_MAX || !(1..=LENGTHS.len()).contains(&usize::from(bytes[0])) {
             return Err(Error::corrupt("a key of the catalog is damaged"));
         }
         let mut key = Self { len: u8::try_from(bytes.len()).expect("checked"), bytes: [0; KEY_MAX] };
@@ -157,6 +163,24 @@ impl Key {
     #[must_use]
     pub fn data(address: BlockAddress) -> Self {
         Self::new(Table::Data, &[&address.raw().to_be_bytes()])
+    }
+
+    /// A retired snapshot.
+    #[must_use]
+    pub fn retired(id: SnapshotId) -> Self {
+        Self::new(Table::Retired, &[&id.0.to_be_bytes()])
+    }
+
+    /// The stamp of an epoch.
+    #[must_use]
+    pub fn stamp(epoch: Epoch) -> Self {
+        Self::new(Table::Stamp, &[&epoch.0.to_be_bytes()])
+    }
+
+    /// An opening of the pool.
+    #[must_use]
+    pub fn opening(number: u64) -> Self {
+        Self::new(Table::Opening, &[&number.to_be_bytes()])
     }
 
     /// Tells whether the row is of a table.
@@ -232,6 +256,9 @@ impl Key {
             5 => KeyParts::Segment(SegmentId(long(1)?)),
             6 => KeyParts::Map(BranchId(long(1)?), ChunkIndex(short(9)?), Epoch(long(13)?)),
             7 => KeyParts::Index(BranchId(long(1)?), Epoch(long(9)?), short(17)?),
+            10 => KeyParts::Retired(SnapshotId(long(1)?)),
+            11 => KeyParts::Stamp(Epoch(long(1)?)),
+            12 => KeyParts::Opening(long(1)?),
             kind => {
                 let address = BlockAddress::from_raw(long(1)?);
                 let address = address.ok_or_else(|| Error::corrupt("a row of the catalog names no address"))?;
@@ -262,6 +289,12 @@ pub enum KeyParts {
     Free(BlockAddress),
     /// The copy of a block.
     Data(BlockAddress),
+    /// A retired snapshot.
+    Retired(SnapshotId),
+    /// The stamp of an epoch.
+    Stamp(Epoch),
+    /// An opening of the pool.
+    Opening(u64),
 }
 
 /// A change of one row: `None` deletes.

@@ -113,7 +113,7 @@ pub enum Status {
     Live = 1,
     /// A snapshot the program took for itself: read like a live one, not listed.
     Hidden = 2,
-    /// A retired snapshot whose data is still to be freed.
+    /// A retired snapshot whose record is still to be written: its entries are the record. It is not read any more.
     Retired = 3,
     /// Deleted; its data is being given back.
     Dying = 4,
@@ -171,6 +171,11 @@ impl StateRow {
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Writer::new();
+        self.write(&mut out);
+        out.sealed()
+    }
+
+    pub(super) fn write(&self, out: &mut Writer) {
         out.u8(self.status as u8).u64(self.snapshot.0).u64(self.disk.0).text(&self.name).raw(self.uuid.as_bytes());
         out.u64(self.size).u8(u8::from(self.trim)).u64(self.created).u64(self.stamp);
         out.u64(self.referenced).u64(self.written).u64(self.floor).u8(u8::from(self.sealed));
@@ -178,7 +183,6 @@ impl StateRow {
         self.holds.iter().for_each(|tag| {
             out.text(tag);
         });
-        out.sealed()
     }
 
     /// Takes a stored value apart.
@@ -188,6 +192,13 @@ impl StateRow {
     pub fn decode(bytes: &[u8]) -> Result<Self> {
         let what = "a state row of the catalog";
         let mut from = Reader::new(what, unseal(what, bytes)?);
+        let row = Self::read(what, &mut from)?;
+        from.end()?;
+        Ok(row)
+    }
+
+    /// Reads the fields, as [`StateRow::write`] puts them.
+    pub(super) fn read(what: &str, from: &mut Reader<'_>) -> Result<Self> {
         let status =
             Status::from_u8(from.u8()?).ok_or_else(|| Error::corrupt(format!("{what} has an unknown status")))?;
         let mut row = Self {
@@ -195,7 +206,7 @@ impl StateRow {
             snapshot: SnapshotId(from.u64()?),
             disk: DiskId(from.u64()?),
             name: from.text()?,
-            uuid: read_uuid(&mut from)?,
+            uuid: read_uuid(from)?,
             size: checked_size(from.u64()?)?,
             trim: from.flag()?,
             created: from.u64()?,
@@ -209,7 +220,6 @@ impl StateRow {
         for _ in 0..from.varint()? {
             row.holds.push(from.text()?);
         }
-        from.end()?;
         Ok(row)
     }
 }

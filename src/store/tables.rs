@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::ledger::Ledger;
+use super::past::{Moment, OpeningRow, RetiredRow, decode_stamp, encode_stamp};
 use super::rows::{BranchRow, Key, KeyParts, Meta, Row, SegmentRow, Table};
 use super::states::{DiskRow, StateRow, Status};
 use crate::error::{Error, Result};
@@ -14,6 +15,10 @@ use crate::units::{BranchId, DiskId, Epoch, SegmentId, SnapshotId};
 
 /// A place in a tree of states: an ended epoch, or the epoch being written.
 pub type StateKey = (BranchId, Epoch);
+
+/// Tables that are loaded whole.
+const SMALL: [Table; 7] =
+    [Table::Disk, Table::Branch, Table::State, Table::Segment, Table::Retired, Table::Stamp, Table::Opening];
 
 /// All small tables.
 #[derive(Debug, Clone, Default)]
@@ -26,8 +31,12 @@ pub struct Tables {
     offspring: HashMap<BranchId, BTreeSet<(Epoch, BranchId)>>,
     states: BTreeMap<StateKey, StateRow>,
     snapshot_ids: HashMap<SnapshotId, StateKey>,
-    snapshot_names: BTreeMap<(DiskId, String), StateKey>,
+    snapshot_names: BTreeMap<(DiskId, String), SnapshotId>,
     by_disk: HashMap<DiskId, BTreeSet<(Epoch, BranchId)>>,
+    retired: BTreeMap<SnapshotId, RetiredRow>,
+    retired_by_disk: HashMap<DiskId, BTreeSet<(Epoch, SnapshotId)>>,
+    stamps: BTreeMap<Epoch, u64>,
+    openings: BTreeMap<u64, OpeningRow>,
     named: HashMap<DiskId, usize>,
     heads: HashMap<BranchId, DiskId>,
     segments: BTreeMap<SegmentId, SegmentRow>,
@@ -43,7 +52,7 @@ impl Tables {
         let mut tables = Self::default();
         let meta = ledger.get(&Key::meta())?;
         tables.meta = Meta::decode(&meta.ok_or_else(|| Error::corrupt("the catalog has no meta row"))?)?;
-        for table in [Table::Disk, Table::Branch, Table::State, Table::Segment] {
+        for table in SMALL {
             ledger.scan(&Key::first_of(table), &Key::beyond(table), &mut |key, value| tables.take(&key, &value))?;
         }
         tables.check()?;
@@ -56,6 +65,9 @@ impl Tables {
             KeyParts::Branch(id) => self.set_branch(id, BranchRow::decode(value)?),
             KeyParts::State(branch, epoch) => self.set_state((branch, epoch), StateRow::decode(value)?),
             KeyParts::Segment(id) => self.set_segment(id, SegmentRow::decode(value)?),
+            KeyParts::Retired(id) => self.set_retired(id, RetiredRow::decode(value)?),
+            KeyParts::Stamp(epoch) => drop(self.stamps.insert(epoch, decode_stamp(value)?)),
+            KeyParts::Opening(number) => drop(self.openings.insert(number, OpeningRow::decode(value)?)),
             _ => return Err(Error::corrupt("a row of the catalog is in the wrong table")),
         }
         Ok(())
@@ -88,8 +100,14 @@ impl Tables {
         if self.branches.keys().next_back().is_some_and(|id| *id > self.meta.branch) {
             return bad("a branch was never handed out".into());
         }
-        if self.snapshot_ids.keys().any(|id| *id > self.meta.snapshot) {
+        let retired = self.retired.keys().next_back();
+        if self.snapshot_ids.keys().chain(retired).any(|id| *id > self.meta.snapshot) {
             return bad("a snapshot was never handed out".into());
+        }
+        for (id, row) in &self.retired {
+            if row.state.snapshot != *id || !self.disks.contains_key(&row.state.disk) {
+                return bad(format!("retired snapshot '{}' is of no disk", row.state.name));
+            }
         }
         Ok(())
     }
@@ -114,10 +132,7 @@ impl Tables {
     fn set_state(&mut self, key: StateKey, row: StateRow) {
         self.unset_state(key);
         self.snapshot_ids.insert(row.snapshot, key);
-        if !row.name.is_empty() {
-            self.snapshot_names.insert((row.disk, row.name.clone()), key);
-            *self.named.entry(row.disk).or_default() += 1;
-        }
+        self.enter_name(&row);
         self.by_disk.entry(row.disk).or_default().insert((key.1, key.0));
         self.states.insert(key, row);
     }
@@ -125,13 +140,39 @@ impl Tables {
     fn unset_state(&mut self, key: StateKey) {
         let Some(old) = self.states.remove(&key) else { return };
         self.snapshot_ids.remove(&old.snapshot);
-        if self.snapshot_names.remove(&(old.disk, old.name)).is_some()
-            && let Some(count) = self.named.get_mut(&old.disk)
+        self.strike_name(&old);
+        if let Some(list) = self.by_disk.get_mut(&old.disk) {
+            list.remove(&(key.1, key.0));
+        }
+    }
+
+    fn enter_name(&mut self, row: &StateRow) {
+        if !row.name.is_empty() {
+            self.snapshot_names.insert((row.disk, row.name.clone()), row.snapshot);
+            *self.named.entry(row.disk).or_default() += 1;
+        }
+    }
+
+    fn strike_name(&mut self, row: &StateRow) {
+        if self.snapshot_names.remove(&(row.disk, row.name.clone())).is_some()
+            && let Some(count) = self.named.get_mut(&row.disk)
         {
             *count -= 1;
         }
-        if let Some(list) = self.by_disk.get_mut(&old.disk) {
-            list.remove(&(key.1, key.0));
+    }
+
+    fn set_retired(&mut self, id: SnapshotId, row: RetiredRow) {
+        self.unset_retired(id);
+        self.enter_name(&row.state);
+        self.retired_by_disk.entry(row.state.disk).or_default().insert((row.epoch, id));
+        self.retired.insert(id, row);
+    }
+
+    fn unset_retired(&mut self, id: SnapshotId) {
+        let Some(old) = self.retired.remove(&id) else { return };
+        self.strike_name(&old.state);
+        if let Some(list) = self.retired_by_disk.get_mut(&old.state.disk) {
+            list.remove(&(old.epoch, id));
         }
     }
 
@@ -231,9 +272,15 @@ impl Tables {
         list.into_iter().flatten().map(|(epoch, branch)| ((*branch, *epoch), &self.states[&(*branch, *epoch)]))
     }
 
-    /// Returns the named snapshots of a disk, oldest first.
+    /// Returns the named snapshots of a disk, retired ones too, oldest first.
     pub fn snapshots_of(&self, disk: DiskId) -> impl DoubleEndedIterator<Item = (StateKey, &StateRow)> {
-        self.states_of(disk).filter(|(_, row)| matches!(row.status, Status::Live | Status::Retired))
+        let mut all: Vec<_> = self
+            .states_of(disk)
+            .filter(|(_, row)| matches!(row.status, Status::Live | Status::Retired))
+            .chain(self.retired_of(disk).map(|(_, row)| ((row.branch, row.epoch), &row.state)))
+            .collect();
+        all.sort_by_key(|(key, row)| (key.1, row.snapshot));
+        all.into_iter()
     }
 
     /// Returns how many named snapshots a disk has.
@@ -242,17 +289,17 @@ impl Tables {
         self.named.get(&disk).copied().unwrap_or(0)
     }
 
-    /// Finds a snapshot by name.
+    /// Finds a snapshot by name. A retired one may be no node of the tree any more.
     ///
     /// # Errors
     /// `NotFound`.
     pub fn snapshot(&self, disk: DiskId, name: &str) -> Result<(StateKey, &StateRow)> {
-        let key = self.snapshot_names.get(&(disk, name.to_owned())).ok_or_else(|| {
+        let id = self.snapshot_names.get(&(disk, name.to_owned())).ok_or_else(|| {
             let of = self.disks.get(&disk).map_or("", |row| &row.name);
             Error::not_found(format!("there is no snapshot '{of}@{name}'"))
                 .hint(format!("`afterimage ls {of}` lists the snapshots of the disk"))
         })?;
-        Ok((*key, &self.states[key]))
+        self.snapshot_by_id(*id)
     }
 
     /// Finds a snapshot by id.
@@ -260,8 +307,74 @@ impl Tables {
     /// # Errors
     /// `NotFound`.
     pub fn snapshot_by_id(&self, id: SnapshotId) -> Result<(StateKey, &StateRow)> {
+        if let Some(row) = self.retired.get(&id) {
+            return Ok(((row.branch, row.epoch), &row.state));
+        }
         let key = self.snapshot_ids.get(&id).ok_or_else(|| Error::not_found(format!("snapshot {id} was removed")))?;
         Ok((*key, &self.states[key]))
+    }
+
+    /// Returns a retired snapshot whose record is a file.
+    #[must_use]
+    pub fn retired(&self, id: SnapshotId) -> Option<&RetiredRow> {
+        self.retired.get(&id)
+    }
+
+    /// Returns the retired snapshots of a disk whose records are files, oldest first.
+    pub fn retired_of(&self, disk: DiskId) -> impl Iterator<Item = (SnapshotId, &RetiredRow)> {
+        let list = self.retired_by_disk.get(&disk);
+        list.into_iter().flatten().map(|(_, id)| (*id, &self.retired[id]))
+    }
+
+    /// Returns all retired snapshots whose records are files.
+    pub fn all_retired(&self) -> impl Iterator<Item = (SnapshotId, &RetiredRow)> {
+        self.retired.iter().map(|(id, row)| (*id, row))
+    }
+
+    /// Returns the stamp of an ended epoch: when it ended, in whole seconds, no two alike in a lineage. An epoch of
+    /// which no stamp was kept has its number instead, which is as good for telling epochs apart.
+    #[must_use]
+    pub fn stamp(&self, epoch: Epoch) -> u64 {
+        self.stamps.get(&epoch).copied().unwrap_or(epoch.0)
+    }
+
+    /// Returns all stamps.
+    pub fn stamps(&self) -> impl Iterator<Item = (Epoch, u64)> {
+        self.stamps.iter().map(|(epoch, stamp)| (*epoch, *stamp))
+    }
+
+    /// Returns the last stamp that was given out in each lineage that has a disk.
+    #[must_use]
+    pub fn last_stamps(&self) -> HashMap<BranchId, u64> {
+        let mut last = HashMap::new();
+        for disk in self.disks.values() {
+            if let Some(row) = self.branches.get(&disk.branch) {
+                let known = last.entry(row.lineage).or_insert(0);
+                *known = disk.stamp.max(*known);
+            }
+        }
+        last
+    }
+
+    /// Returns the moment of a snapshot that is taken in this opening.
+    #[must_use]
+    pub fn moment(&self) -> Moment {
+        let opening = self.meta.openings;
+        Moment { opening, nonce: self.openings.get(&opening).map_or(0, |row| row.nonce) }
+    }
+
+    /// Returns the moment at which a snapshot was taken.
+    #[must_use]
+    pub fn moment_of(&self, snapshot: SnapshotId) -> Moment {
+        let taken_in = self.openings.iter().rev().find(|(_, row)| row.snapshot < snapshot);
+        taken_in.map_or(Moment::default(), |(opening, row)| Moment { opening: *opening, nonce: row.nonce })
+    }
+
+    /// Tells whether a snapshot of that number was taken at that moment in the past of this pool, and not of a copy that
+    /// has gone another way.
+    #[must_use]
+    pub fn remembers(&self, moment: Moment, snapshot: SnapshotId) -> bool {
+        snapshot <= self.meta.snapshot && self.moment_of(snapshot) == moment
     }
 
     /// Returns a segment.
@@ -377,6 +490,51 @@ impl<'a> Edit<'a> {
     pub fn delete_state(&mut self, key: StateKey) {
         self.tables.unset_state(key);
         self.rows.push(Row::delete(Key::state(key.0, key.1)));
+    }
+
+    /// Changes a snapshot in place, wherever its row is, if it is there.
+    pub fn change_snapshot(&mut self, id: SnapshotId, change: impl FnOnce(&mut StateRow)) {
+        if let Some(mut row) = self.tables.retired.get(&id).cloned() {
+            change(&mut row.state);
+            self.put_retired(id, row);
+        } else if let Some(key) = self.tables.snapshot_ids.get(&id) {
+            self.change_state(*key, change);
+        }
+    }
+
+    /// Sets a retired snapshot.
+    pub fn put_retired(&mut self, id: SnapshotId, row: RetiredRow) {
+        self.rows.push(Row::put(Key::retired(id), row.encode()));
+        self.tables.set_retired(id, row);
+    }
+
+    /// Removes a retired snapshot.
+    pub fn delete_retired(&mut self, id: SnapshotId) {
+        self.tables.unset_retired(id);
+        self.rows.push(Row::delete(Key::retired(id)));
+    }
+
+    /// Sets the stamp of an epoch.
+    pub fn put_stamp(&mut self, epoch: Epoch, stamp: u64) {
+        self.rows.push(Row::put(Key::stamp(epoch), encode_stamp(stamp)));
+        self.tables.stamps.insert(epoch, stamp);
+    }
+
+    /// Forgets the stamp of an epoch.
+    pub fn delete_stamp(&mut self, epoch: Epoch) {
+        self.rows.push(Row::delete(Key::stamp(epoch)));
+        self.tables.stamps.remove(&epoch);
+    }
+
+    /// Enters an opening. The one before is forgotten if no snapshot was taken in it.
+    pub fn put_opening(&mut self, number: u64, row: OpeningRow) {
+        let idle = self.tables.openings.last_key_value().filter(|(_, last)| last.snapshot == row.snapshot);
+        if let Some(idle) = idle.map(|(number, _)| *number) {
+            self.rows.push(Row::delete(Key::opening(idle)));
+            self.tables.openings.remove(&idle);
+        }
+        self.rows.push(Row::put(Key::opening(number), row.encode()));
+        self.tables.openings.insert(number, row);
     }
 
     /// Sets a segment.
