@@ -1,8 +1,9 @@
 //! Increment directories: what changed between two states as plain files, and a script that applies them.
 //!
 //! # Parts
-//! [`Planner`] turns the extents of a diff into data files and ranges of zeros; [`Increment`] is the whole directory but for
-//! the data, for those who write it and those who show it.
+//! [`describe`] makes the description of what leads from one snapshot to another: [`Planner`] turns the extents of a diff into data files and ranges of zeros; [`Increment`] is the whole directory but for
+//! the data, for those who write it and those who show it. [`write()`] makes one
+//! on the host.
 //!
 //! # Rules
 //! 1. Nothing but a POSIX shell and coreutils is needed to use what is written here.
@@ -15,9 +16,13 @@
 #![doc = include_str!("FORMAT.md")]
 
 mod cksum;
+mod describe;
 mod increment;
 mod plan;
+mod write;
 
 pub use cksum::Cksum;
+pub use describe::describe;
 pub use increment::{Increment, Member, Part, Side, Sums};
 pub use plan::{FILES_MAX, Plan, Planner};
+pub use write::write;
