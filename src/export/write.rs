@@ -200,9 +200,9 @@ mod tests {
         data[3 * 4096 - 1] = 1;
         assert_eq!(write_data(&*file, &data, 0).unwrap(), Some(3 * 4096));
         data[5 * 4096 + 511] = 1;
-        assert_eq!(write_data(&*file, &data, 8192).unwrap(), Some(7 * 4096 + 512));
+        assert_eq!(write_data(&*file, &data, 1 << 20).unwrap(), Some((1 << 20) + 5 * 4096 + 512));
         let mut found = vec![0; data.len()];
-        file.read_exact_at(&mut found, 8192).unwrap();
-        assert_eq!(found, data);
+        file.read_exact_at(&mut found, 1 << 20).unwrap();
+        assert!(found == data);
     }
 }
