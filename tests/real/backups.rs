@@ -49,10 +49,10 @@ fn backups_go_on_when_the_server_is_killed_at_any_moment() {
     let begun = Instant::now();
     world.round("a", false);
     let usual = begun.elapsed();
-    let mut round = 0;
+    let mut round = 0_u64;
     while world.kills < kills {
         round += 1;
-        let share = noise(1, u64::from(round))[0];
+        let share = noise(1, round)[0];
         world.arm(usual * u32::from(share) / 255);
         if round % 4 == 0 {
             world.step("revert", |world| world.cli(&["revert", "web@a"]).map(drop));
