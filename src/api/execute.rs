@@ -75,6 +75,11 @@ pub fn execute(store: &Arc<Store>, request: Request, progress: &dyn Progress) ->
         }
         Request::Export { from, to, path } => export(store, from, to, &path, progress),
         Request::Import { path, format, disk } => import(store, &path, format.as_deref(), &disk, progress),
+        Request::Retire { .. }
+        | Request::Diff { .. }
+        | Request::Estimate { .. }
+        | Request::VerifyDiff { .. }
+        | Request::RecordImport { .. } => super::past::execute(store, request, progress),
         Request::Check { .. }
         | Request::Scrub {}
         | Request::Reclaim { .. }
