@@ -54,7 +54,7 @@ fn backups_go_on_when_the_server_is_killed_at_any_moment() {
         round += 1;
         let share = noise(1, round)[0];
         world.arm(usual * u32::from(share) / 255);
-        if round % 4 == 0 {
+        if round.is_multiple_of(4) {
             world.step("revert", |world| world.cli(&["revert", "web@a"]).map(drop));
         }
         world.round(&format!("k{round}"), true);
@@ -224,7 +224,7 @@ impl World {
         for file in 0..3 {
             fs::remove_file(mounted.at.join(format!("file{}", (seed * 7 + file * 5) % 40))).ok();
         }
-        if seed % 2 == 0 {
+        if seed.is_multiple_of(2) {
             call("fstrim", [&mounted.at])?;
         }
         mounted.close()?;

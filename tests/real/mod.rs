@@ -10,6 +10,7 @@ mod damage;
 mod file_systems;
 mod full;
 mod images;
+mod increments;
 mod kills;
 mod ordinary;
 mod signals;
