@@ -14,10 +14,11 @@ use std::time::Duration;
 use super::{Answer, Client, Request, Response, Service};
 use crate::clock::{self, Instant};
 use crate::error::{Error, Kind, Result};
+use crate::media::Media;
 use crate::media::host::HostMedia;
 use crate::pool::PoolLock;
 use crate::progress::Progress;
-use crate::store::{OpenOptions, Store};
+use crate::store::{self, OpenOptions, Store};
 
 /// How long a lock without a socket is waited for.
 const LOCK_TIME_MAX: Duration = Duration::from_secs(2);
@@ -140,6 +141,26 @@ pub fn enter(pool: &Path) -> Result<Entry> {
 pub fn open_store(pool: &Path, options: OpenOptions) -> Result<Arc<Store>> {
     let media = HostMedia::new(pool).map_err(|e| Error::io(format!("cannot open {}", pool.display()), e))?;
     Store::open(Arc::new(media), options).map_err(|e| e.context(format!("cannot open the pool {}", pool.display())))
+}
+
+/// Makes the catalog of the pool in the directory `pool` again.
+///
+/// # Errors
+/// `Kind::NotFound` when there is no pool, `Kind::Busy` while somebody has it open; any error of the host.
+pub fn rebuild(pool: &Path, progress: &dyn Progress) -> Result<Response> {
+    check_is_pool(pool)?;
+    let lock = match enter(pool)? {
+        Entry::Lock(lock) => lock,
+        Entry::Server(_) => {
+            return Err(Error::busy(format!("the pool {} is served, and cannot be rebuilt meanwhile", pool.display()))
+                .hint("end the server with 'afterimage umount', then run 'afterimage check --rebuild'"));
+        }
+    };
+    let media = HostMedia::new(pool).map_err(|e| Error::io(format!("cannot open {}", pool.display()), e))?;
+    let media: Arc<dyn Media> = Arc::new(media);
+    let report = store::rebuild(&media, progress)?;
+    drop(lock);
+    Ok(Response::Rebuilt(report.into()))
 }
 
 /// Makes sure that there is a pool in the directory `pool`, and returns its path without links.

@@ -25,6 +25,7 @@
 //!
 #![doc = include_str!("FORMAT.md")]
 
+mod backup;
 mod catalog;
 mod check;
 mod commit;
@@ -38,12 +39,15 @@ mod listing;
 mod logged;
 mod open;
 mod punch;
+mod rebuild;
 mod reclaim;
 pub mod rows;
 mod seal;
 pub mod seal_file;
 mod settings;
 mod space;
+pub mod state_file;
+mod state_files;
 mod states;
 mod tables;
 mod tree;
@@ -53,6 +57,7 @@ mod view;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
+pub use backup::{backup_name, backups};
 pub use check::{CheckReport, Problem, check};
 pub use commit::Capture;
 pub use head::{Head, Line, Slab};
@@ -60,6 +65,7 @@ pub use journal::{JOURNAL_MIN, Journal, Mark, encode_row};
 pub use listing::{DiskInfo, SnapshotInfo, SnapshotState};
 pub use open::{InitOptions, OpenOptions};
 pub use punch::ReclaimReport;
+pub use rebuild::{RebuildReport, RebuiltDisk, rebuild};
 pub use settings::{EnospcPolicy, Settings};
 pub use states::{DiskRow, StateRow, Status};
 pub use tables::{Edit, StateKey, Tables};
@@ -140,6 +146,8 @@ pub struct Store {
     hooks: RwLock<Vec<Hook>>,
     changes: AtomicU64,
     keeper: keeper::Keeper,
+    state_files: state_files::StateFiles,
+    backups: backup::BackupKeeper,
     /// Counters for `metrics`.
     pub counters: Counters,
 }
