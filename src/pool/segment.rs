@@ -237,6 +237,7 @@ impl Segments {
             Err(e) => return Err(what(e)),
         }
         let file = self.media.open_direct(&segment_path(id), Open::New).map_err(what)?;
+        file.will_be_overwritten();
         let header = SegmentHeader { pool: self.pool, id, nonce, disk };
         file.write_at(&header.encode(), 0).map_err(what)?;
         file.set_len(CHUNK_SIZE).map_err(what)?;

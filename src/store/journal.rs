@@ -79,6 +79,7 @@ impl Journal {
     /// Any error of the host.
     pub fn create(file: &Arc<dyn File>, pool: Uuid, salt: Uuid, capacity: u64) -> Result<()> {
         assert!(capacity >= JOURNAL_MIN && capacity.is_multiple_of(ALIGN), "a journal has a sensible size");
+        file.will_be_overwritten();
         let zeros = vec![0; 1 << 20];
         let mut at = 0;
         while at < capacity {
