@@ -29,6 +29,9 @@ const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 /// How long a command that opened the pool itself goes on freeing what it removed. A server frees the rest.
 const RECLAIM_TIME_MAX: Duration = Duration::from_secs(2);
 
+/// How long a command that took a snapshot goes on sealing. A server, or the next command, seals the rest.
+const SEAL_TIME_MAX: Duration = Duration::from_secs(2);
+
 /// A way to a pool.
 #[derive(Debug)]
 pub enum Way {
@@ -42,6 +45,7 @@ pub enum Way {
 pub struct Direct {
     service: Service,
     frees: bool,
+    makes: bool,
     // Dropped last: see rule 1.
     _lock: PoolLock,
 }
@@ -62,7 +66,12 @@ impl Way {
     fn open(pool: &Path, lock: PoolLock) -> Result<Self> {
         let options = OpenOptions { background: false, ..OpenOptions::default() };
         let store = open_store(pool, options)?;
-        Ok(Self::Direct(Box::new(Direct { service: Service::new(store, pool), frees: false, _lock: lock })))
+        Ok(Self::Direct(Box::new(Direct {
+            service: Service::new(store, pool),
+            frees: false,
+            makes: false,
+            _lock: lock,
+        })))
     }
 
     /// Asks for something.
@@ -74,6 +83,7 @@ impl Way {
             Self::Server(client) => client.ask(&request, progress),
             Self::Direct(direct) => {
                 direct.frees |= frees(&request);
+                direct.makes |= makes(&request);
                 // Here is no background in which it could go on.
                 let request =
                     if let Request::Reclaim { .. } = request { Request::Reclaim { wait: true } } else { request };
@@ -94,6 +104,10 @@ impl Way {
             if let Err(error) = store.reclaim_wait(&Until { end: clock::now() + RECLAIM_TIME_MAX }) {
                 tracing::debug!("space is given back later: {error}");
             }
+        }
+        if direct.makes {
+            let end = clock::now() + SEAL_TIME_MAX;
+            store.prepare_for_the_worst(|| clock::now() < end);
         }
         store.close()
     }
@@ -200,6 +214,19 @@ fn frees(request: &Request) -> bool {
             | Request::Revert { .. }
             | Request::Release { .. }
             | Request::Resize { shrink: true, .. }
+    )
+}
+
+/// Tells whether a request makes something that a rebuild would want to know.
+fn makes(request: &Request) -> bool {
+    matches!(
+        request,
+        Request::Create { .. }
+            | Request::Import { .. }
+            | Request::Snapshot { .. }
+            | Request::Clone { .. }
+            | Request::Revert { .. }
+            | Request::Rename { .. }
     )
 }
 

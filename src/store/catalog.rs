@@ -17,6 +17,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use redb::{Database, ReadableDatabase, ReadableTableMetadata, StorageBackend, TableDefinition};
@@ -215,12 +216,18 @@ impl Catalog {
         let mut builder = Database::builder();
         builder.set_cache_size(self.cache_bytes);
         let file = Arc::clone(&self.file);
-        let opened = if self.overlaid {
-            builder.create_with_backend(Overlay::new(file).map_err(|e| Error::io("cannot read the catalog", e))?)
-        } else {
-            builder.create_with_backend(Backend(file))
+        let overlay = match self.overlaid {
+            true => Some(Overlay::new(Arc::clone(&file)).map_err(|e| Error::io("cannot read the catalog", e))?),
+            false => None,
         };
-        self.database = Some(opened.map_err(|e| fail("open", e))?);
+        // The database checks what it reads, but trusts some of it when it opens: damage there is a panic.
+        let opened = catch_unwind(AssertUnwindSafe(move || match overlay {
+            Some(overlay) => builder.create_with_backend(overlay),
+            None => builder.create_with_backend(Backend(file)),
+        }));
+        let damaged = || Err(Error::corrupt("cannot open the catalog: it is damaged beyond what the database expects"));
+        let opened = opened.map_or_else(|_| damaged(), |opened| opened.map_err(|e| fail("open", e)));
+        self.database = Some(opened?);
         Ok(())
     }
 

@@ -69,13 +69,13 @@ impl Checksums {
 }
 
 impl Store {
-    /// As [`Store::seal_one`], in turn with the work in the background.
+    /// Seals one epoch or one state, in turn with the work in the background. Returns false when everything is sealed.
     ///
     /// # Errors
     /// As [`Store::seal_one`].
     pub fn seal_next(&self) -> Result<bool> {
         let _turn = self.tidying.lock();
-        self.seal_one()
+        Ok(self.seal_one()? || self.seal_one_state()?)
     }
 
     /// Writes the seal files of one ended epoch. Returns false when every epoch is sealed.

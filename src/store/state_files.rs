@@ -131,6 +131,23 @@ impl Tables {
 }
 
 impl Store {
+    /// For a pool without a background: seals the states that have no seal while `goes_on`, and makes a backup of the
+    /// catalog if one is due. What goes wrong is logged; the next who opens the pool tries again.
+    pub fn prepare_for_the_worst(&self, goes_on: impl Fn() -> bool) {
+        let _turn = self.tidying.lock();
+        while goes_on() {
+            match self.seal_one_state() {
+                Ok(true) => {}
+                Ok(false) => break,
+                Err(error) => {
+                    tracing::debug!("a state is sealed later: {error}");
+                    break;
+                }
+            }
+        }
+        self.back_up_if_due();
+    }
+
     /// Writes the seal of one state that has none. Returns false when every state has its seal.
     ///
     /// # Errors

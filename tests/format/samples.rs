@@ -83,7 +83,7 @@ fn plain_disk() -> DiskRow {
     DiskRow { name: "a".into(), base: None, origin: None, trim: false, touched: false, floor: 0, settings, ..disk() }
 }
 
-fn state() -> StateRow {
+pub fn state() -> StateRow {
     StateRow {
         status: Status::Live,
         snapshot: SnapshotId(12),

@@ -7,6 +7,7 @@
 //! One failing seed is one command: `AFTERIMAGE_SEED=N cargo test model::seeds`. A long run:
 //! `AFTERIMAGE_SEEDS=1000 cargo test --release model::seeds`.
 
+mod rebuild;
 mod run;
 mod twin;
 

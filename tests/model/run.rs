@@ -42,13 +42,13 @@ pub struct Run {
     pub media: SimMedia,
     pub counts: Counts,
     pub verbose: bool,
-    store: Option<Arc<Store>>,
-    twin: Twin,
+    pub(super) store: Option<Arc<Store>>,
+    pub(super) twin: Twin,
     random: u64,
     names: u64,
 }
 
-fn options() -> OpenOptions {
+pub(super) fn options() -> OpenOptions {
     OpenOptions {
         cache_bytes: 24 << 10,
         catalog_cache_bytes: 1 << 20,
@@ -78,7 +78,7 @@ impl Run {
         }
     }
 
-    fn next(&mut self, below: u64) -> u64 {
+    pub(super) fn next(&mut self, below: u64) -> u64 {
         self.random ^= self.random << 13;
         self.random ^= self.random >> 7;
         self.random ^= self.random << 17;
@@ -89,7 +89,7 @@ impl Run {
         self.next(100) < percent
     }
 
-    fn store(&self) -> &Arc<Store> {
+    pub(super) fn store(&self) -> &Arc<Store> {
         self.store.as_ref().expect("the store is open between operations")
     }
 
@@ -108,7 +108,7 @@ impl Run {
         self.reopen();
     }
 
-    fn say(&self, what: impl FnOnce() -> String) {
+    pub(super) fn say(&self, what: impl FnOnce() -> String) {
         if self.verbose {
             println!("{:6} {}", self.counts.ops, what());
         }
@@ -263,7 +263,7 @@ impl Run {
         }
     }
 
-    fn compare(&self, twin: &Twin) -> Result<(), String> {
+    pub(super) fn compare(&self, twin: &Twin) -> Result<(), String> {
         let names: Vec<_> = self.store().disks().into_iter().map(|info| info.name).collect();
         let expected: Vec<_> = twin.disks.keys().cloned().collect();
         if names != expected {
@@ -521,7 +521,7 @@ impl Run {
     }
 }
 
-fn read_all(device: &dyn BlockDevice) -> Vec<u8> {
+pub(super) fn read_all(device: &dyn BlockDevice) -> Vec<u8> {
     let mut bytes = vec![0; device.size() as usize];
     device.read(&mut bytes, 0).expect("every byte can be read");
     bytes

@@ -89,7 +89,8 @@ impl Plan {
         let mine: Vec<&Sealed> = found.live().filter(|sealed| sealed.seal.row.disk == id).collect();
         let known = hints.disks.get(&id);
         // What the journal says was so in the end; a backup may be older than the newest state.
-        let said = known.and_then(|row| row.base).filter(|base| self.tables.state(*base).is_some());
+        let there = |base: &StateKey| self.tables.state(*base).is_some_and(|row| row.status != Status::Ghost);
+        let said = known.and_then(|row| row.base).filter(there);
         let newest = mine.last().map(|sealed| (sealed.seal.branch, sealed.seal.epoch));
         let base = if hints.current.contains(&id) { said.or(newest) } else { newest.or(said) };
         let mut row = known.cloned().unwrap_or_else(|| fresh_row(mine.last().copied()));
@@ -191,9 +192,7 @@ fn jump(found: &Found, hints: &Hints, last_segment: SegmentId) -> Meta {
 
 /// Enters the branch of a state and those it came from, the oldest first.
 fn put_branches(edit: &mut Edit<'_>, sealed: &Sealed) {
-    let mut depth = 0;
-    for (id, row) in sealed.seal.branches.iter().rev() {
-        depth += 1;
+    for (depth, (id, row)) in (1..).zip(sealed.seal.branches.iter().rev()) {
         let there = edit.tables.branch(*id).is_ok();
         if !there {
             let inherits = row.parent.is_some();

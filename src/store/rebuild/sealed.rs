@@ -91,12 +91,7 @@ pub(super) fn write(work: &mut Work<'_>, source: Option<&Source>) -> Result<()> 
     }
     work.progress.message("writing the catalog");
     let plan = Plan::make(&found, &hints, found.files.keys().next_back().copied().unwrap_or_default())?;
-    let behind = work.survey.as_ref().and_then(|survey| survey.mark_behind(survey.last()?));
-    let mark = match behind {
-        Some(mark) if mark.lsn == hints.lsn => mark,
-        _ => Mark { lsn: hints.lsn, at: Mark::START.at },
-    };
-    let mut output = Output::create(&**work.media, mark)?;
+    let mut output = Output::create(&**work.media, fresh_mark(hints.lsn)?)?;
     fill(work, &found, plan, &view, &mut output)?;
     output.finish()
 }
@@ -354,6 +349,13 @@ fn unnamed(work: &Work<'_>, id: SegmentId, mapped: &RoaringTreemap) -> Result<u6
         at = end;
     }
     Ok(blocks * BLOCK_SIZE)
+}
+
+/// Where the journal goes on: with numbers that no catalog made before, and no frame, can be followed by. Otherwise a later
+/// rebuild could take a backup of today and frames of tomorrow for one course of events.
+fn fresh_mark(lsn: u64) -> Result<Mark> {
+    let random = getrandom::u64().map_err(|e| Error::failed(format!("the host gives no random numbers: {e}")))?;
+    Ok(Mark { lsn: lsn + (1 << 32) + (random >> 12), at: Mark::START.at })
 }
 
 /// A branch that begins at a state.
