@@ -152,6 +152,12 @@ pub fn main() -> ExitCode {
         }
     };
     log(&cli.global);
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        if !crate::store::panic_is_guarded() {
+            usual(panic);
+        }
+    }));
     let screen = Screen::new(cli.global.json, cli.global.quiet);
     match run(cli.command, &cli.global, &screen) {
         Ok(code) => ExitCode::from(code),

@@ -9,10 +9,12 @@
 //! # After a crash
 //! A file `.new` is what was being written; the next try removes it.
 
+use std::time::Duration;
+
 use super::Store;
 use super::catalog::{Catalog, View};
 use super::rows::Key;
-use crate::clock;
+use crate::clock::{self, Instant};
 use crate::error::{Error, Result};
 use crate::media::{Media, Open};
 use crate::sync::Mutex;
@@ -25,6 +27,10 @@ const KEPT: usize = 3;
 const BATCH: usize = 8192;
 const CACHE: usize = 8 << 20;
 const DAY: u64 = 86_400;
+/// How often it is looked whether one is due.
+const LOOK_EVERY: Duration = Duration::from_secs(60);
+/// How long a failed one is let be.
+const RETRY_AFTER: Duration = Duration::from_secs(900);
 
 /// Returns the name of the backup of a day.
 #[must_use]
@@ -49,15 +55,24 @@ pub fn backups(media: &dyn Media) -> Result<Vec<u64>> {
 pub(super) struct BackupKeeper {
     /// Frames that the last backup of this opening has.
     last: Mutex<Option<u64>>,
+    /// When to look again.
+    rest: Mutex<Option<Instant>>,
 }
 
 impl Store {
     /// Makes a backup when one is due. What goes wrong is logged.
     pub(super) fn back_up_if_due(&self) {
-        let today = clock::wall_seconds() / DAY;
-        if let Err(error) = self.back_up_on(today) {
-            tracing::warn!("no backup of the catalog could be made today; it is tried again: {error}");
+        if self.backups.rest.lock().is_some_and(|until| clock::now() < until) {
+            return;
         }
+        let rest = match self.back_up_on(clock::wall_seconds() / DAY) {
+            Ok(_) => LOOK_EVERY,
+            Err(error) => {
+                tracing::warn!("no backup of the catalog could be made today; it is tried again later: {error}");
+                RETRY_AFTER
+            }
+        };
+        *self.backups.rest.lock() = Some(clock::now() + rest);
     }
 
     /// Makes the backup of a day, unless there is one, or a newer one, or nothing to lose. Returns whether it was made.

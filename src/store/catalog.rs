@@ -14,6 +14,7 @@
 //! look-ups, reopening and a storage trait that can crash at every I/O matter most. Page checksums decide against LMDB,
 //! the look-ups against fjall. A write cache of at least 128 MiB keeps one fold from spilling.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
@@ -154,6 +155,24 @@ fn fail(what: &str, error: impl Into<redb::Error>) -> Error {
     Error::new(kind, format!("cannot {what} the catalog: {error}"))
 }
 
+thread_local! {
+    static GUARDED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Tells whether a panic of this thread, now, is one that becomes an error: nobody need be told of it as of a bug.
+#[must_use]
+pub fn panic_is_guarded() -> bool {
+    GUARDED.get()
+}
+
+/// Reads what may be damaged in ways that the database does not expect; `None` when it panics over it.
+pub(super) fn guard<T>(read: impl FnOnce() -> T) -> Option<T> {
+    let before = GUARDED.replace(true);
+    let result = catch_unwind(AssertUnwindSafe(read));
+    GUARDED.set(before);
+    result.ok()
+}
+
 /// The catalog.
 #[derive(Debug)]
 pub struct Catalog {
@@ -221,12 +240,12 @@ impl Catalog {
             false => None,
         };
         // The database checks what it reads, but trusts some of it when it opens: damage there is a panic.
-        let opened = catch_unwind(AssertUnwindSafe(move || match overlay {
+        let opened = guard(move || match overlay {
             Some(overlay) => builder.create_with_backend(overlay),
             None => builder.create_with_backend(Backend(file)),
-        }));
+        });
         let damaged = || Err(Error::corrupt("cannot open the catalog: it is damaged beyond what the database expects"));
-        let opened = opened.map_or_else(|_| damaged(), |opened| opened.map_err(|e| fail("open", e)));
+        let opened = opened.map_or_else(damaged, |opened| opened.map_err(|e| fail("open", e)));
         self.database = Some(opened?);
         Ok(())
     }

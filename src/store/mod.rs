@@ -58,6 +58,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 pub use backup::{backup_name, backups};
+pub use catalog::panic_is_guarded;
 pub use check::{CheckReport, Problem, check};
 pub use commit::Capture;
 pub use head::{Head, Line, Slab};

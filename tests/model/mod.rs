@@ -9,6 +9,7 @@
 
 mod rebuild;
 mod run;
+mod seals;
 mod twin;
 
 use run::Run;

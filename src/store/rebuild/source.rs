@@ -1,8 +1,6 @@
 //! Catalogs to begin from: the one of the pool, and its backups. They are read, never written.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
-
-use super::super::catalog::{Catalog, View};
+use super::super::catalog::{Catalog, View, guard};
 use super::super::journal::Mark;
 use super::super::rows::Key;
 use super::CACHE;
@@ -27,8 +25,8 @@ impl Source {
     /// `Corrupt` when anything in it is damaged; any error of the host.
     pub(super) fn open(media: &dyn Media, name: &str) -> Result<Self> {
         // The database checks what it reads, but damage in places that it trusts must not end the rescue.
-        let opened = catch_unwind(AssertUnwindSafe(|| Self::open_whole(media, name)));
-        opened.unwrap_or_else(|_| Err(Error::corrupt(format!("{name} is damaged beyond what the database expects"))))
+        let opened = guard(|| Self::open_whole(media, name));
+        opened.unwrap_or_else(|| Err(Error::corrupt(format!("{name} is damaged beyond what the database expects"))))
     }
 
     fn open_whole(media: &dyn Media, name: &str) -> Result<Self> {
