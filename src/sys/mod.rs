@@ -8,4 +8,6 @@
 
 pub mod hole;
 pub mod lock;
+pub mod pages;
 pub mod process;
+pub mod ring;
