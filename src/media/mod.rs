@@ -81,6 +81,11 @@ pub trait File: Send + Sync + Debug {
     fn write_cached_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
         self.write_at(data, offset)
     }
+    /// Returns the host file behind it, opened for direct I/O, for those who have many reads and writes under way at once
+    /// (`sys::ring`); `None` where there is none, and the other methods have to do. Ranges and memory are whole blocks.
+    fn direct(&self) -> Option<Arc<std::fs::File>> {
+        None
+    }
     /// Makes data and length durable (fdatasync).
     fn sync(&self) -> io::Result<()>;
     /// Returns the length.
