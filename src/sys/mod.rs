@@ -9,4 +9,6 @@
 pub mod cow;
 pub mod hole;
 pub mod lock;
+pub mod pages;
 pub mod process;
+pub mod ring;
