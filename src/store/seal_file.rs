@@ -195,7 +195,25 @@ pub struct SealReader {
     ended: bool,
 }
 
+/// A place between two records of a seal file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SealPosition {
+    at: u64,
+    count: u64,
+}
+
 impl SealReader {
+    /// Returns where the next record begins.
+    #[must_use]
+    pub fn place(&self) -> SealPosition {
+        SealPosition { at: self.at, count: self.count }
+    }
+
+    /// Goes to a place that [`SealReader::place`] gave, of a reader of the same file.
+    pub fn go_to(&mut self, position: SealPosition) {
+        (self.at, self.count, self.ended) = (position.at, position.count, false);
+    }
+
     fn step(&mut self) -> Result<Option<SealedSlab>> {
         let short = |e| Error::corrupt(format!("{} ends early or cannot be read: {e}", self.path));
         let mut head = [0; 8];
