@@ -9,5 +9,6 @@ mod format;
 mod import;
 mod model;
 mod real;
+mod stream;
 mod tidy;
 mod tree;

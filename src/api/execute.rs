@@ -74,6 +74,10 @@ pub fn execute(store: &Arc<Store>, request: Request, progress: &dyn Progress) ->
             Ok(Response::Settings { settings: (&info.settings).into(), disk: info.name })
         }
         Request::Import { path, format, disk } => import(store, &path, format.as_deref(), &disk, progress),
+        Request::Send { .. }
+        | Request::Receive { .. }
+        | Request::ReceiveToken { .. }
+        | Request::ReceiveAbort { .. } => super::transfer::execute(store, request, progress),
         Request::Check { .. }
         | Request::Scrub {}
         | Request::Reclaim { .. }

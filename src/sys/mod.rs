@@ -8,4 +8,5 @@
 
 pub mod hole;
 pub mod lock;
+pub mod pipe;
 pub mod process;
