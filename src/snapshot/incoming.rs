@@ -26,7 +26,7 @@ use crate::store::rows::BranchRow;
 use crate::store::{
     Change, DiskRow, Edit, Head, Line, SnapshotInfo, StateKey, StateRow, Status, Store, Stretch, Tables,
 };
-use crate::units::{BlockAddress, DiskId, Epoch, SnapshotId};
+use crate::units::{BLOCK_SIZE, BlockAddress, DiskId, Epoch, SnapshotId};
 
 /// What a hidden disk begins as.
 #[derive(Debug, Clone, Copy)]
@@ -107,8 +107,12 @@ fn branch_off(edit: &mut Edit<'_>, key: StateKey, name: &str, note: &str) -> Res
     let state = edit.tables.state(key).cloned().ok_or_else(|| Error::not_found("the snapshot was removed"))?;
     let (branch, epoch) = start_branch(edit, key)?;
     let id = edit.meta(|meta| meta.disk = meta.disk.next()).disk;
-    let row = new_row(name, state.size, branch, epoch, fresh_floor(edit));
-    edit.put_disk(id, cloned(row, key, &state, note.to_owned()));
+    let row = cloned(new_row(name, state.size, branch, epoch, fresh_floor(edit)), key, &state, note.to_owned());
+    // What it takes counts as if the disk had it already.
+    let held = edit.tables.held(state.disk) * BLOCK_SIZE;
+    let quota = edit.tables.disk(state.disk).ok().and_then(|disk| disk.settings.quota);
+    let settings = Settings { quota: quota.map(|quota| quota.saturating_sub(held)), ..row.settings };
+    edit.put_disk(id, DiskRow { settings, ..row });
     Ok(id)
 }
 
@@ -318,7 +322,7 @@ fn finish(store: &Arc<Store>, id: SnapshotId, kept: Option<SnapshotId>) -> Resul
     let tell = |id: SnapshotId| {
         let info = store.snapshot_info_by_id(id)?;
         let (disk, disk_name, name) = (info.disk_id, info.disk.clone(), info.name.clone());
-        store.tell(&Change::Snapshot { disk, disk_name, id, name, was: None, gone: false });
+        store.tell(&Change::Snapshot { disk, disk_name, id, name, was: None, gone: false, retired: false });
         Ok::<_, Error>(info)
     };
     let kept = kept.map(tell).transpose()?.map(|info| info.name);

@@ -23,8 +23,8 @@ use crate::units::{BLOCK_SIZE, BlockAddress, ChunkIndex, to_usize};
 
 /// Reads in flight.
 const READERS: usize = 16;
-/// Bytes looked at before a whole job is compressed.
-const SAMPLE: usize = 32 << 10;
+/// Bytes of each of the samples that are compressed before a whole job is.
+const SAMPLE: usize = 8 << 10;
 
 /// Something to read.
 #[derive(Debug)]
@@ -286,34 +286,15 @@ impl Fetcher<'_> {
     }
 }
 
-/// Compresses where it pays; looks away for a while where it does not.
+/// Compresses where it pays; a look at two samples tells cheaply where it does not.
 #[derive(Debug, Default)]
 struct Packer {
     out: Vec<u8>,
-    /// Jobs that are not even tried.
-    skip: u32,
-    /// How many the next time it does not pay.
-    next_skip: u32,
 }
 
 impl Packer {
     /// Returns an LZ4 block that saves at least a sixteenth, if there is one.
     fn pack(&mut self, plain: &[u8]) -> Option<Vec<u8>> {
-        if self.skip > 0 {
-            self.skip -= 1;
-            return None;
-        }
-        let packed = self.try_pack(plain);
-        if packed.is_some() {
-            self.next_skip = 0;
-        } else {
-            self.next_skip = (self.next_skip * 2 + 1).min(15);
-            self.skip = self.next_skip;
-        }
-        packed
-    }
-
-    fn try_pack(&mut self, plain: &[u8]) -> Option<Vec<u8>> {
         if plain.len() > SAMPLE * 4 {
             let middle = plain.len() / 2;
             let first = self.squeeze(&plain[..SAMPLE])?;

@@ -263,7 +263,7 @@ pub struct Totals {
     pub data: u64,
     /// Bytes of zeros.
     pub zeros: u64,
-    /// CRC32 of the header of the stream and of all record headers.
+    /// CRC32 of the header of the stream, of all record headers, and of what is stored as LZ4.
     pub headers: u32,
 }
 

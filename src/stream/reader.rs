@@ -130,6 +130,7 @@ impl<'a> StreamReader<'a> {
             Codec::Lz4 => {
                 self.stored.resize(stored, 0);
                 fill(self.input, &mut self.stored)?;
+                self.headers.update(&self.stored);
                 let got = lz4_flex::block::decompress_into(&self.stored, &mut self.plain).map_err(|_| damaged())?;
                 if got != length {
                     return Err(damaged());

@@ -4,9 +4,8 @@ use std::sync::Arc;
 
 use super::format::{Header, StateId};
 use super::token::Token;
-use crate::disk::BlockDevice;
 use crate::error::{Error, Result};
-use crate::snapshot::diff::Extent;
+use crate::snapshot::diff::{self, Diff, Extent, StateName};
 use crate::snapshot::{self, SnapshotDevice};
 use crate::store::{StateRow, Status, Store, Tables};
 
@@ -15,7 +14,7 @@ use crate::store::{StateRow, Status, Store, Tables};
 pub(super) struct Source {
     pub(super) device: Arc<SnapshotDevice>,
     pub(super) disk_name: String,
-    base: Option<Arc<SnapshotDevice>>,
+    diff: Diff,
     /// The header; `data` and `zeros` are filled in later.
     pub(super) header: Header,
 }
@@ -29,7 +28,8 @@ impl Source {
     /// Opens the states by name; they are kept whole until this is dropped.
     pub(super) fn open(store: &Arc<Store>, from: Option<&(String, String)>, to: &(String, String)) -> Result<Self> {
         let device = snapshot::open(store, &to.0, &to.1)?;
-        let base = from.map(|(disk, name)| snapshot::open(store, disk, name)).transpose()?;
+        let name = |(disk, name): &(String, String)| StateName::Snapshot(disk.clone(), name.clone());
+        let diff = diff::open(store, &from.map_or(StateName::Nothing, name), &name(to))?;
         let tables = store.tables.read();
         let find = |disk: &str, name: &str| Ok::<_, Error>(tables.snapshot(tables.disk_id(disk)?, name)?.1);
         let target = find(&to.0, &to.1)?;
@@ -46,7 +46,11 @@ impl Source {
         };
         let disk_name = disk.name.clone();
         drop(tables);
-        Ok(Self { device, disk_name, base, header })
+        let base = header.base.as_ref().map(|base| base.uuid);
+        if (diff.from_uuid(), diff.to_uuid()) != (base, Some(header.target.uuid)) {
+            return Err(Error::busy("the snapshots were renamed just now").hint("try again"));
+        }
+        Ok(Self { device, disk_name, diff, header })
     }
 
     /// Opens the states that a token names.
@@ -87,27 +91,11 @@ impl Source {
 
     /// Calls `each` for every changed extent from the start on, in order.
     pub(super) fn each(&self, each: &mut dyn FnMut(Extent) -> Result<()>) -> Result<()> {
-        let size = self.header.target.size;
-        let mut at = self.header.start;
-        while at < size {
-            let data = self.device.next_data(at)?;
-            let (begin, end) = data.unwrap_or((size, size));
-            let known = self.base.as_ref().map(|base| base.next_data(at)).transpose()?.flatten();
-            let hole = begin - at;
-            if hole > 0 && (self.base.is_none() || known.is_some_and(|(start, _)| start < begin)) {
-                each(Extent { offset: at, length: hole, zero: true })?;
-            } else if hole > 0 {
-                let old = self.header.base.as_ref().map_or(0, |base| base.size);
-                if old < begin {
-                    let from = at.max(old / 4096 * 4096);
-                    each(Extent { offset: from, length: begin - from, zero: true })?;
-                }
-            }
-            if begin < end {
-                each(Extent { offset: begin, length: end - begin, zero: false })?;
-            }
-            at = end;
-        }
-        Ok(())
+        let start = self.header.start;
+        self.diff.each(&mut |extent| {
+            let end = extent.offset + extent.length;
+            let offset = extent.offset.max(start);
+            if offset < end { each(Extent { offset, length: end - offset, ..extent }) } else { Ok(()) }
+        })
     }
 }

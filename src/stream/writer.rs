@@ -40,6 +40,9 @@ impl<'a> StreamWriter<'a> {
     pub fn data(&mut self, offset: u64, length: u64, codec: Codec, stored: &[u8], crc: u32) -> Result<()> {
         let len = u32::try_from(stored.len()).expect("at most 1 MiB");
         self.record(&Record::Data { offset, length, codec, stored: len, crc })?;
+        if codec == Codec::Lz4 {
+            self.headers.update(stored);
+        }
         self.put(stored)?;
         self.totals.data_records += 1;
         self.totals.data += length;

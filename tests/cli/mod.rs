@@ -8,6 +8,7 @@ mod man;
 mod mounting;
 mod requests;
 mod socket;
+mod streams;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};

@@ -87,9 +87,8 @@ fn a_crash_anywhere_is_recovered_from() {
         let went_down = trial.is_down();
         if !went_down {
             result.unwrap();
-            trial.crash();
         }
-        let trial = trial.fork(n);
+        trial.crash();
         let holds = trial.open("disk.raw.afterimage", Open::ReadOnly).is_ok();
         let comes = trial.open("disk.raw.afterimage-receive", Open::ReadOnly).is_ok();
         assert!(holds || comes, "cut {n}: nobody knows what the file holds");

@@ -76,14 +76,15 @@ impl Run {
         let base = self.copied.last().map(|base| format!("web@{base}"));
         let mut bytes = self.from.send(base.as_deref(), &format!("web@{name}"));
         for _ in 0..6 {
-            match self.next(4) {
+            let fault = self.next(4);
+            match fault {
                 0 => self.to.media.crash_after(1 + self.random % 60),
                 1 => bytes.truncate(self.next(bytes.len() as u64) as usize),
                 _ => {}
             }
             let result = self.to.receive("copy", &bytes);
-            if self.to.media.is_down() {
-                self.crashes += 1;
+            self.crashes += u64::from(self.to.media.is_down());
+            if fault == 0 {
                 self.to.reopen();
             }
             self.to.check();

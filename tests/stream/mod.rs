@@ -58,11 +58,7 @@ impl Pool {
     /// Opens it again after a power cut.
     fn reopen(&mut self) {
         self.store = None;
-        if !self.media.is_down() {
-            self.media.crash();
-        }
-        self.store = Some(Store::open(Arc::new(self.media.fork(1)), options()).unwrap());
-        self.media = self.media.fork(1);
+        self.media.crash();
         self.store = Some(Store::open(Arc::new(self.media.clone()), options()).unwrap());
     }
 
