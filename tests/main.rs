@@ -8,6 +8,7 @@ mod cli;
 mod format;
 mod import;
 mod model;
+mod past;
 mod real;
 mod stream;
 mod tidy;

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::disk::ScrubReport;
+use crate::snapshot::diff::{Extent, VerifyReport};
 use crate::snapshot::{PruneLine, RevertReport};
 use crate::store::{self, CheckReport, DiskInfo, EnospcPolicy, SnapshotInfo, SnapshotState};
 use crate::stream::{ReceiveReport, SendReport};
@@ -40,6 +41,12 @@ pub enum Response {
     },
     /// A disk is what its snapshot was.
     Reverted(Reverted),
+    /// What changed between two states.
+    Diff(Diff),
+    /// What the next increment would carry.
+    Estimate(Diff),
+    /// How data and diff compare.
+    Verified(Verified),
     /// What prune kept and removed.
     Pruned {
         /// Whether this only tells what would happen.
@@ -128,6 +135,41 @@ pub struct Disk {
     pub holder: Option<String>,
     /// Its settings.
     pub settings: Settings,
+}
+
+/// What changed between two states.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Diff {
+    /// The older side, as it was asked for.
+    pub from: String,
+    /// The newer side.
+    pub to: String,
+    /// Bytes of the older side; 0 for nothing.
+    pub from_size: u64,
+    /// Bytes of the newer side.
+    pub to_size: u64,
+    /// Bytes of changed data.
+    pub data: u64,
+    /// Bytes that read as zeros now.
+    pub zero: u64,
+    /// How many extents there are.
+    pub count: u64,
+    /// The extents, in order; `null` when only the sums were asked for.
+    pub extents: Option<Vec<Extent>>,
+}
+
+/// How the data of two states compares with their diff.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Verified {
+    /// The older side, as it was asked for.
+    pub from: String,
+    /// The newer side.
+    pub to: String,
+    /// What was found.
+    #[serde(flatten)]
+    pub report: VerifyReport,
 }
 
 /// The settings of a disk, keys as on the command line.

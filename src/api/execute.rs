@@ -78,6 +78,11 @@ pub fn execute(store: &Arc<Store>, request: Request, progress: &dyn Progress) ->
         | Request::Receive { .. }
         | Request::ReceiveToken { .. }
         | Request::ReceiveAbort { .. } => super::transfer::execute(store, request, progress),
+        Request::Retire { .. }
+        | Request::Diff { .. }
+        | Request::Estimate { .. }
+        | Request::VerifyDiff { .. }
+        | Request::RecordImport { .. } => super::past::execute(store, request, progress),
         Request::Check { .. }
         | Request::Scrub {}
         | Request::Reclaim { .. }

@@ -25,6 +25,7 @@ pub mod client;
 mod execute;
 mod line;
 mod name;
+mod past;
 mod request;
 pub mod server;
 mod service;

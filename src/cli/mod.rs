@@ -12,6 +12,7 @@
 //! Pages: `man/`, generated from these types; a test holds them current.
 
 mod bar;
+mod changes;
 mod daemon;
 mod disks;
 mod doctor;
@@ -102,6 +103,11 @@ enum Command {
     Snapshot(snapshots::Snapshot),
     Clone(snapshots::Clone),
     Revert(snapshots::Revert),
+    Retire(changes::Retire),
+    Diff(changes::Diff),
+    Estimate(changes::Estimate),
+    Verify(changes::Verify),
+    Record(changes::Record),
     Hold(snapshots::Hold),
     Release(snapshots::Release),
     Prune(snapshots::Prune),
@@ -210,6 +216,11 @@ fn run(command: Command, global: &Global, screen: &Screen) -> Result<u8> {
         Command::Snapshot(command) => ask(global, screen, command.ask()),
         Command::Clone(command) => ask(global, screen, command.ask()),
         Command::Revert(command) => ask(global, screen, command.ask()),
+        Command::Retire(command) => ask(global, screen, command.ask()),
+        Command::Diff(command) => ask(global, screen, command.ask()),
+        Command::Estimate(command) => ask(global, screen, command.ask()),
+        Command::Verify(command) => ask(global, screen, command.ask()),
+        Command::Record(command) => ask(global, screen, command.ask()?),
         Command::Hold(command) => ask(global, screen, command.ask()),
         Command::Release(command) => ask(global, screen, command.ask()),
         Command::Prune(command) => ask(global, screen, command.ask()),
@@ -247,6 +258,7 @@ fn verdict(response: &Response) -> u8 {
     let sound = match response {
         Response::Checked(report) => report.problems.iter().all(|problem| problem.fixed),
         Response::Scrubbed(report) => report.damaged.is_empty(),
+        Response::Verified(verified) => verified.report.first_wrong.is_none(),
         _ => true,
     };
     if sound { 0 } else { crate::error::Kind::Corrupt.exit_code() }

@@ -24,7 +24,7 @@ use crate::error::{Error, Result};
 use crate::store::ledger::Ticket;
 use crate::store::rows::BranchRow;
 use crate::store::{
-    Change, DiskRow, Edit, Head, Line, SnapshotInfo, StateKey, StateRow, Status, Store, Stretch, Tables,
+    Change, DiskRow, Edit, Head, Line, Settings, SnapshotInfo, StateKey, StateRow, Status, Store, Stretch, Tables,
 };
 use crate::units::{BLOCK_SIZE, BlockAddress, DiskId, Epoch, SnapshotId};
 
@@ -111,7 +111,7 @@ fn branch_off(edit: &mut Edit<'_>, key: StateKey, name: &str, note: &str) -> Res
     // What it takes counts as if the disk had it already.
     let held = edit.tables.held(state.disk) * BLOCK_SIZE;
     let quota = edit.tables.disk(state.disk).ok().and_then(|disk| disk.settings.quota);
-    let settings = Settings { quota: quota.map(|quota| quota.saturating_sub(held)), ..row.settings };
+    let settings = Settings { quota: quota.map(|quota| quota.saturating_sub(held).max(1)), ..row.settings };
     edit.put_disk(id, DiskRow { settings, ..row });
     Ok(id)
 }

@@ -201,7 +201,7 @@ fn a_body_of_nonsense_is_corruption() {
         (good.clone(), 9),
         (good[..good.len() - 1].to_vec(), 8),
         (vec![0], 1),
-        (vec![1, 10, 0], 1),
+        (vec![1, 13, 0], 1),
         (vec![1, 1, 0x80, 0], 1),
         (vec![1, 1, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1], 1),
     ] {

@@ -8,6 +8,7 @@ mod files;
 mod make;
 mod pages;
 mod pool;
+mod record;
 mod samples;
 mod values;
 
