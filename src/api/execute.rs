@@ -96,8 +96,8 @@ pub fn execute(store: &Arc<Store>, request: Request, progress: &dyn Progress) ->
 /// Answers what is asked of the pool as a whole.
 fn execute_on_pool(store: &Arc<Store>, request: &Request, progress: &dyn Progress) -> Result<Response> {
     match request {
-        Request::Check { rebuild: true, .. } => Err(Error::unsupported("this version cannot rebuild a map")
-            .hint("'afterimage check --repair' mends leaks; keep the pool directory as it is")),
+        Request::Check { rebuild: true, .. } => Err(Error::busy("a pool that is in use cannot be rebuilt")
+            .hint("end the server with 'afterimage umount', then run 'afterimage check --rebuild'")),
         Request::Check { repair, .. } => Ok(Response::Checked(check(store, *repair, progress)?.into())),
         Request::Scrub {} => Ok(Response::Scrubbed(disk::scrub(store, progress)?.into())),
         Request::Reclaim { wait: true } => {

@@ -41,4 +41,4 @@ pub use name::Target;
 pub use request::{Keep, Request};
 pub use server::Server;
 pub use service::{Answer, Service};
-pub use way::{Entry, Way, check_is_pool, enter, open_store};
+pub use way::{Entry, Way, check_is_pool, enter, open_store, rebuild};

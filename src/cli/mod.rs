@@ -161,6 +161,12 @@ pub fn main() -> ExitCode {
         }
     };
     log(&cli.global);
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        if !crate::store::panic_is_guarded() {
+            usual(panic);
+        }
+    }));
     let screen = Screen::new(cli.global.json, cli.global.quiet);
     match run(cli.command, &cli.global, &screen) {
         Ok(code) => ExitCode::from(code),
@@ -225,6 +231,7 @@ fn run(command: Command, global: &Global, screen: &Screen) -> Result<u8> {
         Command::Release(command) => ask(global, screen, command.ask()),
         Command::Prune(command) => ask(global, screen, command.ask()),
         Command::Set(command) => ask(global, screen, command.ask()?),
+        Command::Check(command) if command.rebuilds() => rebuild(global, screen),
         Command::Check(command) => ask(global, screen, command.ask()),
         Command::Scrub(command) => ask(global, screen, command.ask()),
         Command::Reclaim(command) => ask(global, screen, command.ask()),
@@ -251,6 +258,15 @@ fn answer(global: &Global, screen: &Screen, ask: Ask) -> Result<Response> {
     let response = response?;
     closed?;
     Ok(response)
+}
+
+/// Makes the catalog again: the one thing that is done to a pool without opening it.
+fn rebuild(global: &Global, screen: &Screen) -> Result<u8> {
+    let bar = Bar::new(Units::Items, screen.shows_progress());
+    let response = crate::api::rebuild(global.pool()?, &bar);
+    bar.finish();
+    screen.answer(&response?, Style::Full);
+    Ok(0)
 }
 
 /// An answer that says "this pool is damaged" is no success.

@@ -174,8 +174,10 @@ fn the_journal_is_as_the_page_says() {
         variant("length", frame(SALT, &[(vec![1; 41], 3)])),
         variant("rows", frame(SALT, &[(a.clone(), 4)])),
         variant("bodycrc", frame(SALT, &[(b, 3)])),
+        variant("folded", files::journal_folded(&a, 3)[4096..8192].to_vec()),
     ];
     variants[2].also = &["bodycrc"];
+    variants[5].also = &["lsn"];
     check(STORE_PAGE, "Frame header", &golden, &variants);
     assert_eq!(golden[40..44], crc32(&a).to_le_bytes(), "bodycrc is the checksum of the body");
     assert_eq!(golden[64..104], a, "the body follows the header");

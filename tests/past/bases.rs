@@ -54,7 +54,7 @@ fn a_retired_snapshot_is_listed_renamed_held_and_deleted_and_nothing_else() {
     let error = snapshot::remove(&pool.store, "d", "b").unwrap_err();
     assert_eq!(error.kind(), Kind::Busy, "{error}");
     snapshot::release(&pool.store, "d", "b", "target").unwrap();
-    assert!(pool.media.open(&record_path(uuid), Open::ReadOnly).is_ok());
+    drop(pool.media.open(&record_path(uuid), Open::ReadOnly).unwrap());
     snapshot::remove(&pool.store, "d", "b").unwrap();
     assert!(pool.media.open(&record_path(uuid), Open::ReadOnly).is_err(), "its record went with it");
     assert!(pool.store.snapshots("d").unwrap().is_empty());
