@@ -3,10 +3,14 @@
 //! All locks of the project come from here (a lint refuses the ones of `std`), so that a model checker can be put in
 //! their place. The order in which locks are taken is written down once, in [`crate::store`].
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 pub use parking_lot::{Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+/// A shared lock that owns what it locks.
+pub type OwnedReadGuard<T> = parking_lot::ArcRwLockReadGuard<parking_lot::RawRwLock, T>;
 
 /// Lets one side wait until every I/O that began before a moment has ended, without stopping new I/O.
 ///
@@ -31,18 +35,41 @@ impl Drop for Inside<'_> {
     }
 }
 
+/// As [`Inside`], of a fence that it keeps alive.
+#[derive(Debug)]
+pub struct InsideOwned {
+    fence: Arc<Fence>,
+    which: usize,
+}
+
+impl Drop for InsideOwned {
+    fn drop(&mut self) {
+        self.fence.inside[self.which].fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
 impl Fence {
     /// Enters; what the caller looks up after this stays readable until the guard is dropped.
     pub fn enter(&self) -> Inside<'_> {
+        Inside { counter: &self.inside[self.join()] }
+    }
+
+    /// As [`Fence::enter`], for I/O that outlives the function that begins it.
+    pub fn enter_owned(self: &Arc<Self>) -> InsideOwned {
+        InsideOwned { which: self.join(), fence: Arc::clone(self) }
+    }
+
+    /// Enters one of the counters and returns which.
+    fn join(&self) -> usize {
         loop {
             let side = self.side.load(Ordering::SeqCst);
-            let counter = &self.inside[(side & 1) as usize];
-            counter.fetch_add(1, Ordering::SeqCst);
+            let which = (side & 1) as usize;
+            self.inside[which].fetch_add(1, Ordering::SeqCst);
             // A flip between load and add could let the waiter miss us: go round again.
             if self.side.load(Ordering::SeqCst) == side {
-                return Inside { counter };
+                return which;
             }
-            counter.fetch_sub(1, Ordering::SeqCst);
+            self.inside[which].fetch_sub(1, Ordering::SeqCst);
         }
     }
 

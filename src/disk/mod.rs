@@ -10,6 +10,7 @@
 //! # After a crash
 //! Every flushed write is there. A write that was not flushed is there, or not, block by block.
 
+mod begin;
 pub mod import;
 mod lease;
 mod manage;
@@ -19,6 +20,7 @@ mod write;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+pub use begin::Writing;
 pub use import::{ImportReport, import};
 pub use lease::Lease;
 pub(crate) use manage::new_row;
@@ -26,7 +28,7 @@ pub use manage::{check_disk_name, check_snapshot_name, create, create_empty, rem
 pub use scrub::{Damage, ScrubReport, scrub};
 
 use crate::error::{Error, Result};
-use crate::store::{Edit, EnospcPolicy, Head, Line, Store};
+use crate::store::{DiskRow, Edit, EnospcPolicy, Head, Line, Located, Store};
 use crate::units::{BLOCK_SIZE, DISK_SIZE_MAX, DiskId, to_usize};
 
 /// Something that is read and written in bytes and keeps blocks.
@@ -38,6 +40,14 @@ pub trait BlockDevice: Send + Sync {
     /// # Errors
     /// `Usage` beyond the size, `Corrupt` for a block that cannot be trusted, any error of the host.
     fn read(&self, buf: &mut [u8], offset: u64) -> Result<()>;
+    /// Finds where a range lies, for a caller that reads it from the host itself; `None` when that cannot be told without
+    /// waiting, or the range is not one of whole blocks: [`BlockDevice::read`] it then.
+    ///
+    /// # Errors
+    /// As [`BlockDevice::read`].
+    fn begin_read(&self, _len: usize, _offset: u64) -> Result<Option<Located>> {
+        Ok(None)
+    }
     /// Writes any range inside the size. It is durable after a flush.
     ///
     /// # Errors
@@ -101,6 +111,12 @@ impl Disk {
         self.head.id
     }
 
+    /// Returns a number that is another one after every change of the content: what was read before it is out of date.
+    #[must_use]
+    pub fn changes(&self) -> u64 {
+        self.head.changes()
+    }
+
     /// Tells whether nothing was ever written to it, so that it may become a clone.
     #[must_use]
     pub fn never_written(&self) -> bool {
@@ -115,6 +131,12 @@ impl Disk {
             let settings = &row.settings;
             settings.enospc == EnospcPolicy::Wait || settings.iops.is_some() || settings.bandwidth.is_some()
         })
+    }
+
+    /// Tells whether the disk has a limit of operations or bytes a second.
+    fn limited(&self) -> bool {
+        let limited = |row: &DiskRow| row.settings.iops.is_some() || row.settings.bandwidth.is_some();
+        self.store.tables.read().disk(self.head.id).is_ok_and(limited)
     }
 
     fn inside(&self, line: &Line, what: &str, offset: u64, len: u64) -> Result<()> {
@@ -247,6 +269,14 @@ impl BlockDevice for Disk {
         self.head.refuse_gone()?;
         self.head.limits.take(&self.store, self.head.id, buf.len() as u64);
         self.store.read(&self.head.line().source(), buf, offset)
+    }
+
+    fn begin_read(&self, len: usize, offset: u64) -> Result<Option<Located>> {
+        self.head.refuse_gone()?;
+        if self.limited() {
+            return Ok(None);
+        }
+        self.store.locate(&self.head.line().source(), len, offset)
     }
 
     fn write(&self, data: &[u8], offset: u64) -> Result<()> {

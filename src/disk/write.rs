@@ -10,6 +10,7 @@
 use std::sync::Arc;
 
 use super::{BlockDevice, Disk};
+use crate::codec::crc32;
 use crate::error::Result;
 use crate::map::{BlockSet, Chunk, Entry, Piece};
 use crate::pool::Segment;
@@ -17,16 +18,16 @@ use crate::store::Line;
 use crate::units::{BLOCK_SIZE, BlockAddress, CHUNK_SIZE, ChunkIndex, to_usize};
 
 /// Changed chunks at which a writer makes the flush itself, so that no frame grows without bound.
-const FLUSH_AT: usize = 16 * 1024;
+pub(super) const FLUSH_AT: usize = 16 * 1024;
 const ZEROS: [u8; to_usize(BLOCK_SIZE)] = [0; to_usize(BLOCK_SIZE)];
 
 /// One pwrite: consecutive bytes of the data at consecutive bytes of a segment.
 #[derive(Debug)]
-struct Stretch {
-    segment: Arc<Segment>,
-    address: BlockAddress,
-    from: usize,
-    len: usize,
+pub(super) struct Stretch {
+    pub(super) segment: Arc<Segment>,
+    pub(super) address: BlockAddress,
+    pub(super) from: usize,
+    pub(super) len: usize,
 }
 
 /// What is to be written, and where.
@@ -57,18 +58,18 @@ struct Merged {
 
 /// What was claimed and chosen in one chunk.
 #[derive(Debug)]
-struct Part {
-    index: ChunkIndex,
-    chunk: Arc<Chunk>,
-    claim: BlockSet,
+pub(super) struct Part {
+    pub(super) index: ChunkIndex,
+    pub(super) chunk: Arc<Chunk>,
+    pub(super) claim: BlockSet,
     /// Blocks that get a new address: slab base and blocks.
-    fresh: Vec<(BlockAddress, BlockSet)>,
+    pub(super) fresh: Vec<(BlockAddress, BlockSet)>,
 }
 
 #[derive(Debug, Default)]
-struct Plan {
-    parts: Vec<Part>,
-    stretches: Vec<Stretch>,
+pub(super) struct Plan {
+    pub(super) parts: Vec<Part>,
+    pub(super) stretches: Vec<Stretch>,
     merged: Vec<Merged>,
 }
 
@@ -246,32 +247,47 @@ impl Disk {
         let cached = fresh && self.head.small.would_copy(data.len());
         let result = segment.write(data, address, cached);
         // Also after a failure: what was written is owed a sync, or at least must not be trusted.
-        if !matches!(result, Ok(false)) {
+        let owe = !matches!(result, Ok(false));
+        let crcs = if result.is_ok() { checksums(data) } else { Vec::new() };
+        self.note_write(segment, data, address, owe, result.is_ok().then_some(&crcs));
+        result.map(drop)
+    }
+
+    /// Enters a write that has returned into the books; `crcs` are the checksums of its blocks unless it failed.
+    pub(super) fn note_write(
+        &self,
+        segment: &Arc<Segment>,
+        data: &[u8],
+        address: BlockAddress,
+        owe: bool,
+        crcs: Option<&Vec<u32>>,
+    ) {
+        if owe {
             self.head.owe(segment);
         }
         let at =
             |byte: usize| BlockAddress::from_raw(address.raw() + byte as u64 / BLOCK_SIZE).expect("of one segment");
-        if result.is_ok() {
-            self.head.small.note(address, data);
-        } else {
-            self.head.small.spoil();
+        match crcs {
+            Some(_) => self.head.small.note(address, data),
+            None => self.head.small.spoil(),
         }
         let mut byte = 0;
         while byte < data.len() {
             let here = at(byte);
             let upto = data.len().min(byte + (512 - here.index()) * to_usize(BLOCK_SIZE));
-            if result.is_ok() {
-                self.head.crcs.note(here, &data[byte..upto]);
-            } else {
-                self.head.crcs.forget(here.slab());
+            match crcs {
+                Some(crcs) => {
+                    let blocks = byte / to_usize(BLOCK_SIZE)..upto / to_usize(BLOCK_SIZE);
+                    self.head.crcs.note(here, &crcs[blocks]);
+                }
+                None => self.head.crcs.forget(here.slab()),
             }
             byte = upto;
         }
-        result.map(drop)
     }
 
     /// Maps what was written, or drops the slots of a failed write, and ends the claims.
-    fn enter(&self, line: &Line, plan: Plan, written: bool) {
+    pub(super) fn enter(&self, line: &Line, plan: Plan, written: bool) {
         for part in plan.parts {
             let mut state = part.chunk.lock();
             for (base, set) in &part.fresh {
@@ -291,6 +307,8 @@ impl Disk {
             }
             state.release(&part.claim);
         }
+        // Last: who has read the blocks before must not give them out any more, who reads them from here on may.
+        self.head.changed();
     }
 
     /// Writes zeros over part of a block, unless it is unmapped and reads as zeros anyway.
@@ -304,6 +322,11 @@ impl Disk {
     }
 }
 
+/// Returns the checksums of whole blocks.
+pub(super) fn checksums(data: &[u8]) -> Vec<u32> {
+    data.chunks_exact(to_usize(BLOCK_SIZE)).map(crc32).collect()
+}
+
 impl Plan {
     /// Tells whether an address was handed out for this write.
     fn is_fresh(&self, address: BlockAddress) -> bool {
@@ -312,7 +335,7 @@ impl Plan {
     }
 
     /// Adds a pwrite, as part of the one before where addresses and data go on.
-    fn push(&mut self, next: Stretch) {
+    pub(super) fn push(&mut self, next: Stretch) {
         if let Some(last) = self.stretches.last_mut() {
             let end = last.address.byte() + last.len as u64;
             let goes_on = last.segment.id() == next.segment.id() && end == next.address.byte();

@@ -137,6 +137,11 @@ impl Chunk {
         }
     }
 
+    /// Locks the chunk, unless somebody has.
+    pub fn try_lock(&self) -> Option<ChunkGuard<'_>> {
+        Some(ChunkGuard { chunk: self, state: self.state.try_lock()? })
+    }
+
     /// Locks the chunk.
     pub fn lock(&self) -> ChunkGuard<'_> {
         ChunkGuard { chunk: self, state: self.state.lock() }

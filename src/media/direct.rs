@@ -13,6 +13,7 @@ use std::cell::RefCell;
 use std::fs;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use crate::units::to_usize;
 
@@ -42,12 +43,16 @@ pub(super) fn aligned(offset: u64, len: usize) -> bool {
 /// A file opened with O_DIRECT.
 #[derive(Debug)]
 pub(super) struct Direct {
-    file: fs::File,
+    file: Arc<fs::File>,
 }
 
 impl Direct {
     pub(super) fn new(file: fs::File) -> Self {
-        Self { file }
+        Self { file: Arc::new(file) }
+    }
+
+    pub(super) fn file(&self) -> Arc<fs::File> {
+        Arc::clone(&self.file)
     }
 
     /// Reads into aligned memory. Ends at the end of the file, where the kernel returns an odd number of bytes.

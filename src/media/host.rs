@@ -177,6 +177,10 @@ impl File for HostFile {
         }
     }
 
+    fn direct(&self) -> Option<Arc<fs::File>> {
+        self.direct.as_ref().map(Direct::file)
+    }
+
     fn sync(&self) -> io::Result<()> {
         // Never retried: after a failed fdatasync Linux marks the pages clean and a second one would lie.
         Ok(rustix::fs::fdatasync(&self.file)?)

@@ -84,6 +84,11 @@ pub trait File: Send + Sync + Debug {
     }
     /// Says, of an empty file, that it will be overwritten in place again and again. The host may make use of that.
     fn will_be_overwritten(&self) {}
+    /// Returns the host file behind it, opened for direct I/O, for those who have many reads and writes under way at once
+    /// (`sys::ring`); `None` where there is none, and the other methods have to do. Ranges and memory are whole blocks.
+    fn direct(&self) -> Option<Arc<std::fs::File>> {
+        None
+    }
     /// Makes data and length durable (fdatasync).
     fn sync(&self) -> io::Result<()>;
     /// Returns the length.

@@ -141,9 +141,21 @@ impl Segment {
             self.file.write_at(data, address.byte())
         };
         // Also after an error: part of the data may be in the page cache.
-        let first = !self.dirty.swap(true, Ordering::AcqRel);
+        let first = self.wrote();
         result.map_err(|e| Error::io(format!("cannot write segment {}", self.id), e))?;
         Ok(first)
+    }
+
+    /// Remembers that a sync is owed, after a write through [`Self::direct`]. Returns whether it was the first since the
+    /// last sync.
+    pub fn wrote(&self) -> bool {
+        !self.dirty.swap(true, Ordering::AcqRel)
+    }
+
+    /// Returns the host file, see [`File::direct`].
+    #[must_use]
+    pub fn direct(&self) -> Option<Arc<std::fs::File>> {
+        self.file.direct()
     }
 
     /// Makes every write that returned before durable.

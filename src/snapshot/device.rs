@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::disk::BlockDevice;
 use crate::error::{Error, Result};
 use crate::map::Run;
-use crate::store::{Source, Status, Store};
+use crate::store::{Located, Source, Status, Store};
 use crate::units::{BLOCK_SIZE, ChunkIndex, Epoch, SnapshotId};
 
 /// An open snapshot: read-only, and kept whole until the last of its users lets go.
@@ -105,6 +105,10 @@ impl BlockDevice for SnapshotDevice {
 
     fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         self.store.read(&self.source, buf, offset)
+    }
+
+    fn begin_read(&self, len: usize, offset: u64) -> Result<Option<Located>> {
+        self.store.locate(&self.source, len, offset)
     }
 
     fn write(&self, _data: &[u8], _offset: u64) -> Result<()> {

@@ -381,7 +381,8 @@ fn adopt_into(
             return Err(Error::exists(format!("there is a snapshot '{disk}@{name}' already")));
         }
         let (from, old) = (&pair.from, &pair.old);
-        if !keep && !(unwritten && old.base == from.base && base_size(&tables, from) == Some(old.size)) {
+        let same = unwritten && old.base == from.base && base_size(&tables, from) == Some(old.size);
+        if !(keep || same) {
             return Err(Error::failed(format!("disk '{}' was changed while the stream came in", pair.old.name)));
         }
         commit(store, &mut tables, &pair, who, keep && !safe)?

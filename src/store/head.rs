@@ -77,7 +77,7 @@ pub struct Head {
     /// The disk.
     pub id: DiskId,
     /// Shared by writers; exclusive for switching the line.
-    pub gate: RwLock<()>,
+    pub gate: Arc<RwLock<()>>,
     /// Held while frames of this disk are made.
     pub commit: Mutex<Order>,
     /// Flush requests so far.
@@ -101,6 +101,8 @@ pub struct Head {
     pub owed_row: Mutex<Ticket>,
     /// What was written since the last flush, as far as it is little.
     pub small: super::logged::SmallWrites,
+    /// Changes of the content that have been made, whatever they were. Counted before they are acknowledged.
+    changes: AtomicU64,
     /// How fast users of the disk may be.
     pub limits: super::limits::Limits,
 }
@@ -110,7 +112,7 @@ impl Head {
         let line = Line { owner, branch: row.branch, epoch: row.epoch, floor: row.floor, size: row.size };
         Self {
             id,
-            gate: RwLock::new(()),
+            gate: Arc::default(),
             commit: Mutex::default(),
             requested: AtomicU64::new(0),
             line: Mutex::new(line),
@@ -126,6 +128,7 @@ impl Head {
             gone: AtomicBool::new(false),
             owed_row: Mutex::default(),
             small: super::logged::SmallWrites::default(),
+            changes: AtomicU64::new(0),
             limits: super::limits::Limits::default(),
         }
     }
@@ -133,6 +136,7 @@ impl Head {
     /// Marks the disk as removed; the caller holds the gate exclusively.
     pub fn set_gone(&self) {
         self.gone.store(true, Ordering::Release);
+        self.changed();
     }
 
     /// Fails when the disk was removed.
@@ -151,6 +155,17 @@ impl Head {
     /// Changes the line; the caller holds the gate exclusively.
     pub fn set_line(&self, line: Line) {
         *self.line.lock() = line;
+        self.changed();
+    }
+
+    /// Counts a change of the content, made and not acknowledged yet.
+    pub fn changed(&self) {
+        self.changes.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Returns a number that is another one after every change of the content.
+    pub fn changes(&self) -> u64 {
+        self.changes.load(Ordering::SeqCst)
     }
 
     /// Remembers that a segment is owed a sync.
@@ -281,6 +296,26 @@ impl Head {
             out.push((slab, rest));
         }
         Ok(out)
+    }
+
+    /// As [`Head::hand_out`], for a caller that must not wait: from one slab, and only if no segment has to be made.
+    pub fn hand_out_now(&self, chunk: ChunkIndex, set: &BlockSet) -> Option<Slab> {
+        if let Some(slab) = self.slabs.lock().get_mut(&chunk) {
+            if slab.used.meets(set) {
+                return None;
+            }
+            slab.used = slab.used.or(set);
+            return Some(slab.clone());
+        }
+        let slab = {
+            let mut alloc = self.alloc.try_lock()?;
+            let segment = Arc::clone(alloc.segment.as_ref().filter(|_| alloc.next_slot < 1 << SLOT_BITS)?);
+            let base = BlockAddress::new(segment.id(), alloc.next_slot);
+            alloc.next_slot += u32::try_from(CHUNK_BLOCKS).expect("512");
+            Slab { base, segment, used: *set }
+        };
+        self.slabs.lock().insert(chunk, slab.clone());
+        Some(slab)
     }
 
     fn new_slab(&self, store: &Store, used: BlockSet) -> Result<Slab> {

@@ -3,7 +3,7 @@
 //! # Parts
 //! [`ledger`] keeps rows durable; `tables` and `tree` are the small tables in memory; `head` is the live side of a disk;
 //! `commit` turns changed chunks into rows; `reclaim` finds addresses that no state holds any more, `punch` gives them
-//! back to the host; `view` answers look-ups for any state; `space` watches the host file system; `check` proves the whole.
+//! back to the host; `view` answers look-ups for any state, `locate` those that must not wait; `space` watches the host file system; `check` proves the whole.
 //!
 //! # Locks, in the order in which they are taken
 //! | lock | guards | may wait for the disk while held |
@@ -18,6 +18,9 @@
 //! | `Store::tables` | the small tables | no |
 //! | the ledger's own locks | rows | as its header says |
 //! | leaves: `Head::line`, `dirty`, `frozen`, `slabs`, `owed`, `crcs` | single fields | no |
+//!
+//! A thread that has begun writes and not ended them (`disk::begin`) holds gates and claims, and takes none by waiting:
+//! only by trying. So it is never part of a circle.
 //!
 //! # After a crash
 //! Opening reads the catalog, then the frames of the journal behind it. What was submitted and not in a whole frame never
@@ -37,6 +40,7 @@ mod keeper;
 pub mod ledger;
 mod limits;
 mod listing;
+mod locate;
 mod logged;
 mod open;
 mod past;
@@ -68,6 +72,7 @@ pub use frozen::Frozen;
 pub use head::{Head, Line, Slab};
 pub use journal::{JOURNAL_MIN, Journal, Mark, encode_row};
 pub use listing::{DiskInfo, SnapshotInfo, SnapshotState};
+pub use locate::{Extent, Located};
 pub use open::{InitOptions, OpenOptions};
 pub use past::{Moment, OpeningRow, RetiredRow, decode_stamp, encode_stamp};
 pub use punch::ReclaimReport;
@@ -145,7 +150,7 @@ pub struct Store {
     /// Decoded chunks.
     pub cache: Cache,
     /// Everyone who reads or writes segments is inside; punching waits for those who were.
-    pub fence: Fence,
+    pub fence: Arc<Fence>,
     heads: Mutex<HashMap<DiskId, Arc<Head>>>,
     owners: AtomicU64,
     /// Held for one piece of background work, whoever does it: two that seal or reclaim one state would undo each other.

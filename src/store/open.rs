@@ -21,7 +21,7 @@ use crate::error::{Error, Kind, Result};
 use crate::map::Cache;
 use crate::media::{Media, Open};
 use crate::pool::{CATALOG, JOURNAL, SEGMENTS_DIR, SUPERBLOCK, Segments, Superblock, probe};
-use crate::sync::{Fence, Mutex, RwLock};
+use crate::sync::{Mutex, RwLock};
 use crate::units::SegmentId;
 
 /// How a pool is made.
@@ -153,7 +153,7 @@ impl Store {
             ledger,
             tables: RwLock::new(tables),
             cache: Cache::new(usize::try_from(options.cache_bytes).unwrap_or(usize::MAX)),
-            fence: Fence::default(),
+            fence: Arc::default(),
             heads: Mutex::default(),
             owners: AtomicU64::new(1),
             tidying: Mutex::default(),

@@ -40,9 +40,8 @@ pub struct Checksums {
 }
 
 impl Checksums {
-    /// Notes the checksums of whole blocks that were written at consecutive addresses from `first`.
-    pub fn note(&self, first: BlockAddress, data: &[u8]) {
-        let fresh: Vec<u32> = data.chunks_exact(to_usize(BLOCK_SIZE)).map(crc32).collect();
+    /// Notes the checksums of whole blocks that were written at consecutive addresses from `first`, in one slab.
+    pub fn note(&self, first: BlockAddress, fresh: &[u32]) {
         let mut slabs = self.slabs.lock();
         if slabs.len() >= SLABS_MAX && !slabs.contains_key(&first.slab()) {
             return;
@@ -50,7 +49,7 @@ impl Checksums {
         let slab = slabs
             .entry(first.slab())
             .or_insert_with(|| SlabChecksums { known: BlockSet::EMPTY, crcs: Box::new([0; to_usize(CHUNK_BLOCKS)]) });
-        for (index, crc) in (first.index()..).zip(fresh) {
+        for (index, crc) in (first.index()..).zip(fresh.iter().copied()) {
             slab.crcs[index] = crc;
             slab.known.add(index);
         }

@@ -45,6 +45,7 @@ impl Store {
                 }
                 let block = |byte: u64| ((byte - next.byte()) / BLOCK_SIZE) as usize;
                 self.unmap_chunk(head, &line, next, &BlockSet::range(block(start), block(end)))?;
+                head.changed();
                 at = next.byte() + CHUNK_SIZE;
             }
             if at >= DISK_SIZE_MAX {

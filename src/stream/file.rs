@@ -317,7 +317,7 @@ fn fill(
         if progress.cancelled() {
             return Err(Error::failed("the receive was cancelled"));
         }
-        match reader.next()? {
+        match reader.next_part()? {
             Some(Part::Data { offset, bytes }) => {
                 file.write_at(bytes, offset).map_err(fail)?;
                 unsafe_bytes += bytes.len() as u64;

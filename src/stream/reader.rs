@@ -81,7 +81,7 @@ impl<'a> StreamReader<'a> {
     ///
     /// # Errors
     /// `Corrupt` for anything that is not as it was sent.
-    pub fn next(&mut self) -> Result<Option<Part<'_>>> {
+    pub fn next_part(&mut self) -> Result<Option<Part<'_>>> {
         self.applied = self.at;
         let mut bytes = [0; RECORD_LEN];
         fill(self.input, &mut bytes)?;
@@ -164,7 +164,7 @@ impl<'a> StreamReader<'a> {
         self.at
     }
 
-    /// Returns the same for what was returned before the last call of [`StreamReader::next`]: all of it was used by now.
+    /// Returns the same for what was returned before the last call of [`StreamReader::next_part`]: it was used by now.
     #[must_use]
     pub fn applied(&self) -> u64 {
         self.applied

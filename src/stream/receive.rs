@@ -278,7 +278,7 @@ fn fill(
         if progress.cancelled() {
             return Err(Error::failed("the receive was cancelled"));
         }
-        match reader.next()? {
+        match reader.next_part()? {
             Some(Part::Data { offset, bytes }) => {
                 arriving.write(bytes, offset)?;
                 unsafe_bytes += bytes.len() as u64;

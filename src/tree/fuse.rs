@@ -5,7 +5,8 @@
 //!    [`super::file`] and [`super::copy`].
 //! 2. A handler never panics the session: [`Mount::run`] catches it, and the reply, dropped unanswered, becomes EIO.
 //! 3. Handlers run on fuser's threads and block in the core's I/O; how many there are is decided in
-//!    [`super::fuse_session`].
+//!    [`super::fuse_session`]. Where the host has io_uring, reads, writes and syncs do not come here but to
+//!    [`super::fuse_loop`].
 //! 4. Reads go through a page-aligned buffer of the thread, so a core that opens its segments with O_DIRECT reads
 //!    without another copy.
 //!
@@ -41,7 +42,7 @@ use crate::units::BLOCK_SIZE;
 /// How long the kernel may keep what it is told to forget when it changes.
 const KEEP: Duration = Duration::from_secs(24 * 3600);
 /// Bytes of a request at most (the kernel's own limit is 256 pages).
-const REQUEST_MAX: u32 = 1 << 20;
+pub(super) const REQUEST_MAX: u32 = 1 << 20;
 /// Requests the kernel may have under way in the background.
 const BACKGROUND_MAX: u16 = 64;
 const PAGE: usize = 4096;

@@ -25,6 +25,7 @@ use fuser::{Config, MountOption, Notifier, Session, SessionACL, SessionUnmounter
 
 use super::MountOptions;
 use super::fuse::{Mount, tell};
+use super::fuse_split::Parts;
 use super::stale::{self, Queue};
 use super::state::{Owner, Tree};
 use crate::clock;
@@ -32,7 +33,8 @@ use crate::error::{Error, Result};
 use crate::store::Store;
 use crate::sync::{Condvar, Mutex};
 
-/// Threads that serve requests. Each blocks in the I/O of its request, so this is the queue depth the pool's file sees.
+/// Threads for requests that may wait ([`super::fuse_split`]): as many of fuser's, and as many workers if needed. Without
+/// io_uring fuser's serve all requests, and this is the queue depth the pool's file sees.
 const THREADS: usize = 16;
 /// How long a stop waits for files that are still open.
 const GRACE: Duration = Duration::from_secs(3);
@@ -256,6 +258,14 @@ fn source_name(name: &str) -> String {
     name.chars().map(|c| if matches!(c, ',' | '\\') || c.is_control() { '_' } else { c }).collect()
 }
 
+fn threads(options: &MountOptions) -> usize {
+    options.threads.unwrap_or(THREADS).max(1)
+}
+
+fn acl(options: &MountOptions) -> SessionACL {
+    if options.allow_other { SessionACL::All } else { SessionACL::Owner }
+}
+
 fn configuration(options: &MountOptions, source: String) -> Config {
     let mut config = Config::default();
     config.mount_options = vec![
@@ -268,8 +278,8 @@ fn configuration(options: &MountOptions, source: String) -> Config {
         MountOption::NoExec,
         MountOption::NoAtime,
     ];
-    config.acl = if options.allow_other { SessionACL::All } else { SessionACL::Owner };
-    config.n_threads = Some(options.threads.unwrap_or(THREADS).max(1));
+    config.acl = acl(options);
+    config.n_threads = Some(threads(options));
     config.clone_fd = false;
     config
 }
@@ -314,12 +324,20 @@ pub fn mount(store: &Arc<Store>, mountpoint: &Path, options: &MountOptions) -> R
     store.subscribe(stale::hook(number, &queue, move |change, ours| {
         looker.upgrade().map(|tree| tree.changed(change, ours)).unwrap_or_default()
     }));
-    let at_end = (Arc::clone(&shared), queue);
+    let at_end = (Arc::clone(&shared), Arc::clone(&queue));
+    let parts = Parts {
+        tree: Arc::clone(&tree),
+        number,
+        queue,
+        threads: threads(options),
+        acl: acl(options),
+        ring: options.ring,
+    };
     let serve = move || {
         if let Err(error) = crate::sys::process::set_io_flusher() {
             tracing::debug!("cannot mark the threads as I/O flushers: {error}");
         }
-        let result = session.run();
+        let result = super::fuse_split::serve(session, parts);
         at_end.1.close();
         tree.release_all();
         drop(tree);

@@ -20,13 +20,21 @@
 //! Nothing of its own. A killed server leaves a dead mount, which the next one on the same pool takes away.
 //!
 //! The way in: [`mount`]. The parts: [`node`] (inode numbers and names), [`state`] (the tree and stat), [`names`]
-//! (directories), [`mod@file`] (open files), [`copy`] (copy_file_range), [`stale`] (what the kernel must forget), [`errno`].
+//! (directories), [`mod@file`] (open files), [`begin`] (their fast way), [`copy`] (copy_file_range), [`stale`] (what the
+//! kernel must forget), [`errno`].
 
+pub mod begin;
 pub mod copy;
 pub mod errno;
 pub mod file;
 mod fuse;
+mod fuse_ahead;
+mod fuse_device;
+mod fuse_loop;
 mod fuse_session;
+mod fuse_split;
+mod fuse_wire;
+mod fuse_workers;
 pub mod names;
 pub mod node;
 pub mod stale;
@@ -44,6 +52,8 @@ pub struct MountOptions {
     pub fs_name: String,
     /// Threads that serve requests; `None` for the number that measured best.
     pub threads: Option<usize>,
+    /// Use io_uring where the host has it. Without, nothing is different but the speed.
+    pub ring: bool,
     /// Owner of all files.
     pub uid: u32,
     /// Group of all files.
@@ -58,6 +68,7 @@ impl MountOptions {
             allow_other: false,
             fs_name: format!("afterimage:{}", pool.display()),
             threads: None,
+            ring: true,
             uid: rustix::process::geteuid().as_raw(),
             gid: rustix::process::getegid().as_raw(),
         }

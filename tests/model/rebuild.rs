@@ -58,7 +58,7 @@ fn sealed(run: &Run) -> BTreeMap<Uuid, Vec<u8>> {
     for (key, row) in tables.states().filter(|(_, row)| row.status == Status::Live) {
         if seals.contains(&format!("{}.seal", key.1)) {
             let image = run.twin.disks.values().find_map(|disk| disk.snapshots.get(&row.name));
-            all.insert(row.uuid, image.expect("the twin has it").bytes.clone());
+            all.insert(row.uuid, image.expect("the twin has it").bytes.to_vec());
         }
     }
     all
@@ -129,7 +129,8 @@ fn image_of(store: &Arc<Store>, disk: &str, snapshot: &str) -> Vec<u8> {
 
 /// Bytes of which it is not known any more which writes they come from.
 fn frame(bytes: Vec<u8>) -> Frame {
-    Frame { writes: vec![UNKNOWN; bytes.len().div_ceil(BLOCK)], bytes }
+    let writes = vec![UNKNOWN; bytes.len().div_ceil(BLOCK)];
+    Frame::new(bytes, writes)
 }
 
 /// Makes a twin of what is there; retired snapshots are what they were.

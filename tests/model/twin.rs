@@ -1,6 +1,7 @@
 //! The twin: images as plain vectors.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
 
 pub const SECTOR: usize = 512;
 
@@ -13,59 +14,65 @@ pub const NOTHING: Write = 0;
 /// A power cut left it open which write the block has.
 pub const UNKNOWN: Write = u64::MAX;
 
-/// Bytes, and of each block the write it has.
+/// Bytes, and of each block the write it has. Shared: the twin is copied for every operation.
 #[derive(Clone, Default)]
 pub struct Frame {
-    pub bytes: Vec<u8>,
-    pub writes: Vec<Write>,
+    pub bytes: Arc<Vec<u8>>,
+    pub writes: Arc<Vec<Write>>,
+}
+
+impl Frame {
+    pub fn new(bytes: Vec<u8>, writes: Vec<Write>) -> Self {
+        Self { bytes: Arc::new(bytes), writes: Arc::new(writes) }
+    }
 }
 
 /// A live disk, with everything that may be found after a power cut.
 #[derive(Clone, Default)]
 pub struct Image {
     /// As last flushed.
-    pub durable: Vec<u8>,
+    pub durable: Arc<Vec<u8>>,
     /// As of now.
-    pub now: Vec<u8>,
+    pub now: Arc<Vec<u8>>,
     /// Other versions of sectors since the flush.
-    versions: HashMap<usize, Vec<Vec<u8>>>,
+    versions: Arc<HashMap<usize, Vec<Vec<u8>>>>,
     /// Of each block the write it has.
-    pub writes: Vec<Write>,
+    pub writes: Arc<Vec<Write>>,
     /// Blocks that were written or unmapped since the flush.
-    unsettled: BTreeSet<usize>,
+    unsettled: Arc<BTreeSet<usize>>,
 }
 
 impl Image {
     pub fn new(size: usize) -> Self {
-        Self::of(Frame { bytes: vec![0; size], writes: vec![NOTHING; size.div_ceil(BLOCK)] })
+        Self::of(Frame::new(vec![0; size], vec![NOTHING; size.div_ceil(BLOCK)]))
     }
 
     pub fn of(frame: Frame) -> Self {
         let Frame { bytes, writes } = frame;
-        Self { durable: bytes.clone(), now: bytes, writes, ..Self::default() }
+        Self { durable: Arc::clone(&bytes), now: bytes, writes, ..Self::default() }
     }
 
     pub fn frame(&self) -> Frame {
-        Frame { bytes: self.now.clone(), writes: self.writes.clone() }
+        Frame { bytes: Arc::clone(&self.now), writes: Arc::clone(&self.writes) }
     }
 
     /// What was found after a power cut: of blocks that were not settled it is not known which write they have.
     pub fn found(&self, bytes: Vec<u8>) -> Self {
-        let mut writes = self.writes.clone();
+        let mut writes = self.writes.to_vec();
         writes.resize(bytes.len().div_ceil(BLOCK), UNKNOWN);
-        for block in &self.unsettled {
+        for block in &*self.unsettled {
             if let Some(write) = writes.get_mut(*block) {
                 *write = UNKNOWN;
             }
         }
-        Self::of(Frame { bytes, writes })
+        Self::of(Frame::new(bytes, writes))
     }
 
     /// Notes which write blocks have now.
     pub fn settle_on(&mut self, blocks: std::ops::Range<usize>, write: Write) {
         for block in blocks {
-            self.writes[block] = write;
-            self.unsettled.insert(block);
+            Arc::make_mut(&mut self.writes)[block] = write;
+            Arc::make_mut(&mut self.unsettled).insert(block);
         }
     }
 
@@ -97,20 +104,21 @@ impl Image {
     }
 
     fn put(&mut self, offset: usize, data: &[u8]) {
-        self.now[offset..offset + data.len()].copy_from_slice(data);
+        Arc::make_mut(&mut self.now)[offset..offset + data.len()].copy_from_slice(data);
         if data.is_empty() {
             return;
         }
+        let versions = Arc::make_mut(&mut self.versions);
         for sector in offset / SECTOR..(offset + data.len()).div_ceil(SECTOR) {
             let (start, end) = (sector * SECTOR, ((sector + 1) * SECTOR).min(self.now.len()));
-            self.versions.entry(sector).or_default().push(self.now[start..end].to_vec());
+            versions.entry(sector).or_default().push(self.now[start..end].to_vec());
         }
     }
 
     pub fn flush(&mut self) {
-        self.durable = self.now.clone();
-        self.versions.clear();
-        self.unsettled.clear();
+        self.durable = Arc::clone(&self.now);
+        self.versions = Arc::default();
+        self.unsettled = Arc::default();
     }
 
     /// A resize is durable at once; a shrink flushes.
@@ -119,16 +127,16 @@ impl Image {
             self.flush();
         }
         let old = self.now.len();
-        self.writes.resize(size.div_ceil(BLOCK), NOTHING);
+        Arc::make_mut(&mut self.writes).resize(size.div_ceil(BLOCK), NOTHING);
         if size > old && !old.is_multiple_of(BLOCK) && self.writes[old / BLOCK] != NOTHING {
             // What a shrink left in the block is written over with zeros, if there was one.
-            self.writes[old / BLOCK] = UNKNOWN;
+            Arc::make_mut(&mut self.writes)[old / BLOCK] = UNKNOWN;
         }
-        self.now.resize(size, 0);
-        self.durable.resize(size, 0);
+        Arc::make_mut(&mut self.now).resize(size, 0);
+        Arc::make_mut(&mut self.durable).resize(size, 0);
         // The versions of a last, short sector get longer with the disk.
         if !old.is_multiple_of(SECTOR)
-            && let Some(list) = self.versions.get_mut(&(old / SECTOR))
+            && let Some(list) = Arc::make_mut(&mut self.versions).get_mut(&(old / SECTOR))
         {
             let len = (size - old / SECTOR * SECTOR).min(SECTOR);
             list.iter_mut().for_each(|version| version.resize(len, 0));

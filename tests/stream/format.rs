@@ -53,7 +53,7 @@ pub fn golden() -> Vec<u8> {
 fn read(mut bytes: &[u8]) -> Result<Vec<(u64, Option<Vec<u8>>, u64)>, Error> {
     let mut reader = StreamReader::new(&mut bytes)?;
     let mut parts = Vec::new();
-    while let Some(part) = reader.next()? {
+    while let Some(part) = reader.next_part()? {
         parts.push(match part {
             Part::Data { offset, bytes } => (offset, Some(bytes.to_vec()), bytes.len() as u64),
             Part::Zeros { offset, length } => (offset, None, length),

@@ -7,6 +7,7 @@
 //!    line does.
 
 mod copying;
+mod direct;
 mod files;
 mod hostile;
 mod names;
@@ -55,13 +56,18 @@ pub(crate) struct Mount {
 impl Mount {
     /// Mounts a new pool; `None` where FUSE cannot be used.
     pub(crate) fn new() -> Option<Self> {
+        Self::with(|options| options)
+    }
+
+    /// As [`Mount::new`], with other options.
+    pub(crate) fn with(change: impl FnOnce(MountOptions) -> MountOptions) -> Option<Self> {
         if !require_fuse() {
             return None;
         }
         let pool = tempfile::tempdir().unwrap();
         let at = tempfile::tempdir().unwrap();
         let store = new_pool(&pool);
-        let mounted = mount(&store, at.path(), &MountOptions::of_pool(pool.path())).unwrap();
+        let mounted = mount(&store, at.path(), &change(MountOptions::of_pool(pool.path()))).unwrap();
         let dir = mounted.mountpoint().to_path_buf();
         Some(Self { store, dir, mounted: Some(mounted), _pool: pool, _at: at })
     }

@@ -1,0 +1,279 @@
+//! An io_uring that owns what it works on: many reads and writes go to the host with one system call.
+//!
+//! # Rules
+//! 1. Memory and files of a job belong to the ring from [`Ring::push`] until [`Ring::finished`] returns the job, so the
+//!    kernel never touches memory that somebody else uses.
+//! 2. A job is finished when all of its pieces are. How each went is reported as the kernel says it; nothing is retried.
+//! 3. A ring is used by the thread that made it.
+//!
+//! # After a crash
+//! What was in flight is written, or not, as with pwrite.
+
+#![expect(unsafe_code, reason = "the submission queue holds raw pointers")]
+
+use std::collections::VecDeque;
+use std::fs;
+use std::io;
+use std::marker::PhantomData;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::Arc;
+
+use io_uring::{IoUring, opcode, squeue, types};
+
+use super::pages::Pages;
+
+/// Bits of the user data that number the piece of a job.
+const PIECE_BITS: u32 = 16;
+/// The user data of a watched descriptor.
+const WATCH: u64 = u64::MAX;
+
+/// Consecutive bytes of memory at consecutive bytes of a file.
+#[derive(Debug)]
+pub struct Piece {
+    /// The file.
+    pub file: Arc<fs::File>,
+    /// Where in the file.
+    pub offset: u64,
+    /// Where in the memory.
+    pub at: usize,
+    /// Bytes.
+    pub len: usize,
+    /// Bytes that were transferred, or a negated errno; set when the job is finished.
+    pub result: i32,
+}
+
+impl Piece {
+    /// Returns how many bytes were transferred, once the job is finished.
+    pub fn transferred(&self) -> io::Result<usize> {
+        usize::try_from(self.result).map_err(|_| io::Error::from_raw_os_error(-self.result))
+    }
+}
+
+/// Something to read or write.
+#[derive(Debug)]
+pub struct Job<T> {
+    /// The memory.
+    pub pages: Pages,
+    /// Write to the files (else read from them).
+    pub write: bool,
+    /// The parts, at most 65,535 of them.
+    pub pieces: Vec<Piece>,
+    /// What the owner has to remember.
+    pub tag: T,
+}
+
+#[derive(Debug)]
+struct Flight<T> {
+    job: Job<T>,
+    left: usize,
+}
+
+/// The ring.
+pub struct Ring<T> {
+    ring: IoUring,
+    flights: Vec<Option<Flight<T>>>,
+    free: Vec<usize>,
+    done: VecDeque<Job<T>>,
+    in_flight: usize,
+    watching: bool,
+    /// Not `Send`: the kernel insists on one thread.
+    here: PhantomData<*const ()>,
+}
+
+impl<T> std::fmt::Debug for Ring<T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Ring").field("in_flight", &self.in_flight).finish_non_exhaustive()
+    }
+}
+
+impl<T> Ring<T> {
+    /// Makes a ring; fails where the host does not allow it.
+    pub fn new(entries: u32) -> io::Result<Self> {
+        // Completions are then worked off in our own system calls, not as interruptions of whatever runs.
+        let best = IoUring::builder().setup_single_issuer().setup_defer_taskrun().setup_submit_all().build(entries);
+        let ring = best.or_else(|_| IoUring::new(entries))?;
+        Ok(Self {
+            ring,
+            flights: Vec::new(),
+            free: Vec::new(),
+            done: VecDeque::new(),
+            in_flight: 0,
+            watching: false,
+            here: PhantomData,
+        })
+    }
+
+    /// Returns how many jobs the kernel has.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    /// Queues a job of at least one piece; it goes to the kernel with [`Self::submit`] or [`Self::wait`]. Returns its
+    /// number.
+    ///
+    /// # Panics
+    /// When a piece lies outside of the memory.
+    pub fn push(&mut self, job: Job<T>) -> io::Result<usize> {
+        assert!(!job.pieces.is_empty() && job.pieces.len() < 1 << PIECE_BITS, "a job has pieces, and not too many");
+        let slot = self.free.pop().unwrap_or(self.flights.len());
+        if slot == self.flights.len() {
+            self.flights.push(None);
+        }
+        let left = job.pieces.len();
+        let flight = self.flights[slot].insert(Flight { job, left });
+        let memory = flight.job.pages.as_mut_ptr();
+        let mut entries = Vec::with_capacity(left);
+        for (number, piece) in flight.job.pieces.iter().enumerate() {
+            let end = piece.at.checked_add(piece.len).expect("lengths are small");
+            assert!(end <= flight.job.pages.len(), "a piece lies inside the memory");
+            let len = u32::try_from(piece.len).expect("requests are small");
+            let file = types::Fd(piece.file.as_raw_fd());
+            let at = memory.wrapping_add(piece.at);
+            let entry = if flight.job.write {
+                opcode::Write::new(file, at, len).offset(piece.offset).build()
+            } else {
+                opcode::Read::new(file, at, len).offset(piece.offset).build()
+            };
+            entries.push(entry.user_data((slot as u64) << PIECE_BITS | number as u64));
+        }
+        self.in_flight += 1;
+        for entry in &entries {
+            self.enqueue(entry)?;
+        }
+        Ok(slot)
+    }
+
+    fn enqueue(&mut self, entry: &squeue::Entry) -> io::Result<()> {
+        loop {
+            // SAFETY: memory and file of the entry stay in `flights` until its completion was seen, also when the ring
+            // is dropped; an entry that only watches a descriptor has no memory.
+            if unsafe { self.ring.submission().push(entry) }.is_ok() {
+                return Ok(());
+            }
+            self.submit()?;
+        }
+    }
+
+    /// Returns the tag and the memory of a job that writes, while it is in flight.
+    pub fn written(&mut self, job: usize) -> Option<(&mut T, &[u8])> {
+        let job = &mut self.flights.get_mut(job)?.as_mut()?.job;
+        // The kernel only reads the memory, as the caller does.
+        if job.write { Some((&mut job.tag, &job.pages)) } else { None }
+    }
+
+    /// Makes the next [`Self::wait`] return when a descriptor is readable, too.
+    pub fn watch(&mut self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        if self.watching {
+            return Ok(());
+        }
+        let flags = u32::from(libc::POLLIN.unsigned_abs());
+        self.enqueue(&opcode::PollAdd::new(types::Fd(fd.as_raw_fd()), flags).build().user_data(WATCH))?;
+        self.watching = true;
+        Ok(())
+    }
+
+    /// Gives the kernel what is queued.
+    pub fn submit(&mut self) -> io::Result<()> {
+        self.enter(0)
+    }
+
+    /// Gives the kernel what is queued and waits for a completion or the watched descriptor.
+    pub fn wait(&mut self) -> io::Result<()> {
+        self.reap();
+        self.enter(usize::from(self.done.is_empty()))?;
+        self.reap();
+        Ok(())
+    }
+
+    fn enter(&mut self, want: usize) -> io::Result<()> {
+        match self.ring.submit_and_wait(want) {
+            Ok(_) => Ok(()),
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)) => {
+                self.reap();
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn reap(&mut self) {
+        for entry in self.ring.completion() {
+            if entry.user_data() == WATCH {
+                self.watching = false;
+                continue;
+            }
+            let slot = usize::try_from(entry.user_data() >> PIECE_BITS).expect("an index");
+            let number = usize::try_from(entry.user_data() & ((1 << PIECE_BITS) - 1)).expect("an index");
+            let flight = self.flights[slot].as_mut().expect("a completion belongs to a job in flight");
+            flight.job.pieces[number].result = entry.result();
+            flight.left -= 1;
+            if flight.left == 0 {
+                let flight = self.flights[slot].take().expect("seen above");
+                self.free.push(slot);
+                self.in_flight -= 1;
+                self.done.push_back(flight.job);
+            }
+        }
+    }
+
+    /// Returns a job that is finished.
+    pub fn finished(&mut self) -> Option<Job<T>> {
+        self.done.pop_front()
+    }
+}
+
+impl<T> Drop for Ring<T> {
+    fn drop(&mut self) {
+        while self.in_flight > 0 {
+            if self.enter(1).is_err() {
+                // The kernel may still write into the memory: it is given up, not freed.
+                Vec::leak(std::mem::take(&mut self.flights));
+                return;
+            }
+            self.reap();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_written_is_read_back_and_a_pipe_wakes() {
+        let Ok(mut ring) = Ring::new(4) else {
+            println!("skipped: this host allows no io_uring");
+            return;
+        };
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        let piece = |at: usize| Piece { file: Arc::clone(&file), offset: 100 + at as u64, at, len: 1000, result: 0 };
+        let mut pages = Pages::new(16_000).unwrap();
+        pages.fill(7);
+        let job = Job { pages, write: true, pieces: (0..16).map(|i| piece(i * 1000)).collect(), tag: "w" };
+        let number = ring.push(job).unwrap();
+        assert_eq!(ring.written(number).unwrap().1[15_999], 7);
+        let wait = |ring: &mut Ring<&'static str>| loop {
+            if let Some(job) = ring.finished() {
+                return job;
+            }
+            ring.wait().unwrap();
+        };
+        let done = wait(&mut ring);
+        assert!(done.pieces.iter().all(|piece| piece.result == 1000));
+        let pieces = vec![piece(0), Piece { len: 2000, ..piece(15_000) }];
+        let mut number = ring.push(Job { pages: Pages::new(17_000).unwrap(), write: false, pieces, tag: "r" }).unwrap();
+        assert!(ring.written(number).is_none());
+        let done = wait(&mut ring);
+        assert_eq!((done.pieces[0].result, done.pieces[1].result), (1000, 1000), "the file ends there");
+        assert_eq!((done.pages[999], done.pages[1000], done.pages[15_999]), (7, 0, 7));
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        ring.watch(std::os::fd::AsFd::as_fd(&reader)).unwrap();
+        ring.submit().unwrap();
+        rustix::io::write(&writer, b"x").unwrap();
+        ring.wait().unwrap();
+        assert!(!ring.watching && ring.finished().is_none());
+        number = ring.push(Job { pages: done.pages, write: false, pieces: vec![piece(0)], tag: "dropped" }).unwrap();
+        assert_eq!(number, 0);
+    }
+}
