@@ -13,6 +13,7 @@ pub mod pool;
 pub mod progress;
 pub mod snapshot;
 pub mod store;
+pub mod stream;
 pub mod sync;
 pub mod sys;
 pub mod tree;

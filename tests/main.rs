@@ -11,5 +11,6 @@ mod import;
 mod model;
 mod past;
 mod real;
+mod stream;
 mod tidy;
 mod tree;

@@ -12,6 +12,7 @@ use crate::disk::ScrubReport;
 use crate::snapshot::diff::{Extent, VerifyReport};
 use crate::snapshot::{PruneLine, RevertReport};
 use crate::store::{self, CheckReport, DiskInfo, EnospcPolicy, RebuildReport, SnapshotInfo, SnapshotState};
+use crate::stream::{ReceiveReport, SendReport};
 use crate::units::BLOCK_SIZE;
 
 /// An answer.
@@ -85,6 +86,22 @@ pub enum Response {
     Imported(Imported),
     /// An increment directory was written.
     Exported(Exported),
+    /// A stream was written.
+    Sent(Sent),
+    /// A stream became a snapshot.
+    Received(Received),
+    /// Where an interrupted stream goes on.
+    Token {
+        /// What `send` takes to resume.
+        token: String,
+        /// First byte of the disk that has not safely arrived.
+        offset: u64,
+    },
+    /// What arrived of a stream was dropped.
+    Aborted {
+        /// The disk it was for.
+        disk: String,
+    },
     /// Who answers, and how the pool is.
     Status(Status),
     /// The server is about to unmount and end.
@@ -354,6 +371,50 @@ pub struct Exported {
     pub zeros: u64,
 }
 
+/// A stream that was written.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sent {
+    /// The disk.
+    pub disk: String,
+    /// The snapshot the stream leads to, without the disk.
+    pub snapshot: String,
+    /// Its identity.
+    pub uuid: Uuid,
+    /// Identity of the base; `null` when it starts from nothing.
+    pub base: Option<Uuid>,
+    /// First byte of the disk that was sent; 0 unless it was resumed.
+    pub start: u64,
+    /// Bytes of data.
+    pub data: u64,
+    /// Bytes of zeros.
+    pub zeros: u64,
+    /// Bytes of the stream.
+    pub stream: u64,
+    /// Bytes of data that have no checksum yet to compare with.
+    pub unverified: u64,
+}
+
+/// A stream that became a snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Received {
+    /// The disk.
+    pub disk: String,
+    /// The snapshot, without the disk.
+    pub snapshot: String,
+    /// Its identity, as the sender has it.
+    pub uuid: Uuid,
+    /// Identity of the base; `null` when the stream starts from nothing.
+    pub base: Option<Uuid>,
+    /// First byte of the disk that was in the stream; 0 unless it was resumed.
+    pub start: u64,
+    /// Bytes of data.
+    pub data: u64,
+    /// Bytes of zeros.
+    pub zeros: u64,
+    /// The snapshot that keeps what was there.
+    pub kept: Option<String>,
+}
+
 /// Who answers, and how the pool is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
@@ -437,6 +498,20 @@ impl From<SnapshotInfo> for Snapshot {
 impl Reverted {
     pub(super) fn new(disk: String, snapshot: String, report: RevertReport) -> Self {
         Self { disk, snapshot, dropped: report.dropped, kept: report.kept }
+    }
+}
+
+impl From<SendReport> for Sent {
+    fn from(report: SendReport) -> Self {
+        let SendReport { disk, snapshot, uuid, base, start, data, zeros, stream, unverified } = report;
+        Self { disk, snapshot, uuid, base, start, data, zeros, stream, unverified }
+    }
+}
+
+impl From<ReceiveReport> for Received {
+    fn from(report: ReceiveReport) -> Self {
+        let ReceiveReport { disk, snapshot, uuid, base, start, data, zeros, kept } = report;
+        Self { disk, snapshot, uuid, base, start, data, zeros, kept }
     }
 }
 

@@ -75,6 +75,10 @@ pub fn execute(store: &Arc<Store>, request: Request, progress: &dyn Progress) ->
         }
         Request::Export { from, to, path } => export(store, from, to, &path, progress),
         Request::Import { path, format, disk } => import(store, &path, format.as_deref(), &disk, progress),
+        Request::Send { .. }
+        | Request::Receive { .. }
+        | Request::ReceiveToken { .. }
+        | Request::ReceiveAbort { .. } => super::transfer::execute(store, request, progress),
         Request::Retire { .. }
         | Request::Diff { .. }
         | Request::Estimate { .. }

@@ -30,6 +30,7 @@ mod request;
 pub mod server;
 mod service;
 mod socket;
+mod transfer;
 mod way;
 
 pub use answer::Response;

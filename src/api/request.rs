@@ -207,6 +207,46 @@ pub enum Request {
         /// Absolute path of the directory, new or empty, as the server sees it.
         path: String,
     },
+    /// Writes a stream: the changes from one snapshot to another, or the rest of a stream that was cut off.
+    Send {
+        /// `DISK@SNAPSHOT` the stream leads to; left out only with `resume`.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        snapshot: Option<String>,
+        /// `DISK@SNAPSHOT` it starts from, live or retired; nothing when left out.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        from: Option<String>,
+        /// Token of a stream that was cut off.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        resume: Option<String>,
+        /// Leaves everything uncompressed.
+        #[serde(default, skip_serializing_if = "is_false")]
+        no_compress: bool,
+        /// Absolute path of a pipe, or of a file that is not there yet, as the server sees it.
+        output: String,
+    },
+    /// Makes a stream the newest snapshot of a disk.
+    Receive {
+        /// The disk; made when it is not there and the stream is a full one.
+        disk: String,
+        /// Name of the snapshot; as the sender calls it when left out.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        name: Option<String>,
+        /// Replaces what the disk is, and keeps it as a snapshot.
+        #[serde(default, skip_serializing_if = "is_false")]
+        force: bool,
+        /// Absolute path of a pipe or file with the stream, as the server sees it.
+        input: String,
+    },
+    /// Tells where the interrupted stream of a disk goes on.
+    ReceiveToken {
+        /// The disk.
+        disk: String,
+    },
+    /// Drops what arrived of an interrupted stream.
+    ReceiveAbort {
+        /// The disk.
+        disk: String,
+    },
     /// Tells who answers, and how the pool is.
     Status {},
     /// Unmounts, closes the pool and ends the server.

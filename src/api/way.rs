@@ -217,6 +217,8 @@ fn frees(request: &Request) -> bool {
             | Request::Prune { .. }
             | Request::Revert { .. }
             | Request::Release { .. }
+            | Request::Receive { .. }
+            | Request::ReceiveAbort { .. }
             | Request::Resize { shrink: true, .. }
     )
 }

@@ -25,6 +25,7 @@ mod screen;
 mod show;
 mod signal;
 mod snapshots;
+mod streams;
 mod table;
 mod umount;
 mod upkeep;
@@ -112,6 +113,8 @@ enum Command {
     Release(snapshots::Release),
     Prune(snapshots::Prune),
     Export(export::Export),
+    Send(streams::Send),
+    Receive(streams::Receive),
     Set(disks::Set),
     Get(disks::Get),
     Check(upkeep::Check),
@@ -209,6 +212,8 @@ fn run(command: Command, global: &Global, screen: &Screen) -> Result<u8> {
         Command::Completions(command) => command.run(screen),
         Command::Man(command) => command.run(screen),
         Command::Get(command) => command.run(global, screen),
+        Command::Send(command) => command.run(global, screen),
+        Command::Receive(command) => command.run(global, screen),
         Command::Create(command) => ask(global, screen, command.ask()?),
         Command::Import(command) => ask(global, screen, command.ask()?),
         Command::Resize(command) => ask(global, screen, command.ask()?),

@@ -54,6 +54,16 @@ impl Screen {
         }
     }
 
+    /// Prints an answer to stderr, because stdout has the result itself.
+    pub(super) fn aside(self, response: &Response) {
+        if self.json {
+            let line = serde_json::to_string(response).expect("answers hold nothing JSON cannot say");
+            write(&mut io::stderr(), &format!("{line}\n"));
+        } else if !self.quiet {
+            write(&mut io::stderr(), &show(response, Style::Brief));
+        }
+    }
+
     /// Prints bytes as they are.
     #[expect(clippy::unused_self, reason = "printing goes through the screen")]
     pub(super) fn bytes(self, bytes: &[u8]) {

@@ -3,7 +3,7 @@
 use super::table::{Head, Table, sheet};
 use crate::api::Response;
 use crate::api::answer::{
-    Checked, Disk, Exported, Imported, Pruned, Rebuilt, Reverted, Scrubbed, Settings, Snapshot, Status,
+    Checked, Disk, Exported, Imported, Pruned, Rebuilt, Received, Reverted, Scrubbed, Sent, Settings, Snapshot, Status,
 };
 use crate::clock;
 use crate::error::{Error, Result};
@@ -44,9 +44,37 @@ pub(super) fn show(response: &Response, style: Style) -> String {
         Response::Flushed {} => "everything is durable\n".to_owned(),
         Response::Imported(report) => imported(report),
         Response::Exported(report) => exported(report),
+        Response::Sent(report) => sent(report),
+        Response::Received(report) => received(report),
+        Response::Token { token, .. } => format!("{token}\n"),
+        Response::Aborted { disk } => format!("dropped what had arrived for {disk}\n"),
         Response::Status(status) => status_sheet(status),
         Response::Stopping { pid } => format!("process {pid} ends\n"),
     }
+}
+
+fn sent(report: &Sent) -> String {
+    let Sent { disk, snapshot, data, zeros, stream, unverified, .. } = report;
+    let mut text = format!(
+        "sent {disk}@{snapshot}: {} of data and {} of zeros in a stream of {}",
+        show_size(*data),
+        show_size(*zeros),
+        show_size(*stream)
+    );
+    if *unverified > 0 {
+        text += &format!("; {} not compared with a seal, there is none yet", show_size(*unverified));
+    }
+    text + "\n"
+}
+
+fn received(report: &Received) -> String {
+    let Received { disk, snapshot, data, zeros, kept, .. } = report;
+    let mut text =
+        format!("received {disk}@{snapshot}: {} of data and {} of zeros", show_size(*data), show_size(*zeros));
+    if let Some(kept) = kept {
+        text += &format!("; what was there is kept as {disk}@{kept}");
+    }
+    text + "\n"
 }
 
 fn disk_table(disks: &[Disk], health: Option<&str>) -> String {

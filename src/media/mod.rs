@@ -16,6 +16,7 @@
 
 #[cfg(test)]
 mod conformance;
+pub mod device;
 mod direct;
 pub mod host;
 pub mod sim;

@@ -47,7 +47,7 @@ pub fn clone(store: &Arc<Store>, disk: &str, snapshot: &str, new: &str) -> Resul
     store.disk_info_by_id(id)
 }
 
-fn cloned(row: DiskRow, key: StateKey, state: &StateRow, origin: String) -> DiskRow {
+pub(super) fn cloned(row: DiskRow, key: StateKey, state: &StateRow, origin: String) -> DiskRow {
     DiskRow {
         size: state.size,
         trim: state.trim,
@@ -62,7 +62,7 @@ fn cloned(row: DiskRow, key: StateKey, state: &StateRow, origin: String) -> Disk
 }
 
 /// No address handed out so far is at or above it.
-fn fresh_floor(edit: &Edit<'_>) -> u64 {
+pub(super) fn fresh_floor(edit: &Edit<'_>) -> u64 {
     BlockAddress::new(edit.tables.meta.segment.next(), 0).raw()
 }
 
@@ -76,7 +76,7 @@ fn readable(tables: &crate::store::Tables, disk: &str, snapshot: &str) -> Result
 }
 
 /// Starts a branch at an ended epoch.
-fn start_branch(edit: &mut Edit<'_>, at: StateKey) -> Result<(BranchId, Epoch)> {
+pub(super) fn start_branch(edit: &mut Edit<'_>, at: StateKey) -> Result<(BranchId, Epoch)> {
     let parent = *edit.tables.branch(at.0)?;
     let meta = edit.meta(|meta| {
         meta.branch = meta.branch.next();

@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use crate::disk::BlockDevice;
 use crate::error::{Error, Result};
+use crate::map::Run;
 use crate::store::{Located, Source, Status, Store};
-use crate::units::{BLOCK_SIZE, SnapshotId};
+use crate::units::{BLOCK_SIZE, ChunkIndex, Epoch, SnapshotId};
 
 /// An open snapshot: read-only, and kept whole until the last of its users lets go.
 #[derive(Debug)]
@@ -68,6 +69,28 @@ impl SnapshotDevice {
     #[must_use]
     pub fn id(&self) -> SnapshotId {
         self.id
+    }
+
+    /// Returns the pool it is in.
+    #[must_use]
+    pub fn store(&self) -> &Arc<Store> {
+        &self.store
+    }
+
+    /// Returns the last epoch it can have blocks of.
+    #[must_use]
+    pub fn epoch(&self) -> Epoch {
+        self.source.upto
+    }
+
+    /// Returns where the blocks `first..last` of a chunk are.
+    ///
+    /// # Errors
+    /// When the map cannot be read.
+    pub fn runs(&self, chunk: ChunkIndex, first: usize, last: usize) -> Result<Vec<Run>> {
+        let cached = self.store.chunk(&self.source, chunk)?;
+        let runs = cached.lock().entry.runs(first, last);
+        Ok(runs)
     }
 
     fn refuse(&self) -> Error {

@@ -14,6 +14,7 @@
 mod branch;
 mod device;
 pub mod diff;
+pub mod incoming;
 mod prune;
 pub mod record;
 mod remove;

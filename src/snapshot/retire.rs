@@ -23,7 +23,7 @@ use super::record::{self, RETIRED_DIR, Record, RecordIdentity, record_path};
 use crate::error::{Error, Kind, Result};
 use crate::media::File;
 use crate::progress::Progress;
-use crate::store::{Change, Edit, RetiredRow, SnapshotInfo, StateKey, Status, Store};
+use crate::store::{Change, Edit, RetiredRow, SnapshotInfo, StateKey, StateRow, Status, Store, Tables};
 
 /// Retires snapshots, all or none. One that is retired already stays so.
 ///
@@ -39,6 +39,11 @@ pub fn retire(store: &Arc<Store>, targets: &[(String, String)]) -> Result<Vec<Sn
                 continue;
             }
             super::remove::refuse_held(row, disk)?;
+            refuse_twin(&tables, row, disk)?;
+            if changed.iter().any(|(other, _, twin): &(StateKey, _, StateRow)| *other != key && twin.uuid == row.uuid) {
+                return Err(Error::failed(format!("'{disk}@{name}' and another one of these are the same state"))
+                    .hint("retire one of them and delete the other"));
+            }
             changed.push((key, disk.clone(), row.clone()));
         }
         store.ledger.writable()?;
@@ -56,6 +61,21 @@ pub fn retire(store: &Arc<Store>, targets: &[(String, String)]) -> Result<Vec<Sn
     }
     store.wake_keeper();
     targets.iter().map(|(disk, name)| store.snapshot_info(disk, name)).collect()
+}
+
+/// Records are named after the identity of a snapshot, so only one of several with the same can be retired.
+fn refuse_twin(tables: &Tables, row: &StateRow, disk: &str) -> Result<()> {
+    let states = tables.states().map(|(_, state)| state).filter(|state| state.status == Status::Retired);
+    let all = states.chain(tables.all_retired().map(|(_, retired)| &retired.state));
+    let mut twins = all.filter(|other| other.uuid == row.uuid && other.snapshot != row.snapshot);
+    let Some(twin) = twins.next() else { return Ok(()) };
+    let other = tables.disk(twin.disk).map_or("?", |disk| &disk.name);
+    let name = &row.name;
+    Err(Error::failed(format!(
+        "'{disk}@{name}' is the same state as '{other}@{}', which is retired already",
+        twin.name
+    ))
+    .hint("one record serves both; delete one of the two"))
 }
 
 /// Returns when the records of all retired snapshots are durable and their data is freed.
@@ -190,6 +210,7 @@ pub fn import_record(store: &Arc<Store>, what: &str, file: &dyn File) -> Result<
             if tables.snapshots_of(identity.row.state.disk).any(|(_, row)| row.snapshot == id) {
                 return Err(Error::exists(format!("snapshot '{}@{name}' has its data and needs no record", disk.name)));
             }
+            refuse_twin(&tables, &identity.row.state, &disk.name)?;
             if tables.snapshot(identity.row.state.disk, name).is_ok() {
                 return Err(Error::exists(format!("there is a snapshot '{}@{name}' already", disk.name))
                     .hint("rename or delete it first"));

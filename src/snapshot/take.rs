@@ -17,7 +17,7 @@ use uuid::Uuid;
 use crate::clock;
 use crate::disk::check_snapshot_name;
 use crate::error::{Error, Result};
-use crate::store::{Change, Edit, Head, Line, SnapshotInfo, StateRow, Status, Store};
+use crate::store::{Change, Edit, Head, Line, SnapshotInfo, StateKey, StateRow, Status, Store};
 use crate::units::{DiskId, Epoch, SnapshotId};
 
 /// One disk of a snapshot.
@@ -44,7 +44,7 @@ pub fn take(store: &Arc<Store>, targets: &[(String, String)]) -> Result<Vec<Snap
         let id = store.tables.read().disk_id(disk)?;
         list.push(Target { head: store.head(id)?, name: name.clone(), status: Status::Live });
     }
-    let ids = take_all(store, list)?;
+    let ids = take_all(store, list, &mut |_, _| Ok(()))?;
     let infos: Vec<_> = ids.into_iter().map(|id| store.snapshot_info_by_id(id)).collect::<Result<_>>()?;
     for info in &infos {
         let (disk, disk_name) = (info.disk_id, info.disk.clone());
@@ -63,11 +63,22 @@ pub fn take(store: &Arc<Store>, targets: &[(String, String)]) -> Result<Vec<Snap
 /// # Errors
 /// As [`take`].
 pub(super) fn take_hidden(store: &Arc<Store>, disk: DiskId) -> Result<SnapshotId> {
-    let target = Target { head: store.head(disk)?, name: String::new(), status: Status::Hidden };
-    Ok(take_all(store, vec![target])?[0])
+    take_hidden_and(store, disk, &mut |_, _| Ok(()))
 }
 
-fn take_all(store: &Arc<Store>, mut targets: Vec<Target>) -> Result<Vec<SnapshotId>> {
+/// What goes into the frame of a snapshot besides it.
+type Besides<'a> = dyn FnMut(&mut Edit<'_>, StateKey) -> Result<()> + 'a;
+
+/// As [`take_hidden`], and in the same frame what `besides` adds.
+///
+/// # Errors
+/// As [`take`], and what `besides` returns, which poisons the pool: it must not fail for any other reason than damage.
+pub(super) fn take_hidden_and(store: &Arc<Store>, disk: DiskId, besides: &mut Besides<'_>) -> Result<SnapshotId> {
+    let target = Target { head: store.head(disk)?, name: String::new(), status: Status::Hidden };
+    Ok(take_all(store, vec![target], besides)?[0])
+}
+
+fn take_all(store: &Arc<Store>, mut targets: Vec<Target>, besides: &mut Besides<'_>) -> Result<Vec<SnapshotId>> {
     store.ledger.writable()?;
     targets.sort_by_key(|target| target.head.id);
     if let Some(pair) = targets.windows(2).find(|pair| pair[0].head.id == pair[1].head.id) {
@@ -82,7 +93,7 @@ fn take_all(store: &Arc<Store>, mut targets: Vec<Target>) -> Result<Vec<Snapshot
     refuse_taken(store, &targets)?;
     let (switched, slabs) = stop_and_switch(store, &targets)?;
     drop(slabs);
-    let result = complete(store, &targets, &switched);
+    let result = complete(store, &targets, &switched, besides);
     if let Err(error) = &result {
         // The epochs have been switched in memory and no frame says so: only a replay gets that right again.
         store.ledger.poison(error);
@@ -139,7 +150,12 @@ fn stop_and_switch(store: &Store, targets: &[Target]) -> Result<(Vec<Switched>, 
 }
 
 /// Makes the ended epochs durable and commits the snapshots in one frame.
-fn complete(store: &Arc<Store>, targets: &[Target], switched: &[Switched]) -> Result<Vec<SnapshotId>> {
+fn complete(
+    store: &Arc<Store>,
+    targets: &[Target],
+    switched: &[Switched],
+    besides: &mut Besides<'_>,
+) -> Result<Vec<SnapshotId>> {
     for (target, switched) in targets.iter().zip(switched) {
         let captures = target.head.take_frozen(store, &switched.ended, switched.ended.epoch);
         store.sync_and_settle(&target.head)?;
@@ -185,6 +201,7 @@ fn complete(store: &Arc<Store>, targets: &[Target], switched: &[Switched]) -> Re
                 row.written = 0;
                 row.stamp = stamp;
             })?;
+            besides(&mut edit, key)?;
         }
         (ids, store.ledger.submit(edit.finish())?)
     };

@@ -6,7 +6,8 @@
 //! # Rules
 //! 1. A copied entry keeps its epoch: it is below every epoch of the branch, no state of the branch has it, and the time
 //!    of extent files follows from it.
-//! 2. Entries that only this branch could see in the branches above are removed before it is cut loose, after their
+//! 2. An entry is not copied where the branch has one of its own that every look-up finds first.
+//! 3. Entries that only this branch could see in the branches above are removed before it is cut loose, after their
 //!    copies were made; so at every moment a look-up finds the one or the other.
 //!
 //! # After a crash
@@ -96,6 +97,15 @@ impl Store {
         Ok(())
     }
 
+    /// Returns the first epoch of a branch that a look-up begins in: its first state or head, or where a branch began.
+    fn first_epoch_seen(&self, branch: BranchId) -> Epoch {
+        let tables = self.tables.read();
+        let state = tables.next_state(branch, Epoch(0)).map(|key| key.1);
+        let head = tables.head_of(branch).map(|(_, disk)| disk.epoch);
+        let child = tables.offspring(branch, Epoch(0)).next().map(|(epoch, _)| epoch);
+        state.into_iter().chain(head).chain(child).min().unwrap_or_default()
+    }
+
     /// Copies the inherited entries of a batch of chunks; returns where to go on.
     fn copy_entries(
         &self,
@@ -105,6 +115,7 @@ impl Store {
         from: ChunkIndex,
     ) -> Result<Option<ChunkIndex>> {
         let _reclaim = self.reclaim.lock();
+        let first = self.first_epoch_seen(branch);
         let mut rows = Vec::new();
         let mut index = IndexChanges::default();
         let mut next = Some(from);
@@ -118,7 +129,9 @@ impl Store {
             let page = self.ledger.page(&low, &Key::map(branch, chunk, parent.1), 1)?;
             let copied = page.rows.first().is_some_and(|(key, _)| matches!(key.parts(), Ok(KeyParts::Map(..))));
             let found = self.resolve(parent, chunk)?;
-            if let (false, Some((_, epoch))) = (copied, found.row) {
+            let (low, high) = (Key::map(branch, chunk, parent.1.next()), Key::map(branch, chunk, first));
+            let hidden = self.ledger.last_in(&low, &high)?.is_some();
+            if let (false, false, Some((_, epoch))) = (copied, hidden, found.row) {
                 rows.push(Row::put(Key::map(branch, chunk, epoch), encode_entry(&found.entry)));
                 index.add(branch, epoch, chunk);
             }

@@ -7,7 +7,7 @@ use uuid::Uuid;
 use super::states::{StateRow, Status};
 use super::tables::Tables;
 use super::{Settings, Store};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::units::{BLOCK_SIZE, DiskId, SnapshotId};
 
 /// A disk.
@@ -78,6 +78,11 @@ pub struct SnapshotInfo {
     pub holds: Vec<String>,
 }
 
+/// Tells whether a disk of that name is one that the program keeps for itself: no user can give such a name.
+pub(super) fn is_hidden(name: &str) -> bool {
+    name.starts_with('.')
+}
+
 fn snapshot(tables: &Tables, row: &StateRow) -> SnapshotInfo {
     SnapshotInfo {
         id: row.snapshot,
@@ -116,10 +121,11 @@ impl Store {
         })
     }
 
-    /// Returns all disks, by name.
+    /// Returns all disks, by name; those that the program keeps for itself are not listed.
     pub fn disks(&self) -> Vec<DiskInfo> {
         let tables = self.tables.read();
-        tables.disks_by_name().filter_map(|(id, _)| self.disk_of(&tables, id).ok()).collect()
+        let listed = tables.disks_by_name().filter(|(_, row)| !is_hidden(&row.name));
+        listed.filter_map(|(id, _)| self.disk_of(&tables, id).ok()).collect()
     }
 
     /// Returns a disk.
@@ -127,6 +133,9 @@ impl Store {
     /// # Errors
     /// `NotFound`.
     pub fn disk_info(&self, name: &str) -> Result<DiskInfo> {
+        if is_hidden(name) {
+            return Err(Error::not_found(format!("there is no disk '{name}'")));
+        }
         let tables = self.tables.read();
         self.disk_of(&tables, tables.disk_id(name)?)
     }

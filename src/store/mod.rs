@@ -245,8 +245,13 @@ impl Store {
         self.changes.load(std::sync::atomic::Ordering::Acquire)
     }
 
-    /// Tells everybody of a change.
+    /// Tells everybody of a change, unless it is of a disk that nobody sees.
     pub fn tell(&self, change: &Change) {
+        if let Change::Disk { name, .. } = change
+            && listing::is_hidden(name)
+        {
+            return;
+        }
         self.changes.fetch_add(1, std::sync::atomic::Ordering::AcqRel);
         for hook in &*self.hooks.read() {
             hook(change);

@@ -55,6 +55,17 @@ impl Checksums {
         }
     }
 
+    /// Takes over what another disk has noted, whose data becomes that of this one.
+    pub fn adopt(&self, other: &Self) {
+        let theirs = std::mem::take(&mut *other.slabs.lock());
+        let mut slabs = self.slabs.lock();
+        for (base, slab) in theirs {
+            if slabs.len() < SLABS_MAX {
+                slabs.insert(base, slab);
+            }
+        }
+    }
+
     fn get(&self, address: BlockAddress) -> Option<u32> {
         let slabs = self.slabs.lock();
         let slab = slabs.get(&address.slab())?;

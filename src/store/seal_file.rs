@@ -285,7 +285,26 @@ pub struct SealReader {
     segment: SegmentId,
 }
 
+/// A place between two records of a seal file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SealPosition {
+    at: u64,
+    count: u64,
+}
+
 impl SealReader {
+    /// Returns where the next record begins.
+    #[must_use]
+    pub fn place(&self) -> SealPosition {
+        SealPosition { at: self.bodies.at, count: self.bodies.count }
+    }
+
+    /// Goes to a place that [`SealReader::place`] gave, of a reader of the same file.
+    pub fn go_to(&mut self, position: SealPosition) {
+        let bodies = &mut self.bodies;
+        (bodies.at, bodies.count, bodies.ended) = (position.at, position.count, false);
+    }
+
     fn record(&self, body: &[u8]) -> Result<SealedSlab> {
         let mut from = Reader::new(self.bodies.path(), body);
         let record = match from.u8()? {

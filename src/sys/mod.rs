@@ -10,5 +10,6 @@ pub mod cow;
 pub mod hole;
 pub mod lock;
 pub mod pages;
+pub mod pipe;
 pub mod process;
 pub mod ring;

@@ -9,6 +9,7 @@ mod mounting;
 mod rebuild;
 mod requests;
 mod socket;
+mod streams;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};

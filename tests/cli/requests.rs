@@ -62,6 +62,32 @@ fn golden() -> Vec<(Request, &'static str)> {
             Request::Export { from: Some(monday()), to: "web@tuesday".into(), path: "/d".into() },
             r#"{"command":"export","from":"web@monday","to":"web@tuesday","path":"/d"}"#,
         ),
+        (
+            Request::Send {
+                snapshot: Some(monday()),
+                from: Some("web@sunday".into()),
+                resume: None,
+                no_compress: false,
+                output: "/p".into(),
+            },
+            r#"{"command":"send","snapshot":"web@monday","from":"web@sunday","output":"/p"}"#,
+        ),
+        (
+            Request::Send {
+                snapshot: None,
+                from: None,
+                resume: Some("01ff".into()),
+                no_compress: true,
+                output: "/p".into(),
+            },
+            r#"{"command":"send","resume":"01ff","no_compress":true,"output":"/p"}"#,
+        ),
+        (
+            Request::Receive { disk: web(), name: Some("n".into()), force: true, input: "/p".into() },
+            r#"{"command":"receive","disk":"web","name":"n","force":true,"input":"/p"}"#,
+        ),
+        (Request::ReceiveToken { disk: web() }, r#"{"command":"receive-token","disk":"web"}"#),
+        (Request::ReceiveAbort { disk: web() }, r#"{"command":"receive-abort","disk":"web"}"#),
         (Request::Status {}, r#"{"command":"status"}"#),
         (Request::Shutdown {}, r#"{"command":"shutdown"}"#),
     ]

@@ -18,6 +18,7 @@ fn make() {
     }
     let mut golden: Vec<(&str, Vec<u8>)> =
         vec![("superblock", files::superblock()), ("journal", files::journal()), ("seal", files::seal())];
+    golden.push(("stream", crate::stream::format::golden()));
     golden.push(("record", super::record::record_of(&super::record::RECIPE)));
     golden.extend(samples::all().into_iter().map(|sample| (sample.name, sample.bytes)));
     for (name, bytes) in golden {

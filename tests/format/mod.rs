@@ -22,7 +22,7 @@ fn fixture_path(name: &str) -> PathBuf {
 }
 
 /// Reads a fixture: lines of hex digits, `zeros N`, and comments.
-fn fixture(name: &str) -> Vec<u8> {
+pub(crate) fn fixture(name: &str) -> Vec<u8> {
     fixture_of("v1", name)
 }
 
@@ -75,7 +75,7 @@ fn refused<T>(what: &str, result: Result<T>) {
 }
 
 /// Calls `each` with every copy of `bytes` that has one bit turned over, and the number of the bit.
-fn each_flip(bytes: &[u8], mut each: impl FnMut(usize, &[u8])) {
+pub(crate) fn each_flip(bytes: &[u8], mut each: impl FnMut(usize, &[u8])) {
     let mut bad = bytes.to_vec();
     for bit in 0..bytes.len() * 8 {
         bad[bit / 8] ^= 1 << (bit % 8);

@@ -8,6 +8,7 @@ use afterimage::codec::crc32;
 use afterimage::pool::SegmentHeader;
 use afterimage::store::rows::{BranchRow, Meta, SegmentRow};
 use afterimage::store::{JOURNAL_MIN, OpeningRow};
+use afterimage::stream::format::{Codec, Header, Record};
 use afterimage::units::{BranchId, DiskId, Epoch, SegmentId, SnapshotId};
 use uuid::Uuid;
 
@@ -18,6 +19,7 @@ use super::{files, fixture};
 const POOL_PAGE: &str = include_str!("../../src/pool/FORMAT.md");
 const SNAPSHOT_PAGE: &str = include_str!("../../src/snapshot/record/FORMAT.md");
 const STORE_PAGE: &str = include_str!("../../src/store/FORMAT.md");
+const STREAM_PAGE: &str = include_str!("../../src/stream/FORMAT.md");
 
 #[derive(Debug)]
 struct Field {
@@ -128,6 +130,7 @@ fn check(page: &str, title: &str, golden: &[u8], variants: &[Variant]) {
 fn every_table_of_offsets_is_compared() {
     let titles = |page| layouts(page).into_iter().map(|layout| layout.title).collect::<Vec<_>>();
     assert_eq!(titles(POOL_PAGE), ["Segment header", "Seal file header"]);
+    assert_eq!(titles(STREAM_PAGE), ["Prefix", "Record header"]);
     assert_eq!(titles(STORE_PAGE), ["Journal header", "Frame header", "Meta", "Branch", "Segment", "Stamp", "Opening"]);
     assert_eq!(titles(SNAPSHOT_PAGE), ["Record header", "Directory entry"]);
 }
@@ -178,6 +181,25 @@ fn the_journal_is_as_the_page_says() {
     check(STORE_PAGE, "Frame header", &golden, &variants);
     assert_eq!(golden[40..44], crc32(&a).to_le_bytes(), "bodycrc is the checksum of the body");
     assert_eq!(golden[64..104], a, "the body follows the header");
+}
+
+#[test]
+fn streams_are_as_the_page_says() {
+    let header = crate::stream::format::header();
+    let longer = Header { disk_name: "webs".to_owned(), ..header };
+    check(STREAM_PAGE, "Prefix", &fixture("stream")[..16], &[variant("length", longer.encode()[..16].to_vec())]);
+    let data = |offset, length, codec, stored, crc| Record::Data { offset, length, codec, stored, crc }.encode();
+    let mut variants = [
+        variant("kind", Record::Zeros { offset: 4096, length: 8192 }.encode()),
+        variant("codec", data(4096, 8192, Codec::Raw, 8192, 9)),
+        variant("stored", data(4096, 8192, Codec::Lz4, 78, 9)),
+        variant("offset", data(8192, 8192, Codec::Lz4, 77, 9)),
+        variant("length", data(4096, 4096, Codec::Lz4, 77, 9)),
+        variant("plain", data(4096, 8192, Codec::Lz4, 77, 8)),
+    ];
+    variants[0].also = &["codec", "stored", "plain"];
+    variants[1].also = &["stored"];
+    check(STREAM_PAGE, "Record header", &data(4096, 8192, Codec::Lz4, 77, 9), &variants);
 }
 
 #[test]
