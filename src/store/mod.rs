@@ -47,6 +47,7 @@ mod settings;
 mod space;
 mod states;
 mod tables;
+mod touch;
 mod tree;
 mod unmap;
 mod view;
