@@ -17,6 +17,7 @@ use crate::error::{Error, Kind, Result};
 use crate::media::host::HostMedia;
 use crate::pool::PoolLock;
 use crate::progress::Progress;
+use crate::snapshot;
 use crate::store::{OpenOptions, Store};
 
 /// How long a lock without a socket is waited for.
@@ -139,7 +140,10 @@ pub fn enter(pool: &Path) -> Result<Entry> {
 /// Whatever keeps the store from opening.
 pub fn open_store(pool: &Path, options: OpenOptions) -> Result<Arc<Store>> {
     let media = HostMedia::new(pool).map_err(|e| Error::io(format!("cannot open {}", pool.display()), e))?;
-    Store::open(Arc::new(media), options).map_err(|e| e.context(format!("cannot open the pool {}", pool.display())))
+    let store = Store::open(Arc::new(media), options)
+        .map_err(|e| e.context(format!("cannot open the pool {}", pool.display())))?;
+    snapshot::attend(&store);
+    Ok(store)
 }
 
 /// Makes sure that there is a pool in the directory `pool`, and returns its path without links.

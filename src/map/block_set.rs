@@ -49,6 +49,12 @@ impl BlockSet {
         self.0[index / 64] |= 1 << (index % 64);
     }
 
+    /// Makes a set from its bits, the lowest first.
+    #[must_use]
+    pub fn from_words(words: [u64; BITS / 64]) -> Self {
+        Self(words)
+    }
+
     /// Returns how many blocks are in the set.
     #[must_use]
     pub fn count(&self) -> u32 {

@@ -15,11 +15,14 @@ mod branch;
 mod device;
 pub mod diff;
 mod prune;
+pub mod record;
 mod remove;
+mod retire;
 mod take;
 
 pub use branch::{RevertReport, clone, clone_into, revert};
 pub use device::{SnapshotDevice, open, open_by_id};
 pub use prune::{Keep, PruneLine, prune};
 pub use remove::{hold, release, remove, rename, unique};
+pub use retire::{attend, import_record, retire, wait_retired};
 pub use take::take;

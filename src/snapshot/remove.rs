@@ -28,7 +28,7 @@ fn change(
     Ok(old)
 }
 
-fn refuse_held(row: &StateRow, disk: &str) -> Result<()> {
+pub(super) fn refuse_held(row: &StateRow, disk: &str) -> Result<()> {
     if row.holds.is_empty() {
         return Ok(());
     }
@@ -41,18 +41,30 @@ fn refuse_held(row: &StateRow, disk: &str) -> Result<()> {
 /// # Errors
 /// `NotFound`; `Busy` when it is held.
 pub fn remove(store: &Arc<Store>, disk: &str, snapshot: &str) -> Result<()> {
-    let old = change(
-        store,
-        disk,
-        snapshot,
-        |row, _| refuse_held(row, disk),
-        |row| {
-            row.status = Status::Dying;
-            row.name = String::new();
-        },
-    )?;
-    let (disk, disk_name) = (old.disk, disk.to_owned());
-    store.tell(&Change::Snapshot { disk, disk_name, id: old.snapshot, name: old.name, was: None, gone: true });
+    let (old, recorded, ticket) = {
+        let mut tables = store.tables.write();
+        let old = tables.snapshot(tables.disk_id(disk)?, snapshot)?.1.clone();
+        refuse_held(&old, disk)?;
+        store.ledger.writable()?;
+        let recorded = tables.retired(old.snapshot).is_some();
+        let mut edit = Edit::new(&mut tables);
+        if recorded {
+            edit.delete_retired(old.snapshot);
+        } else {
+            edit.change_snapshot(old.snapshot, |row| {
+                row.status = Status::Dying;
+                row.name = String::new();
+            });
+        }
+        (old, recorded, store.ledger.submit(edit.finish())?)
+    };
+    store.ledger.wait(ticket)?;
+    if recorded {
+        super::retire::remove_record(store, old.uuid)?;
+    }
+    let (disk, disk_name, id) = (old.disk, disk.to_owned(), old.snapshot);
+    let retired = old.status == Status::Retired;
+    store.tell(&Change::Snapshot { disk, disk_name, id, name: old.name, was: None, gone: true, retired });
     store.wake_keeper();
     Ok(())
 }
@@ -85,7 +97,8 @@ pub fn rename(store: &Arc<Store>, disk: &str, old: &str, new: &str) -> Result<()
     let before = change(store, disk, old, taken, |row| row.name = new.to_owned())?;
     let (id, disk_name) = (before.snapshot, disk.to_owned());
     let was = Some(old.to_owned());
-    store.tell(&Change::Snapshot { disk: before.disk, disk_name, id, name: new.to_owned(), was, gone: false });
+    let retired = before.status == Status::Retired;
+    store.tell(&Change::Snapshot { disk: before.disk, disk_name, id, name: new.to_owned(), was, gone: false, retired });
     Ok(())
 }
 

@@ -48,7 +48,8 @@ pub fn take(store: &Arc<Store>, targets: &[(String, String)]) -> Result<Vec<Snap
     let infos: Vec<_> = ids.into_iter().map(|id| store.snapshot_info_by_id(id)).collect::<Result<_>>()?;
     for info in &infos {
         let (disk, disk_name) = (info.disk_id, info.disk.clone());
-        store.tell(&Change::Snapshot { disk, disk_name, id: info.id, name: info.name.clone(), was: None, gone: false });
+        let (id, name) = (info.id, info.name.clone());
+        store.tell(&Change::Snapshot { disk, disk_name, id, name, was: None, gone: false, retired: false });
     }
     // In the order in which they were asked for.
     let place = |info: &SnapshotInfo| targets.iter().position(|t| t.0 == info.disk && t.1 == info.name);

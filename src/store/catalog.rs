@@ -87,6 +87,43 @@ impl std::fmt::Debug for View {
     }
 }
 
+/// Rows of the catalog, one after the other.
+pub struct Stored(redb::Range<'static, &'static [u8], &'static [u8]>);
+
+/// A value where redb has it.
+pub struct StoredValue(redb::AccessGuard<'static, &'static [u8]>);
+
+impl std::fmt::Debug for Stored {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Stored")
+    }
+}
+
+impl std::fmt::Debug for StoredValue {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("StoredValue").field(&self.bytes().len()).finish()
+    }
+}
+
+impl Stored {
+    /// Returns the next row.
+    ///
+    /// # Errors
+    /// Any error of the host; `Corrupt` when a key is damaged.
+    pub fn step(&mut self) -> Result<Option<(Key, StoredValue)>> {
+        let Some(row) = self.0.next() else { return Ok(None) };
+        let (key, value) = row.map_err(|e| fail("read", e))?;
+        Ok(Some((Key::from_bytes(key.value())?, StoredValue(value))))
+    }
+}
+
+impl StoredValue {
+    /// Returns the bytes.
+    pub fn bytes(&self) -> &[u8] {
+        self.0.value()
+    }
+}
+
 impl Catalog {
     /// Makes an empty catalog in an empty file.
     ///
@@ -232,6 +269,15 @@ impl View {
             out.push((Key::from_bytes(key.value())?, value.value().to_vec()));
         }
         Ok(out)
+    }
+
+    /// Returns the rows from `low` to `high`, both included, in order, one after the other.
+    ///
+    /// # Errors
+    /// Any error of the host.
+    pub fn walk(&self, low: &Key, high: &Key) -> Result<Stored> {
+        let range = self.rows.range::<&[u8]>(low.as_bytes()..=high.as_bytes()).map_err(|e| fail("read", e))?;
+        Ok(Stored(range))
     }
 
     /// Returns how many rows there are.

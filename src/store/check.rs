@@ -18,7 +18,7 @@ use roaring::RoaringTreemap;
 use serde::{Deserialize, Serialize};
 
 use super::Store;
-use super::ledger::Frozen;
+use super::frozen::Frozen;
 use super::rows::{Key, KeyParts, Row, Table, checked_chunk, decode_count, decode_entry, decode_set};
 use super::states::Status;
 use super::tables::{StateKey, Tables};

@@ -134,8 +134,17 @@ impl Store {
         let punch = |store: &Self| Ok(store.punch_step(true)? > 0);
         // What gives room comes first, and one that fails does not keep the others from their turn: on a full host file
         // system neither a fold nor a seal can be written, and punching must go on all the same.
-        let steps: [fn(&Self) -> Result<bool>; 7] =
-            [fold, Self::trim_one, Self::reclaim_one, Self::sweep, punch, Self::seal_one, Self::flatten_one];
+        let steps: [fn(&Self) -> Result<bool>; 9] = [
+            fold,
+            Self::trim_one,
+            Self::reclaim_one,
+            Self::sweep,
+            punch,
+            Self::record_one,
+            Self::seal_one,
+            Self::flatten_one,
+            Self::drop_stamps,
+        ];
         let mut more = false;
         let mut failed = None;
         for step in steps {

@@ -22,6 +22,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::catalog::{Catalog, View};
+use super::frozen::Frozen;
 use super::journal::{Journal, encode_row};
 use super::rows::{Key, KeyParts, Row, Table};
 use crate::codec::Writer;
@@ -29,7 +30,7 @@ use crate::error::{Error, Kind, Result};
 use crate::sync::{Mutex, RwLock};
 use crate::units::SegmentId;
 
-type Layer = BTreeMap<Key, Option<Arc<[u8]>>>;
+pub(super) type Layer = BTreeMap<Key, Option<Arc<[u8]>>>;
 
 /// Syncs segments.
 pub type Settle = Box<dyn Fn(&BTreeSet<SegmentId>) -> Result<()> + Send + Sync>;
@@ -355,7 +356,7 @@ impl Ledger {
         for layer in layers.newest_first().into_iter().rev() {
             memory.extend(layer.iter().map(|(key, value)| (*key, value.clone())));
         }
-        Frozen { memory, view: Arc::clone(&layers.view) }
+        Frozen::new(memory, Arc::clone(&layers.view))
     }
 
     /// Returns the value of a row as of now.
@@ -465,42 +466,6 @@ impl Ledger {
         match self.catalog.lock().take() {
             Some(open) => open.close(),
             None => Ok(()),
-        }
-    }
-}
-
-/// All rows as of one instant.
-#[derive(Debug)]
-pub struct Frozen {
-    memory: Layer,
-    view: Arc<View>,
-}
-
-impl Frozen {
-    /// Calls `each` for every row from `low` to `high`, in order.
-    ///
-    /// # Errors
-    /// When the catalog cannot be read, or what `each` returns.
-    pub fn scan(&self, low: &Key, high: &Key, each: &mut dyn FnMut(Key, Vec<u8>) -> Result<()>) -> Result<()> {
-        let mut at = *low;
-        loop {
-            let stored = self.view.page(&at, high, PAGE)?;
-            let full = stored.len() == PAGE;
-            let end = if full { stored[PAGE - 1].0 } else { *high };
-            let mut merged: BTreeMap<Key, Vec<u8>> = stored.into_iter().collect();
-            for (key, value) in self.memory.range(at..=end) {
-                match value {
-                    Some(value) => drop(merged.insert(*key, value.to_vec())),
-                    None => drop(merged.remove(key)),
-                }
-            }
-            for (key, value) in merged {
-                each(key, value)?;
-            }
-            at = end.after();
-            if !full || at > *high {
-                return Ok(());
-            }
         }
     }
 }

@@ -29,6 +29,7 @@ mod catalog;
 mod check;
 mod commit;
 mod flatten;
+mod frozen;
 mod head;
 mod journal;
 mod keeper;
@@ -51,12 +52,14 @@ mod touch;
 mod tree;
 mod unmap;
 mod view;
+mod walk;
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 pub use check::{CheckReport, Problem, check};
 pub use commit::Capture;
+pub use frozen::Frozen;
 pub use head::{Head, Line, Slab};
 pub use journal::{JOURNAL_MIN, Journal, Mark, encode_row};
 pub use listing::{DiskInfo, SnapshotInfo, SnapshotState};
@@ -68,11 +71,13 @@ pub use states::{DiskRow, StateRow, Status};
 pub use tables::{Edit, StateKey, Tables};
 pub use tree::Stretch;
 pub use view::{Resolved, Source};
+pub use walk::{Found, MapView, MapWalk, Unsaved};
 
 use std::collections::{BTreeMap, HashMap};
 
 use uuid::Uuid;
 
+use crate::error::Result;
 use crate::map::Cache;
 use crate::media::Media;
 use crate::pool::{Segments, Superblock};
@@ -97,7 +102,7 @@ pub enum Change {
         /// Its content was replaced, as by a revert.
         data: bool,
     },
-    /// A snapshot was taken, renamed or removed.
+    /// A snapshot was taken, renamed, retired or removed.
     Snapshot {
         /// The disk.
         disk: DiskId,
@@ -111,10 +116,14 @@ pub enum Change {
         was: Option<String>,
         /// It was removed.
         gone: bool,
+        /// It is a retired one (from now on, or was until now).
+        retired: bool,
     },
 }
 
 type Hook = Box<dyn Fn(&Change) + Send + Sync>;
+/// Writes the record of one retired snapshot; false when there is none to write.
+type Recorder = fn(&Store) -> Result<bool>;
 
 /// An open pool.
 pub struct Store {
@@ -141,6 +150,9 @@ pub struct Store {
     space: space::SpaceGuard,
     opening: u64,
     hooks: RwLock<Vec<Hook>>,
+    recorder: RwLock<Option<Recorder>>,
+    /// Stamps that were left when the last idle ones were dropped.
+    stamps_needed: std::sync::atomic::AtomicUsize,
     changes: AtomicU64,
     keeper: keeper::Keeper,
     /// Counters for `metrics`.
@@ -194,6 +206,18 @@ impl Store {
     /// Returns the host directory.
     pub fn media(&self) -> &Arc<dyn Media> {
         &self.media
+    }
+
+    /// Says how the records of retired snapshots are written: the format is above this layer, and the background is in it.
+    /// Returns whether nobody had said it before.
+    pub fn set_recorder(&self, recorder: Recorder) -> bool {
+        self.recorder.write().replace(recorder).is_none()
+    }
+
+    /// Writes one record of a retired snapshot.
+    fn record_one(&self) -> Result<bool> {
+        let recorder = *self.recorder.read();
+        recorder.map_or(Ok(false), |write| write(self))
     }
 
     /// Calls `hook` after each change of names, sizes or content. It is called without any lock of the store, on the

@@ -154,6 +154,8 @@ impl Store {
             space: space::SpaceGuard::default(),
             opening,
             hooks: RwLock::default(),
+            recorder: RwLock::default(),
+            stamps_needed: std::sync::atomic::AtomicUsize::new(0),
             changes: AtomicU64::new(0),
             keeper: keeper::Keeper::default(),
             counters: Counters::default(),

@@ -10,7 +10,12 @@
 //!    one that was taken back to an earlier day, goes on with another opening; addresses and in-place writes of the other
 //!    course of events are then never taken for its own.
 
+use std::collections::BTreeSet;
+
+use super::Store;
+use super::rows::{Key, KeyParts, Table};
 use super::states::{StateRow, Status};
+use super::tables::Edit;
 use crate::codec::{Reader, Writer, unseal};
 use crate::error::{Error, Result};
 use crate::units::{BranchId, Epoch, SnapshotId};
@@ -95,6 +100,48 @@ impl OpeningRow {
         let row = Self { nonce: from.u64()?, snapshot: SnapshotId(from.u64()?), begun: from.u64()? };
         from.end()?;
         Ok(row)
+    }
+}
+
+/// Stamps beyond twice those of the states that are dropped at a time at least: looking for them reads the whole index.
+const STAMPS_SPARE: usize = 1000;
+
+impl Store {
+    /// Forgets the stamps of epochs of which no entry is left, when there are many. Returns false when there are not.
+    ///
+    /// # Errors
+    /// When the catalog cannot be read; `ReadOnly` when the pool refuses writes.
+    pub fn drop_stamps(&self) -> Result<bool> {
+        let (stamps, states) = {
+            let tables = self.tables.read();
+            (tables.stamps().count(), tables.states().count() + tables.all_retired().count())
+        };
+        if stamps < 2 * states.max(self.stamps_needed.load(std::sync::atomic::Ordering::Relaxed)) + STAMPS_SPARE {
+            return Ok(false);
+        }
+        let mut needed = BTreeSet::new();
+        self.ledger.scan(&Key::first_of(Table::Index), &Key::beyond(Table::Index), &mut |key, _| {
+            if let KeyParts::Index(_, epoch, _) = key.parts()? {
+                needed.insert(epoch);
+            }
+            Ok(())
+        })?;
+        // An entry that is made meanwhile is of an epoch that is still written or was just ended: above all that is asked.
+        let mut tables = self.tables.write();
+        needed.extend(tables.states().map(|(key, _)| key.1));
+        let newest = needed.last().copied().unwrap_or_default();
+        let idle: Vec<Epoch> = tables
+            .stamps()
+            .map(|(epoch, _)| epoch)
+            .filter(|epoch| *epoch < newest && !needed.contains(epoch))
+            .collect();
+        self.stamps_needed.store(stamps - idle.len(), std::sync::atomic::Ordering::Relaxed);
+        for part in idle.chunks(4096) {
+            let mut edit = Edit::new(&mut tables);
+            part.iter().for_each(|epoch| edit.delete_stamp(*epoch));
+            let _ticket = self.ledger.submit(edit.finish())?;
+        }
+        Ok(false)
     }
 }
 

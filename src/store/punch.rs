@@ -239,7 +239,7 @@ impl Store {
                 return Err(Error::failed("reclaiming was cancelled; it goes on in the background"));
             }
             let turn = self.tidying.lock();
-            let more = self.trim_one()? | self.reclaim_one()? | self.sweep()?;
+            let more = self.trim_one()? | self.record_one()? | self.reclaim_one()? | self.sweep()?;
             let blocks = self.punch_step(false)?;
             drop(turn);
             freed += blocks * BLOCK_SIZE;

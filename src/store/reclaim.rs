@@ -17,12 +17,13 @@ use std::collections::BTreeSet;
 
 use super::Store;
 use super::commit::{Capture, IndexChanges, free_rows};
+use super::frozen::enter_chunks;
 use super::head::Line;
-use super::rows::{Key, KeyParts, Row, decode_entry, decode_set};
+use super::rows::{Key, KeyParts, Row, decode_entry};
 use super::states::{DiskRow, Status};
 use super::tables::{Edit, StateKey, Tables};
 use super::tree::Stretch;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::map::{Entry, Piece};
 use crate::units::{BranchId, ChunkIndex, Epoch};
 
@@ -175,18 +176,7 @@ impl Store {
         for stretch in stretches {
             let low = Key::index(stretch.branch, stretch.after.next(), 0);
             let high = Key::index(stretch.branch, stretch.upto, u32::MAX);
-            self.ledger.scan(&low, &high, &mut |key, value| {
-                let KeyParts::Index(_, _, group) = key.parts()? else {
-                    return Err(Error::corrupt("an index key of the catalog is damaged"));
-                };
-                let first = u64::from(group) * u64::from(super::commit::CHUNKS_PER_GROUP);
-                for index in decode_set(&value)?.iter() {
-                    let chunk = u32::try_from(first + index as u64)
-                        .map_err(|_| Error::corrupt("an index row names a chunk beyond the largest disk"))?;
-                    chunks.insert(ChunkIndex(chunk));
-                }
-                Ok(())
-            })?;
+            self.ledger.scan(&low, &high, &mut |key, value| enter_chunks(&key, &value, &mut chunks))?;
         }
         Ok(chunks)
     }

@@ -84,23 +84,34 @@ impl Store {
         let next = {
             let tables = self.tables.read();
             let mut open = tables.states().filter(|(_, row)| !row.sealed && row.status.readable());
-            open.next().map(|(key, row)| (key, row.clone()))
+            open.next().map(|(key, _)| key)
         };
-        let Some((key, row)) = next else { return Ok(false) };
+        let Some(key) = next else { return Ok(false) };
+        self.seal_state(key)?;
+        Ok(true)
+    }
+
+    /// Writes the seal files of one ended epoch, unless they are written. The caller has its turn of the background.
+    ///
+    /// # Errors
+    /// As [`Store::seal_one`].
+    pub fn seal_state(&self, key: StateKey) -> Result<()> {
+        let state = self.tables.read().state(key).filter(|row| !row.sealed && row.status.whole()).cloned();
+        let Some(row) = state else { return Ok(()) };
         // Held open, so that nothing of it is punched while it is read.
         self.hold_open(row.snapshot);
         let result = self.seal_epoch(key, &row);
         self.let_go(row.snapshot);
         match result {
             // Deleted meanwhile: there is nothing to seal any more.
-            Err(error) if error.kind() == crate::error::Kind::NotFound => return Ok(true),
+            Err(error) if error.kind() == crate::error::Kind::NotFound => return Ok(()),
             other => other?,
         }
         let mut tables = self.tables.write();
         let mut edit = Edit::new(&mut tables);
         edit.change_state(key, |row| row.sealed = true);
         let _ticket = self.ledger.submit(edit.finish())?;
-        Ok(true)
+        Ok(())
     }
 
     fn seal_epoch(&self, key: StateKey, row: &StateRow) -> Result<()> {
@@ -142,7 +153,7 @@ impl Store {
         if self.keeper.stopping() {
             return Err(Error::failed("the pool is being closed; the epoch is sealed after the next opening"));
         }
-        let there = self.tables.read().state(key).is_some_and(|row| row.status.readable());
+        let there = self.tables.read().state(key).is_some_and(|row| row.status.whole());
         if there { Ok(()) } else { Err(Error::not_found("the snapshot was deleted")) }
     }
 

@@ -115,14 +115,23 @@ impl Store {
     pub fn fold(&self) -> Result<bool> {
         match self.ledger.fold() {
             Err(error) if error.kind() == crate::error::Kind::NoSpace => {
-                match self.media.remove(BALLAST) {
-                    Ok(()) => tracing::warn!("the host file system is full; the ballast is given up: {error}"),
-                    Err(_) => return Err(error),
+                if self.give_up_ballast(&error) {
+                    self.ledger.fold()
+                } else {
+                    Err(error)
                 }
-                self.ledger.fold()
             }
             other => other,
         }
+    }
+
+    /// Removes the ballast, for something that found no room. Returns false when it is gone already.
+    pub fn give_up_ballast(&self, error: &Error) -> bool {
+        let removed = self.media.remove(BALLAST).is_ok();
+        if removed {
+            tracing::warn!("the host file system is full; the ballast is given up: {error}");
+        }
+        removed
     }
 
     /// Makes the ballast again when there is plenty of room.

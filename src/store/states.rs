@@ -131,6 +131,12 @@ impl Status {
     pub fn readable(self) -> bool {
         matches!(self, Self::Live | Self::Hidden)
     }
+
+    /// Tells whether the state has all its data: also while its record is not written yet.
+    #[must_use]
+    pub fn whole(self) -> bool {
+        matches!(self, Self::Live | Self::Hidden | Self::Retired)
+    }
 }
 
 /// An ended epoch that is a node of its lineage's tree.

@@ -1,5 +1,9 @@
 //! The model test: random operations on a pool over simulated files, beside a twin that is slow and obvious.
 //!
+//! A diff must tell of every byte that differs, and of exactly the blocks that were written or unmapped between the two
+//! states, whatever was retired, reverted, cloned, deleted and resized; only where a power cut left open what a block
+//! has, more is allowed.
+//!
 //! Every I/O can be the last one. After each recovery `check` must find nothing, and every byte of every disk and
 //! snapshot must be what the twin allows: for a snapshot exactly its image, for a live disk each 512-byte sector either
 //! what was last flushed or one of the versions written since.
@@ -7,6 +11,7 @@
 //! One failing seed is one command: `AFTERIMAGE_SEED=N cargo test model::seeds`. A long run:
 //! `AFTERIMAGE_SEEDS=1000 cargo test --release model::seeds`.
 
+mod past;
 mod run;
 mod twin;
 
@@ -43,7 +48,10 @@ fn seeds() {
         }
     }
     println!("model: {seeds} seeds, {total:?}");
-    assert!(total.crashes > 0 && total.snapshots > 0 && total.reverts > 0, "the histories do something");
+    assert!(
+        total.crashes > 0 && total.snapshots > 0 && total.reverts > 0 && total.retires > 0 && total.diffs > 0,
+        "the histories do something"
+    );
 }
 
 /// The canary: with one kind of sync removed the model must find lost data, or it could not find it at all.

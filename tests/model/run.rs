@@ -8,9 +8,9 @@ use afterimage::error::{Error, Kind};
 use afterimage::media::{Media, SimMedia, sim::Fault};
 use afterimage::progress::Silent;
 use afterimage::snapshot;
-use afterimage::store::{self, InitOptions, OpenOptions, Store};
+use afterimage::store::{self, InitOptions, OpenOptions, SnapshotState, Store};
 
-use super::twin::{Image, Twin, TwinDisk};
+use super::twin::{Image, Twin, TwinDisk, Write};
 
 const SIZE_MAX: u64 = 5 << 20;
 
@@ -24,6 +24,8 @@ pub struct Counts {
     pub snapshots: u64,
     pub reverts: u64,
     pub clones: u64,
+    pub retires: u64,
+    pub diffs: u64,
 }
 
 impl Counts {
@@ -35,6 +37,8 @@ impl Counts {
         self.snapshots += other.snapshots;
         self.reverts += other.reverts;
         self.clones += other.clones;
+        self.retires += other.retires;
+        self.diffs += other.diffs;
     }
 }
 
@@ -43,9 +47,10 @@ pub struct Run {
     pub counts: Counts,
     pub verbose: bool,
     store: Option<Arc<Store>>,
-    twin: Twin,
+    pub(super) twin: Twin,
     random: u64,
     names: u64,
+    writes: Write,
 }
 
 fn options() -> OpenOptions {
@@ -59,13 +64,19 @@ fn options() -> OpenOptions {
     }
 }
 
+fn open(media: Arc<dyn Media>) -> Result<Arc<Store>, Error> {
+    let store = Store::open(media, options())?;
+    snapshot::attend(&store);
+    Ok(store)
+}
+
 impl Run {
     pub fn new(seed: u64) -> Self {
         let media = SimMedia::new(seed);
         let shared: Arc<dyn Media> = Arc::new(media.clone());
         let init = InitOptions { journal: 320 << 10, ballast: 4096, probe: false };
         Store::init(&shared, init).unwrap();
-        let store = Store::open(shared, options()).unwrap();
+        let store = open(shared).unwrap();
         let random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
         Self {
             media,
@@ -75,21 +86,22 @@ impl Run {
             twin: Twin::default(),
             random,
             names: 0,
+            writes: 0,
         }
     }
 
-    fn next(&mut self, below: u64) -> u64 {
+    pub(super) fn next(&mut self, below: u64) -> u64 {
         self.random ^= self.random << 13;
         self.random ^= self.random >> 7;
         self.random ^= self.random << 17;
         (self.random >> 11) % below
     }
 
-    fn chance(&mut self, percent: u64) -> bool {
+    pub(super) fn chance(&mut self, percent: u64) -> bool {
         self.next(100) < percent
     }
 
-    fn store(&self) -> &Arc<Store> {
+    pub(super) fn store(&self) -> &Arc<Store> {
         self.store.as_ref().expect("the store is open between operations")
     }
 
@@ -108,18 +120,18 @@ impl Run {
         self.reopen();
     }
 
-    fn say(&self, what: impl FnOnce() -> String) {
+    pub(super) fn say(&self, what: impl FnOnce() -> String) {
         if self.verbose {
             println!("{:6} {}", self.counts.ops, what());
         }
     }
 
-    fn any_disk(&mut self) -> Option<String> {
+    pub(super) fn any_disk(&mut self) -> Option<String> {
         let names: Vec<_> = self.twin.disks.keys().cloned().collect();
         (!names.is_empty()).then(|| names[self.next(names.len() as u64) as usize].clone())
     }
 
-    fn any_snapshot(&mut self) -> Option<(String, String)> {
+    pub(super) fn any_snapshot(&mut self) -> Option<(String, String)> {
         let all: Vec<_> = self
             .twin
             .disks
@@ -129,7 +141,7 @@ impl Run {
         (!all.is_empty()).then(|| all[self.next(all.len() as u64) as usize].clone())
     }
 
-    fn fresh(&mut self, prefix: &str) -> String {
+    pub(super) fn fresh(&mut self, prefix: &str) -> String {
         self.names += 1;
         format!("{prefix}{}", self.names)
     }
@@ -147,12 +159,14 @@ impl Run {
             53..=60 => self.snapshot(),
             61..=63 => self.clone_disk(),
             64..=66 => self.revert(),
-            67..=71 => self.remove_snapshot(),
-            72 => self.remove_disk(),
-            73..=75 => self.resize(),
-            76 => self.rename(),
-            77..=90 => self.tidy(),
-            91..=96 => self.read(),
+            67..=70 => self.remove_snapshot(),
+            71 => self.remove_disk(),
+            72..=74 => self.resize(),
+            75 => self.rename(),
+            76..=78 => self.retire(),
+            79..=82 => self.diff(),
+            83..=92 => self.tidy(),
+            93..=96 => self.read(),
             97 => self.fold(),
             98 => self.reopen(),
             _ => self.cut_power(),
@@ -160,7 +174,12 @@ impl Run {
     }
 
     /// Runs an operation. When it fails, the pool is recovered and must be as before it or as after it.
-    fn attempt(&mut self, what: &str, after: Twin, op: impl FnOnce(&Arc<Store>) -> Result<(), Error>) -> bool {
+    pub(super) fn attempt(
+        &mut self,
+        what: &str,
+        after: Twin,
+        op: impl FnOnce(&Arc<Store>) -> Result<(), Error>,
+    ) -> bool {
         self.say(|| what.to_owned());
         let store = Arc::clone(self.store());
         let result = std::panic::catch_unwind(AssertUnwindSafe(|| op(&store)));
@@ -215,7 +234,7 @@ impl Run {
             // Again, while recovering.
             let n = 1 + self.next(60);
             self.media.crash_after(n);
-            let opened = Store::open(Arc::new(self.media.clone()), options());
+            let opened = open(Arc::new(self.media.clone()));
             let reclaimed = opened.and_then(|store| store.reclaim_wait(&Silent));
             self.say(|| format!("  power cut again while recovering: {reclaimed:?}"));
             self.media.crash();
@@ -227,9 +246,11 @@ impl Run {
         self.say(|| "reopen".into());
         self.counts.reopens += 1;
         let store = self.store.take().expect("open");
+        // A fault that hit work in the background: the pool refuses writes, and closing it makes nothing durable.
+        let poisoned = store.health().is_some();
         let closed = store.close();
         drop(store);
-        if closed.is_err() || self.media.is_down() {
+        if poisoned || closed.is_err() || self.media.is_down() {
             self.media.crash();
             self.open_and_compare(None, true);
             return;
@@ -243,7 +264,7 @@ impl Run {
     }
 
     fn open_and_compare(&mut self, or: Option<Twin>, crashed: bool) {
-        let store = Store::open(Arc::new(self.media.clone()), options()).expect("the pool opens after a crash");
+        let store = open(Arc::new(self.media.clone())).expect("the pool opens after a crash");
         let report = store::check(&store, false, &Silent).expect("check runs");
         assert!(report.problems.is_empty(), "check found: {:#?}", report.problems);
         self.store = Some(store);
@@ -259,7 +280,8 @@ impl Run {
         let names: Vec<_> = self.twin.disks.keys().cloned().collect();
         for name in names {
             let found = read_all(&*disk::open(self.store(), &name).unwrap());
-            self.twin.disks.get_mut(&name).unwrap().live = Image::of(found);
+            let live = &mut self.twin.disks.get_mut(&name).unwrap().live;
+            *live = live.found(found);
         }
     }
 
@@ -270,15 +292,18 @@ impl Run {
             return Err(format!("disks {names:?} instead of {expected:?}"));
         }
         for (name, disk) in &twin.disks {
-            let snapshots: Vec<_> = self.store().snapshots(name).unwrap().into_iter().map(|info| info.name).collect();
-            let mut sorted = snapshots.clone();
-            sorted.sort();
-            if sorted != disk.snapshots.keys().cloned().collect::<Vec<_>>() {
-                return Err(format!("snapshots of {name}: {snapshots:?}"));
+            let snapshots = self.store().snapshots(name).unwrap();
+            for (state, expected) in [(SnapshotState::Live, &disk.snapshots), (SnapshotState::Retired, &disk.retired)] {
+                let mut found: Vec<_> = snapshots.iter().filter(|s| s.state == state).map(|s| s.name.clone()).collect();
+                found.sort();
+                if found != expected.keys().cloned().collect::<Vec<_>>() {
+                    return Err(format!("{state:?} snapshots of {name}: {found:?}"));
+                }
             }
             let found = read_all(&*disk::open(self.store(), name).unwrap());
             disk.live.explain(&found).map_err(|why| format!("disk {name}: {why}"))?;
-            for (snap, image) in &disk.snapshots {
+            for (snap, frame) in &disk.snapshots {
+                let image = &frame.bytes;
                 let found = read_all(&*snapshot::open(self.store(), name, snap).unwrap());
                 if let Some(at) = (0..image.len().max(found.len())).find(|i| image.get(*i) != found.get(*i)) {
                     return Err(format!(
@@ -300,8 +325,15 @@ impl Run {
         let name = self.fresh("disk");
         let size = (1 + self.next(SIZE_MAX / 512)) * 512;
         let mut after = self.twin.clone();
-        after.disks.insert(name.clone(), TwinDisk { live: Image::new(size as usize), ..TwinDisk::default() });
+        let lineage = self.number();
+        after.disks.insert(name.clone(), TwinDisk { live: Image::new(size as usize), lineage, ..TwinDisk::default() });
         self.attempt(&format!("create {name} {size}"), after, |store| disk::create(store, &name, size).map(drop));
+    }
+
+    /// A number that nothing else has.
+    fn number(&mut self) -> u64 {
+        self.writes += 1;
+        self.writes
     }
 
     /// A range that likes block and chunk borders.
@@ -335,7 +367,8 @@ impl Run {
         let data: Vec<u8> = (0..len as usize).map(|i| tag[i % 8] ^ (i / 512) as u8).collect();
         // In place: copying the whole twin for every write would be most of the work. Candidates only grow, so a write
         // that failed is explained by either version.
-        self.twin.disks.get_mut(&name).unwrap().live.write(offset as usize, &data);
+        let number = self.number();
+        self.twin.disks.get_mut(&name).unwrap().live.write(offset as usize, &data, number);
         let after = Twin::clone(&self.twin);
         self.attempt(&format!("write {name} {offset}+{len}"), after, |store| {
             disk::open(store, &name)?.write(&data, offset)
@@ -357,9 +390,14 @@ impl Run {
             let last = if end == size { end } else { end / 4096 * 4096 };
             (offset.next_multiple_of(4096), last)
         };
+        let number = self.number();
         if from < upto {
-            let zeros = vec![0; (upto - from) as usize];
-            self.twin.disks.get_mut(&name).unwrap().live.write(from as usize, &zeros);
+            let live = &mut self.twin.disks.get_mut(&name).unwrap().live;
+            if zero {
+                live.zero(from as usize, upto as usize, number);
+            } else {
+                live.discard(from as usize, upto as usize);
+            }
         }
         let after = Twin::clone(&self.twin);
         let what = if zero { "zero" } else { "discard" };
@@ -390,7 +428,7 @@ impl Run {
         for (name, snap) in &targets {
             let disk = after.disks.get_mut(name).unwrap();
             disk.live.flush();
-            disk.snapshots.insert(snap.clone(), disk.live.now.clone());
+            disk.snapshots.insert(snap.clone(), disk.live.frame());
         }
         // The flush before the stop may be all that happened to some of them: versions stay until it is answered.
         if self.attempt(&format!("snapshot {targets:?}"), after, |store| snapshot::take(store, &targets).map(drop)) {
@@ -405,8 +443,9 @@ impl Run {
         let Some((name, snap)) = self.any_snapshot() else { return };
         let new = self.fresh("clone");
         let mut after = self.twin.clone();
-        let image = self.twin.disks[&name].snapshots[&snap].clone();
-        after.disks.insert(new.clone(), TwinDisk { live: Image::of(image), ..TwinDisk::default() });
+        let source = &self.twin.disks[&name];
+        let live = Image::of(source.snapshots[&snap].clone());
+        after.disks.insert(new.clone(), TwinDisk { live, lineage: source.lineage, ..TwinDisk::default() });
         if self.attempt(&format!("clone {name}@{snap} {new}"), after, |store| {
             snapshot::clone(store, &name, &snap, &new).map(drop)
         }) {
@@ -420,7 +459,7 @@ impl Run {
         let mut after = self.twin.clone();
         let disk = after.disks.get_mut(&name).unwrap();
         if let Some(keep) = &keep {
-            disk.snapshots.insert(keep.clone(), disk.live.now.clone());
+            disk.snapshots.insert(keep.clone(), disk.live.frame());
         }
         disk.live = Image::of(disk.snapshots[&snap].clone());
         if let Some(keep) = keep.clone() {
@@ -428,7 +467,7 @@ impl Run {
             let mut between = self.twin.clone();
             let disk = between.disks.get_mut(&name).unwrap();
             disk.live.flush();
-            disk.snapshots.insert(keep.clone(), disk.live.now.clone());
+            disk.snapshots.insert(keep.clone(), disk.live.frame());
             let target = vec![(name.clone(), keep)];
             if !self.attempt(&format!("keep {target:?}"), between, |store| snapshot::take(store, &target).map(drop)) {
                 return;
@@ -442,9 +481,11 @@ impl Run {
     }
 
     fn remove_snapshot(&mut self) {
-        let Some((name, snap)) = self.any_snapshot() else { return };
+        let Some((name, snap)) = self.any_snapshot_or_retired() else { return };
         let mut after = self.twin.clone();
-        after.disks.get_mut(&name).unwrap().snapshots.remove(&snap);
+        let disk = after.disks.get_mut(&name).unwrap();
+        disk.snapshots.remove(&snap);
+        disk.retired.remove(&snap);
         self.attempt(&format!("rm {name}@{snap}"), after, |store| snapshot::remove(store, &name, &snap));
     }
 
@@ -497,7 +538,7 @@ impl Run {
         let what = self.any_snapshot().filter(|_| self.random.is_multiple_of(2));
         let (device, image): (Arc<dyn BlockDevice>, &[u8]) = match &what {
             Some((name, snap)) => {
-                (snapshot::open(self.store(), name, snap).unwrap(), &self.twin.disks[name].snapshots[snap])
+                (snapshot::open(self.store(), name, snap).unwrap(), &self.twin.disks[name].snapshots[snap].bytes)
             }
             None => {
                 let Some(name) = self.any_disk() else { return };

@@ -9,8 +9,27 @@
 //! 3. More may be told than differs, never less. A base that cannot be trusted is an error that says why.
 //! 4. Extents come sorted, disjoint, as long as they can be, and end at the size of TO.
 //! 5. Both sides are taken at one instant. The live side of a disk is what was acknowledged by then.
+//! 6. States that are relatives are compared in the chunks only that the index names between them.
+
+mod compare;
+mod related;
+mod verify;
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+pub use compare::{ChunkPieces, Sizes, compare};
+pub use verify::{VerifyReport, verify};
+
+use super::record::{Record, RecordWalk};
+use crate::error::{Error, Result};
+use crate::map::Piece;
+use crate::store::{Frozen, Head, Line, MapView, MapWalk, StateKey, Store, Tables, Unsaved};
+use crate::sync::MutexGuard;
+use crate::units::{BranchId, ChunkIndex, SnapshotId};
 
 /// A range of bytes that changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -21,4 +40,311 @@ pub struct Extent {
     pub length: u64,
     /// Whether it reads as zeros now, all of it; data otherwise.
     pub zero: bool,
+}
+
+/// A state by name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StateName {
+    /// `-`: nothing, so that everything is a change.
+    Nothing,
+    /// `DISK`: as it is now.
+    Disk(String),
+    /// `DISK@SNAPSHOT`, live or retired.
+    Snapshot(String, String),
+    /// A snapshot that the program took for itself.
+    Hidden(SnapshotId),
+}
+
+impl StateName {
+    /// Reads `DISK`, `DISK@SNAPSHOT` or `-`.
+    #[must_use]
+    pub fn parse(text: &str) -> Self {
+        match text.split_once('@') {
+            _ if text == "-" => Self::Nothing,
+            Some((disk, snapshot)) => Self::Snapshot(disk.to_owned(), snapshot.to_owned()),
+            None => Self::Disk(text.to_owned()),
+        }
+    }
+}
+
+impl std::fmt::Display for StateName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Nothing => f.write_str("-"),
+            Self::Disk(disk) => f.write_str(disk),
+            Self::Snapshot(disk, snapshot) => write!(f, "{disk}@{snapshot}"),
+            Self::Hidden(id) => write!(f, "snapshot {id}"),
+        }
+    }
+}
+
+/// Where the addresses of a side come from.
+#[derive(Debug)]
+enum Map {
+    Nothing,
+    View(MapView),
+    Record(Box<Record>),
+}
+
+/// One side of a diff, fixed.
+#[derive(Debug)]
+struct Side {
+    map: Map,
+    size: u64,
+    /// Where it is, or was, in the tree.
+    node: Option<StateKey>,
+    lineage: Option<BranchId>,
+    /// Identity of the snapshot.
+    uuid: Option<Uuid>,
+}
+
+/// Two states, fixed at one instant, to be compared.
+#[derive(Debug)]
+pub struct Diff {
+    from: Side,
+    to: Side,
+    /// The chunks that may differ; `None` when it can be any.
+    chunks: Option<BTreeSet<ChunkIndex>>,
+}
+
+/// Fixes two states at one instant.
+///
+/// # Errors
+/// `NotFound`; `Failed` when the two have nothing in common or a record cannot be trusted; `Corrupt` when one is damaged.
+pub fn open(store: &Arc<Store>, from: &StateName, to: &StateName) -> Result<Diff> {
+    let mut heads: Vec<Arc<Head>> = Vec::new();
+    for name in [from, to] {
+        if let StateName::Disk(disk) = name {
+            let head = store.head(store.tables.read().disk_id(disk)?)?;
+            // What is unsaved is copied while writers wait: keep it little.
+            if store.health().is_none() {
+                store.flush(&head)?;
+            }
+            heads.push(head);
+        }
+    }
+    heads.sort_by_key(|head| head.id);
+    heads.dedup_by_key(|head| head.id);
+    let orders: Vec<MutexGuard<'_, _>> = heads.iter().map(|head| head.order()).collect();
+    let live: Vec<(Arc<Head>, Line, Unsaved)> = heads
+        .iter()
+        .map(|head| store.unsaved_of(head).map(|(line, unsaved)| (Arc::clone(head), line, unsaved)))
+        .collect::<Result<_>>()?;
+    // Rows of the map are submitted under the lock of the tables, so the two are of one instant.
+    let tables = store.tables.read();
+    let frozen = Arc::new(store.ledger.frozen());
+    let mut fixed = Fixed { store, tables: &tables, frozen, live };
+    let (from_side, to_side) = (fixed.side(from)?, fixed.side(to)?);
+    let chunks = related::between(&tables, &fixed.frozen, &from_side, &to_side)?;
+    drop(tables);
+    drop(orders);
+    if from_side.lineage.is_some() && to_side.lineage.is_some() && from_side.lineage != to_side.lineage {
+        return Err(Error::failed(format!("'{from}' and '{to}' have nothing in common: neither stems from the other"))
+            .hint(format!("compare with nothing instead: `afterimage diff - {to}`")));
+    }
+    for side in [&from_side, &to_side] {
+        if let Map::Record(record) = &side.map {
+            record.require_trust(store)?;
+        }
+    }
+    Ok(Diff { from: from_side, to: to_side, chunks })
+}
+
+/// The instant.
+struct Fixed<'a> {
+    store: &'a Arc<Store>,
+    tables: &'a Tables,
+    frozen: Arc<Frozen>,
+    live: Vec<(Arc<Head>, Line, Unsaved)>,
+}
+
+impl Fixed<'_> {
+    fn side(&mut self, name: &StateName) -> Result<Side> {
+        let lineage = |branch| self.tables.branch(branch).map(|row| row.lineage);
+        match name {
+            StateName::Nothing => Ok(Side { map: Map::Nothing, size: 0, node: None, lineage: None, uuid: None }),
+            StateName::Disk(disk) => {
+                let id = self.tables.disk_id(disk)?;
+                let found = self.live.iter().find(|(head, _, _)| head.id == id);
+                let (_, line, unsaved) =
+                    found.ok_or_else(|| Error::not_found(format!("disk '{disk}' was replaced")))?;
+                let node = (line.branch, line.epoch);
+                let view = MapView::of_head(Arc::clone(&self.frozen), self.tables, node, unsaved.clone());
+                let lineage = Some(lineage(line.branch)?);
+                Ok(Side { map: Map::View(view), size: line.size, node: Some(node), lineage, uuid: None })
+            }
+            StateName::Snapshot(..) | StateName::Hidden(_) => {
+                let (key, row) = match name {
+                    StateName::Snapshot(disk, name) => self.tables.snapshot(self.tables.disk_id(disk)?, name)?,
+                    StateName::Hidden(id) => self.tables.snapshot_by_id(*id)?,
+                    _ => return Err(Error::usage("not the name of a snapshot")),
+                };
+                let (size, uuid) = (row.size, Some(row.uuid));
+                let (map, lineage) = match self.tables.retired(row.snapshot) {
+                    Some(retired) => {
+                        let record = Record::open(&**self.store.media(), row.uuid)?;
+                        (Map::Record(Box::new(record)), retired.lineage)
+                    }
+                    None => {
+                        let view = MapView::of_state(Arc::clone(&self.frozen), self.tables, key);
+                        (Map::View(view), lineage(key.0)?)
+                    }
+                };
+                Ok(Side { map, size, node: Some(key), lineage: Some(lineage), uuid })
+            }
+        }
+    }
+}
+
+impl Diff {
+    /// Returns the bytes of FROM; 0 for nothing.
+    #[must_use]
+    pub fn from_size(&self) -> u64 {
+        self.from.size
+    }
+
+    /// Returns the bytes of TO.
+    #[must_use]
+    pub fn to_size(&self) -> u64 {
+        self.to.size
+    }
+
+    /// Returns the identity of FROM, if it is a snapshot.
+    #[must_use]
+    pub fn from_uuid(&self) -> Option<Uuid> {
+        self.from.uuid
+    }
+
+    /// Returns the identity of TO, if it is a snapshot.
+    #[must_use]
+    pub fn to_uuid(&self) -> Option<Uuid> {
+        self.to.uuid
+    }
+
+    /// Calls `each` for every extent, in order.
+    ///
+    /// # Errors
+    /// `Corrupt` when rows are damaged; any error of reading the catalog; what `each` returns.
+    pub fn each(&self, each: &mut dyn FnMut(Extent) -> Result<()>) -> Result<()> {
+        let sizes = Sizes { from: self.from.size, to: self.to.size };
+        match &self.chunks {
+            None => compare(&mut *self.from.walk()?, &mut *self.to.walk()?, sizes, each),
+            Some(chunks) => {
+                let mut from = self.from.pick(chunks);
+                let mut to = self.to.pick(chunks);
+                compare(&mut from, &mut to, sizes, each)
+            }
+        }
+    }
+
+    /// Returns all extents; for callers that know them to be few.
+    ///
+    /// # Errors
+    /// As [`Diff::each`].
+    pub fn extents(&self) -> Result<Vec<Extent>> {
+        let mut all = Vec::new();
+        self.each(&mut |extent| {
+            all.push(extent);
+            Ok(())
+        })?;
+        Ok(all)
+    }
+
+    /// Adds up the extents.
+    ///
+    /// # Errors
+    /// As [`Diff::each`].
+    pub fn total(&self) -> Result<DiffTotal> {
+        let mut total = DiffTotal { from_size: self.from.size, to_size: self.to.size, ..DiffTotal::default() };
+        self.each(&mut |extent| {
+            total.add(&extent);
+            Ok(())
+        })?;
+        Ok(total)
+    }
+}
+
+/// What the extents of a diff add up to.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct DiffTotal {
+    /// Bytes of FROM; 0 for nothing.
+    pub from_size: u64,
+    /// Bytes of TO.
+    pub to_size: u64,
+    /// Bytes of data.
+    pub data: u64,
+    /// Bytes that are zeros now.
+    pub zero: u64,
+    /// Extents.
+    pub extents: u64,
+}
+
+impl DiffTotal {
+    /// Counts one more.
+    pub fn add(&mut self, extent: &Extent) {
+        self.extents += 1;
+        *(if extent.zero { &mut self.zero } else { &mut self.data }) += extent.length;
+    }
+}
+
+impl Side {
+    fn walk(&self) -> Result<Box<dyn ChunkPieces + '_>> {
+        Ok(match &self.map {
+            Map::Nothing => Box::new(NoPieces),
+            Map::View(view) => Box::new(view.walk(ChunkIndex(0))?),
+            Map::Record(record) => Box::new(record.walk()),
+        })
+    }
+
+    fn pick<'a>(&'a self, chunks: &'a BTreeSet<ChunkIndex>) -> Picked<'a> {
+        let record = if let Map::Record(record) = &self.map { Some(record.walk()) } else { None };
+        Picked { map: &self.map, record, chunks: chunks.iter() }
+    }
+}
+
+struct NoPieces;
+
+impl ChunkPieces for NoPieces {
+    fn step(&mut self, pieces: &mut Vec<Piece>) -> Result<Option<ChunkIndex>> {
+        pieces.clear();
+        Ok(None)
+    }
+}
+
+impl ChunkPieces for MapWalk<'_> {
+    fn step(&mut self, pieces: &mut Vec<Piece>) -> Result<Option<ChunkIndex>> {
+        pieces.clear();
+        let Some(found) = MapWalk::step(self)? else { return Ok(None) };
+        pieces.extend(found.entry.pieces());
+        pieces.sort_unstable_by_key(|piece| piece.base);
+        Ok(Some(found.chunk))
+    }
+}
+
+impl ChunkPieces for RecordWalk<'_> {
+    fn step(&mut self, pieces: &mut Vec<Piece>) -> Result<Option<ChunkIndex>> {
+        Ok(RecordWalk::step(self, pieces))
+    }
+}
+
+/// Some chunks of a side.
+struct Picked<'a> {
+    map: &'a Map,
+    record: Option<RecordWalk<'a>>,
+    chunks: std::collections::btree_set::Iter<'a, ChunkIndex>,
+}
+
+impl ChunkPieces for Picked<'_> {
+    fn step(&mut self, pieces: &mut Vec<Piece>) -> Result<Option<ChunkIndex>> {
+        pieces.clear();
+        let Some(chunk) = self.chunks.next() else { return Ok(None) };
+        match (self.map, &mut self.record) {
+            (Map::View(view), _) => pieces.extend(view.entry(*chunk)?.pieces()),
+            (_, Some(record)) => record.pick(*chunk, pieces),
+            _ => {}
+        }
+        pieces.sort_unstable_by_key(|piece| piece.base);
+        Ok(Some(*chunk))
+    }
 }

@@ -1,0 +1,214 @@
+//! Retiring: the data of a snapshot goes, the list of its addresses stays.
+//!
+//! ```text
+//! commit      the state's row says "retired": it is not read any more; its map entries are the record
+//! background  seal its epoch; write retired/<uuid>.aimg durably
+//! commit      one frame: the row moves to the table of retired snapshots, the state begins to die
+//! background  what only it held is freed, as after a delete
+//! ```
+//!
+//! # Rules
+//! 1. Retiring copies nothing and needs no room but that of a small file; on a full host the ballast is given up for it.
+//! 2. Nothing of the snapshot is freed before its record is durable and the catalog names it.
+//! 3. Who still reads the snapshot keeps its data until the last one lets go.
+//!
+//! # After a crash
+//! Between the two commits the work starts over. A record that the catalog does not name is removed.
+
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use super::record::{self, RETIRED_DIR, Record, RecordIdentity, record_path};
+use crate::error::{Error, Kind, Result};
+use crate::media::File;
+use crate::progress::Progress;
+use crate::store::{Change, Edit, RetiredRow, SnapshotInfo, StateKey, Status, Store};
+
+/// Retires snapshots, all or none. One that is retired already stays so.
+///
+/// # Errors
+/// `NotFound`; `Busy` when one is held; `ReadOnly`.
+pub fn retire(store: &Arc<Store>, targets: &[(String, String)]) -> Result<Vec<SnapshotInfo>> {
+    let (changed, ticket) = {
+        let mut tables = store.tables.write();
+        let mut changed = Vec::new();
+        for (disk, name) in targets {
+            let (key, row) = tables.snapshot(tables.disk_id(disk)?, name)?;
+            if row.status == Status::Retired {
+                continue;
+            }
+            super::remove::refuse_held(row, disk)?;
+            changed.push((key, disk.clone(), row.clone()));
+        }
+        store.ledger.writable()?;
+        let mut edit = Edit::new(&mut tables);
+        for (key, _, _) in &changed {
+            edit.change_state(*key, |row| row.status = Status::Retired);
+        }
+        (changed, store.ledger.submit(edit.finish())?)
+    };
+    store.ledger.wait(ticket)?;
+    attend(store);
+    for (_, disk_name, row) in changed {
+        let (disk, id, name) = (row.disk, row.snapshot, row.name);
+        store.tell(&Change::Snapshot { disk, disk_name, id, name, was: None, gone: false, retired: true });
+    }
+    store.wake_keeper();
+    targets.iter().map(|(disk, name)| store.snapshot_info(disk, name)).collect()
+}
+
+/// Returns when the records of all retired snapshots are durable and their data is freed.
+///
+/// # Errors
+/// Any error of writing a record or of freeing.
+pub fn wait_retired(store: &Arc<Store>, progress: &dyn Progress) -> Result<()> {
+    attend(store);
+    store.reclaim_wait(progress).map(drop)
+}
+
+/// Lets the background of a store write records, and removes what a crash left of them. Whoever opens a pool calls it.
+pub fn attend(store: &Store) {
+    if store.set_recorder(record_one)
+        && let Err(error) = remove_orphans(store)
+    {
+        tracing::warn!("cannot look for records that nothing names: {error}");
+    }
+}
+
+/// Removes records that the catalog does not name, and half-written ones.
+fn remove_orphans(store: &Store) -> Result<()> {
+    let names = match store.media().list(RETIRED_DIR) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        other => other.map_err(|e| Error::io(format!("cannot list {RETIRED_DIR}"), e))?,
+    };
+    let tables = store.tables.read();
+    let mut known: Vec<Uuid> = tables.all_retired().map(|(_, row)| row.state.uuid).collect();
+    drop(tables);
+    known.sort_unstable();
+    let is_known = |name: &str| {
+        let uuid = name.strip_suffix(".aimg").and_then(|stem| stem.parse::<Uuid>().ok());
+        uuid.is_some_and(|uuid| known.binary_search(&uuid).is_ok())
+    };
+    for name in names.iter().filter(|name| !is_known(name)) {
+        store.media().remove(&format!("{RETIRED_DIR}/{name}")).map_err(|e| Error::io("cannot remove a record", e))?;
+    }
+    Ok(())
+}
+
+/// Writes the record of one retired snapshot and lets its data go. Returns false when there is none to write.
+fn record_one(store: &Store) -> Result<bool> {
+    let next = {
+        let tables = store.tables.read();
+        let found = tables.states().find(|(_, row)| row.status == Status::Retired);
+        found.map(|(key, _)| key)
+    };
+    let Some(key) = next else { return Ok(false) };
+    // Blocks that other states share stay, and their checksums are in this seal only. Without room for it, retiring
+    // still goes on.
+    match store.seal_state(key) {
+        Err(error) if error.kind() != Kind::NoSpace => return Err(error),
+        _ => {}
+    }
+    let Some(identity) = identity(store, key)? else { return Ok(true) };
+    let map = store.map_of(key);
+    let nonce = |segment| store.tables.read().segment(segment).map(|row| row.nonce);
+    let write = || record::write(&**store.media(), &identity, &map, &nonce);
+    match write() {
+        Err(error) if error.kind() == Kind::NoSpace && store.give_up_ballast(&error) => write()?,
+        other => other?,
+    }
+    replace_state(store, key, identity.row)?;
+    Ok(true)
+}
+
+/// Describes a retired snapshot; `None` when it was deleted meanwhile.
+fn identity(store: &Store, key: StateKey) -> Result<Option<RecordIdentity>> {
+    let tables = store.tables.read();
+    let Some(state) = tables.state(key).filter(|row| row.status == Status::Retired).cloned() else { return Ok(None) };
+    let disk = tables.disk(state.disk)?;
+    Ok(Some(RecordIdentity {
+        pool: store.uuid(),
+        moment: tables.moment_of(state.snapshot),
+        disk_uuid: disk.uuid,
+        disk_name: disk.name.clone(),
+        row: RetiredRow { branch: key.0, epoch: key.1, lineage: tables.branch(key.0)?.lineage, state },
+    }))
+}
+
+/// The record is durable: it takes the place of the state, which begins to die.
+fn replace_state(store: &Store, key: StateKey, row: RetiredRow) -> Result<()> {
+    let ticket = {
+        let mut tables = store.tables.write();
+        let now = tables.state(key).filter(|now| now.status == Status::Retired).cloned();
+        let Some(now) = now.filter(|now| now.snapshot == row.state.snapshot) else {
+            drop(tables);
+            return remove_record(store, row.state.uuid);
+        };
+        let mut edit = Edit::new(&mut tables);
+        edit.change_state(key, |state| {
+            state.status = Status::Dying;
+            state.name = String::new();
+            state.holds.clear();
+        });
+        // As it is now: it may have been renamed or held while the record was written.
+        edit.put_retired(now.snapshot, RetiredRow { state: now, ..row });
+        store.ledger.submit(edit.finish())?
+    };
+    store.ledger.wait(ticket)?;
+    store.wake_keeper();
+    Ok(())
+}
+
+/// Removes the record of a snapshot that is gone; a file that is gone too is no error.
+pub(super) fn remove_record(store: &Store, snapshot: Uuid) -> Result<()> {
+    match store.media().remove(&record_path(snapshot)) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io("cannot remove a record", e)),
+        _ => Ok(()),
+    }
+}
+
+/// Brings a record that the pool has lost back from a copy. A snapshot that was deleted comes back as a retired one.
+///
+/// # Errors
+/// `Corrupt` when the file is no whole record; `Failed` when it is not of this pool's own past or of a disk that is not
+/// here; `Exists` when it is known under a row that has its data, or its name is taken.
+pub fn import_record(store: &Arc<Store>, what: &str, file: &dyn File) -> Result<SnapshotInfo> {
+    let record = Record::read(what, file)?;
+    record.require_trust(store)?;
+    let identity = &record.identity;
+    let id = identity.row.state.snapshot;
+    let missing = {
+        let tables = store.tables.read();
+        let disk = tables.disk(identity.row.state.disk).ok().filter(|disk| disk.uuid == identity.disk_uuid);
+        let Some(disk) = disk else {
+            return Err(Error::failed(format!("{what} is of disk '{}', which is not in the pool", identity.disk_name)));
+        };
+        let known = tables.retired(id).filter(|row| row.state.uuid == identity.row.state.uuid);
+        if known.is_none() {
+            let name = &identity.row.state.name;
+            if tables.snapshots_of(identity.row.state.disk).any(|(_, row)| row.snapshot == id) {
+                return Err(Error::exists(format!("snapshot '{}@{name}' has its data and needs no record", disk.name)));
+            }
+            if tables.snapshot(identity.row.state.disk, name).is_ok() {
+                return Err(Error::exists(format!("there is a snapshot '{}@{name}' already", disk.name))
+                    .hint("rename or delete it first"));
+            }
+        }
+        known.is_none()
+    };
+    record::copy(&**store.media(), identity.row.state.uuid, file)?;
+    if missing {
+        let ticket = {
+            let mut tables = store.tables.write();
+            let mut edit = Edit::new(&mut tables);
+            edit.put_retired(id, identity.row.clone());
+            store.ledger.submit(edit.finish())?
+        };
+        store.ledger.wait(ticket)?;
+        let (disk, name) = (identity.row.state.disk, identity.row.state.name.clone());
+        let disk_name = store.disk_info_by_id(disk)?.name;
+        store.tell(&Change::Snapshot { disk, disk_name, id, name, was: None, gone: false, retired: true });
+    }
+    store.snapshot_info_by_id(id)
+}

@@ -1,0 +1,132 @@
+//! Retiring, and diffs of any two states.
+
+use afterimage::snapshot;
+use afterimage::snapshot::diff::{self, Extent, StateName};
+
+use super::run::Run;
+use super::twin::{BLOCK, Frame, NOTHING, UNKNOWN};
+
+/// A state that a diff can have as a side.
+struct Side {
+    name: StateName,
+    frame: Frame,
+    lineage: Option<u64>,
+}
+
+impl Run {
+    pub(super) fn any_snapshot_or_retired(&mut self) -> Option<(String, String)> {
+        let all: Vec<_> = self
+            .twin
+            .disks
+            .iter()
+            .flat_map(|(disk, twin)| {
+                twin.snapshots.keys().chain(twin.retired.keys()).map(move |snap| (disk.clone(), snap.clone()))
+            })
+            .collect();
+        (!all.is_empty()).then(|| all[self.next(all.len() as u64) as usize].clone())
+    }
+
+    pub(super) fn retire(&mut self) {
+        if self.twin.disks.values().map(|disk| disk.retired.len()).sum::<usize>() >= 12 {
+            return self.remove_retired();
+        }
+        let Some((name, snap)) = self.any_snapshot() else { return };
+        let mut after = self.twin.clone();
+        let disk = after.disks.get_mut(&name).unwrap();
+        let frame = disk.snapshots.remove(&snap).unwrap();
+        disk.retired.insert(snap.clone(), frame);
+        let target = vec![(name, snap)];
+        if self.attempt(&format!("retire {target:?}"), after, |store| snapshot::retire(store, &target).map(drop)) {
+            self.counts.retires += 1;
+        }
+    }
+
+    fn remove_retired(&mut self) {
+        let found =
+            self.twin.disks.iter().find_map(|(disk, twin)| Some((disk.clone(), twin.retired.keys().next()?.clone())));
+        let Some((name, snap)) = found else { return };
+        let mut after = self.twin.clone();
+        after.disks.get_mut(&name).unwrap().retired.remove(&snap);
+        self.attempt(&format!("rm {name}@{snap} (retired)"), after, |store| snapshot::remove(store, &name, &snap));
+    }
+
+    fn any_side(&mut self) -> Option<Side> {
+        let mut all = vec![Side { name: StateName::Nothing, frame: Frame::default(), lineage: None }];
+        for (disk, twin) in &self.twin.disks {
+            let lineage = Some(twin.lineage);
+            all.push(Side { name: StateName::Disk(disk.clone()), frame: twin.live.frame(), lineage });
+            for (snap, frame) in twin.snapshots.iter().chain(&twin.retired) {
+                let name = StateName::Snapshot(disk.clone(), snap.clone());
+                all.push(Side { name, frame: frame.clone(), lineage });
+            }
+        }
+        let n = self.next(all.len() as u64) as usize;
+        Some(all.swap_remove(n))
+    }
+
+    pub(super) fn diff(&mut self) {
+        let (Some(from), Some(to)) = (self.any_side(), self.any_side()) else { return };
+        if self.media.is_down() || to.name == StateName::Nothing {
+            return;
+        }
+        let after = self.twin.clone();
+        let alike = from.lineage.is_none() || to.lineage.is_none() || from.lineage == to.lineage;
+        let mut found = None;
+        let done = self.attempt(&format!("diff {} {}", from.name, to.name), after, |store| {
+            match diff::open(store, &from.name, &to.name) {
+                Err(error) if !alike => {
+                    assert!(error.to_string().contains("nothing in common"), "{error}");
+                    Ok(())
+                }
+                Err(error) => Err(error),
+                Ok(diff) => {
+                    assert!(alike, "a diff of {} and {}, which are strangers", from.name, to.name);
+                    found = Some(diff.extents()?);
+                    Ok(())
+                }
+            }
+        });
+        if let Some(extents) = found.filter(|_| done) {
+            self.counts.diffs += 1;
+            check(&from, &to, &extents);
+        }
+    }
+}
+
+/// Compares the extents with the twin, block by block.
+fn check(from: &Side, to: &Side, extents: &[Extent]) {
+    let what = format!("diff {} {}", from.name, to.name);
+    let size = to.frame.bytes.len();
+    let mut told = vec![None; size.div_ceil(BLOCK)];
+    let mut end = 0;
+    let mut last: Option<bool> = None;
+    for extent in extents {
+        let (start, length) = (extent.offset as usize, extent.length as usize);
+        assert!(start >= end && length > 0 && start + length <= size, "{what}: {extent:?} after {end} of {size}");
+        assert!(start > end || last != Some(extent.zero), "{what}: {extent:?} could have been joined");
+        assert!(start % BLOCK == 0 && (length % BLOCK == 0 || start + length == size), "{what}: {extent:?}");
+        told[start / BLOCK..(start + length).div_ceil(BLOCK)].fill(Some(extent.zero));
+        (end, last) = (start + length, Some(extent.zero));
+    }
+    let new_from = if from.frame.bytes.len() < size { from.frame.bytes.len() / BLOCK } else { usize::MAX };
+    for (block, told) in told.into_iter().enumerate() {
+        let bytes = |frame: &Frame| -> Vec<u8> {
+            let end = ((block + 1) * BLOCK).min(size);
+            (block * BLOCK..end).map(|at| frame.bytes.get(at).copied().unwrap_or(0)).collect()
+        };
+        let (old, new) = (bytes(&from.frame), bytes(&to.frame));
+        assert!(told.is_some() || old == new, "{what}: block {block} differs and is not told");
+        assert!(told != Some(true) || new.iter().all(|byte| *byte == 0), "{what}: block {block} is not zeros");
+        let was = if block >= new_from { UNKNOWN } else { from.frame.writes.get(block).copied().unwrap_or(NOTHING) };
+        let is = to.frame.writes[block];
+        let expected = match (was, is) {
+            _ if block >= new_from && is == NOTHING => Some(true),
+            _ if block >= new_from && is != UNKNOWN => Some(false),
+            (UNKNOWN, _) | (_, UNKNOWN) => continue,
+            (was, is) if was == is => None,
+            (_, NOTHING) => Some(true),
+            _ => Some(false),
+        };
+        assert_eq!(told, expected, "{what}: block {block} had write {was} and has {is}");
+    }
+}
