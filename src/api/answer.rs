@@ -73,6 +73,13 @@ pub enum Response {
     Flushed {},
     /// An image became a disk.
     Imported(Imported),
+    /// The extent files of a snapshot are mounted.
+    Mounted {
+        /// `DISK@SNAPSHOT`.
+        snapshot: String,
+        /// Where.
+        mount: String,
+    },
     /// Who answers, and how the pool is.
     Status(Status),
     /// The server is about to unmount and end.

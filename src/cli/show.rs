@@ -37,6 +37,7 @@ pub(super) fn show(response: &Response, style: Style) -> String {
         Response::Metrics { text } => text.clone(),
         Response::Flushed {} => "everything is durable\n".to_owned(),
         Response::Imported(report) => imported(report),
+        Response::Mounted { snapshot, mount } => format!("mounted the extent files of {snapshot} at {mount}\n"),
         Response::Status(status) => status_sheet(status),
         Response::Stopping { pid } => format!("process {pid} ends\n"),
     }
