@@ -15,6 +15,7 @@ mod bar;
 mod daemon;
 mod disks;
 mod doctor;
+mod export;
 mod host;
 mod init;
 mod mount;
@@ -104,6 +105,7 @@ enum Command {
     Hold(snapshots::Hold),
     Release(snapshots::Release),
     Prune(snapshots::Prune),
+    Export(export::Export),
     Set(disks::Set),
     Get(disks::Get),
     Check(upkeep::Check),
@@ -208,6 +210,7 @@ fn run(command: Command, global: &Global, screen: &Screen) -> Result<u8> {
         Command::Hold(command) => ask(global, screen, command.ask()),
         Command::Release(command) => ask(global, screen, command.ask()),
         Command::Prune(command) => ask(global, screen, command.ask()),
+        Command::Export(command) => ask(global, screen, command.ask()?),
         Command::Set(command) => ask(global, screen, command.ask()?),
         Command::Check(command) => ask(global, screen, command.ask()),
         Command::Scrub(command) => ask(global, screen, command.ask()),

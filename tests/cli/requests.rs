@@ -58,6 +58,10 @@ fn golden() -> Vec<(Request, &'static str)> {
             Request::Import { path: "/i".into(), format: Some("raw".into()), disk: web() },
             r#"{"command":"import","path":"/i","format":"raw","disk":"web"}"#,
         ),
+        (
+            Request::Export { from: Some(monday()), to: "web@tuesday".into(), path: "/d".into() },
+            r#"{"command":"export","from":"web@monday","to":"web@tuesday","path":"/d"}"#,
+        ),
         (Request::Status {}, r#"{"command":"status"}"#),
         (Request::Shutdown {}, r#"{"command":"shutdown"}"#),
     ]
