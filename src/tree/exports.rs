@@ -112,6 +112,8 @@ impl Tree {
                 Ok(Attr { ino, sort: Sort::Link, size, blocks: 0, mtime: created, perm: 0o777, nlink: 1, keep: false })
             }
             Node::Record(id) => self.record_attr(id).map_err(stale),
+            Node::Increment(number) => self.increment_attr(number),
+            Node::Member { increment, index } => self.member_attr(increment, index),
             _ => Err(Errno::ESTALE),
         }
     }
@@ -181,6 +183,7 @@ impl Tree {
                     clock::sleep(RECORD_POLL);
                 }
             }
+            Node::Member { increment, index } => Ok((self.open_member(increment, index)?, true)),
             node if node.sort() == Sort::Dir => Err(Errno::EISDIR),
             _ => Err(Errno::ESTALE),
         }
@@ -228,6 +231,7 @@ impl Tree {
                 let cut = self.cut(id)?;
                 self.extent_attr(&cut, cut.named(text?).ok_or(Errno::ENOENT)?)
             }
+            Node::Increment(number) => self.member_named(number, text?),
             node if node.sort() == Sort::Dir => Err(Errno::ENOENT),
             _ => Err(Errno::ENOTDIR),
         }
@@ -243,7 +247,7 @@ impl Tree {
         match snapshot {
             Some(snapshot) => self.export_attr(Node::Extents(snapshot)),
             None if name == LATEST => self.export_attr(Node::Latest(id)).map_err(|_| Errno::ENOENT),
-            None => Err(Errno::ENOENT),
+            None => self.increment_named(id, name),
         }
     }
 
@@ -272,8 +276,10 @@ impl Tree {
                 if !live.is_empty() && live.iter().all(|s| s.name != LATEST) {
                     entries.push(Entry { node: Node::Latest(id), name: LATEST.to_owned() });
                 }
+                entries.extend(self.increments_of(id)?);
                 Ok((Node::Exports, entries))
             }
+            Node::Increment(number) => self.members(number),
             _ => Err(Errno::ENOTDIR),
         }
     }

@@ -302,7 +302,7 @@ pub fn open(store: &Arc<Store>, held: Arc<Held>, cut: Cut, slot: Slot, epoch: Ep
     if known.epoch != epoch {
         return Err(Error::not_found("the snapshot has other bytes there"));
     }
-    Ok(Window { entries, ..Window::new(store, held, cut, slot.offset(), cut.length(slot)) })
+    Ok(Window::new(store, held, cut, slot.offset(), cut.length(slot)).knowing(entries))
 }
 
 /// Finds a live snapshot that shows an extent as an epoch left it, and holds it. The states that do descend from the one

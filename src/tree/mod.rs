@@ -34,6 +34,7 @@ pub mod file;
 mod fixed;
 mod fuse;
 mod fuse_session;
+mod increment;
 pub mod names;
 pub mod node;
 pub mod stale;

@@ -14,6 +14,7 @@ use std::sync::{Arc, Weak};
 
 use super::errno::{Answer, Errno};
 use super::file::{DiskFile, Handle};
+use super::increment::Increments;
 use super::extent::{Cut, Extents};
 use super::node::{self, Node, Sort};
 use super::stale::{self, Stale};
@@ -75,6 +76,8 @@ pub struct Tree {
     doubtful: Mutex<HashSet<DiskId>>,
     /// What is known of extent files.
     pub(super) extents: Extents,
+    /// The increment directories that were looked up.
+    pub(super) increments: Increments,
     /// The one snapshot whose extent files are the whole tree, if it shows no more.
     pub(super) only: Option<(Arc<Held>, Cut)>,
     releases: Mutex<u64>,
@@ -95,6 +98,7 @@ impl Tree {
             times: Mutex::default(),
             doubtful: Mutex::default(),
             extents: Extents::default(),
+            increments: Increments::default(),
             only: None,
             releases: Mutex::new(0),
             released: Condvar::new(),
@@ -119,11 +123,21 @@ impl Tree {
                 let names = !resized && !data;
                 let all = [Node::Disks, Node::Snapshots, Node::Retired, Node::Exports];
                 let dirs = if names { all.to_vec() } else { Vec::new() };
+                if names {
+                    // Their texts name the disk.
+                    let tables = self.store.tables.read();
+                    self.increments.forget(|snapshot| {
+                        tables.snapshot_by_id(snapshot).map_or(true, |(_, row)| row.disk == *id)
+                    });
+                }
                 (dirs, (!names && !ours).then_some(*id))
             }
-            Change::Snapshot { disk, id, gone, retired, .. } => {
+            Change::Snapshot { disk, id, gone, retired, was, .. } => {
                 if *gone || *retired {
                     self.extents.forget(*id);
+                }
+                if *gone || *retired || was.is_some() {
+                    self.increments.forget(|snapshot| snapshot == *id);
                 }
                 (vec![Node::SnapshotsOf(*disk), Node::RetiredOf(*disk), Node::ExportsOf(*disk)], None)
             }

@@ -50,7 +50,7 @@ pub struct Window {
     offset: u64,
     length: u64,
     /// The entries of its chunks, if they were looked up before.
-    pub(super) entries: Vec<Entry>,
+    entries: Vec<Entry>,
     _held: Arc<Held>,
 }
 
@@ -60,6 +60,12 @@ impl Window {
     pub fn new(store: &Arc<Store>, held: Arc<Held>, cut: Cut, offset: u64, length: u64) -> Self {
         assert!(offset.checked_add(length).is_some_and(|end| end <= cut.size), "a window lies inside its snapshot");
         Self { store: Arc::clone(store), cut, offset, length, entries: Vec::new(), _held: held }
+    }
+
+    /// Sets the entries of its chunks, which were looked up before.
+    #[must_use]
+    pub fn knowing(self, entries: Vec<Entry>) -> Self {
+        Self { entries, ..self }
     }
 
     /// Returns the length.

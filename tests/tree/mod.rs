@@ -7,10 +7,14 @@
 //!    line does.
 
 mod copying;
+mod exports;
+mod extents;
 mod files;
 mod hostile;
+mod increments;
 mod names;
 mod news;
+mod retired;
 mod snapshots;
 mod stopping;
 
