@@ -9,6 +9,7 @@ mod export;
 mod format;
 mod import;
 mod model;
+mod past;
 mod real;
 mod tidy;
 mod tree;

@@ -9,8 +9,10 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::disk::ScrubReport;
+use crate::snapshot::diff::{Extent, VerifyReport};
 use crate::snapshot::{PruneLine, RevertReport};
-use crate::store::{self, CheckReport, DiskInfo, EnospcPolicy, SnapshotInfo, SnapshotState};
+use crate::store::{self, CheckReport, DiskInfo, EnospcPolicy, RebuildReport, SnapshotInfo, SnapshotState};
+use crate::units::BLOCK_SIZE;
 
 /// An answer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,6 +41,12 @@ pub enum Response {
     },
     /// A disk is what its snapshot was.
     Reverted(Reverted),
+    /// What changed between two states.
+    Diff(Diff),
+    /// What the next increment would carry.
+    Estimate(Diff),
+    /// How data and diff compare.
+    Verified(Verified),
     /// What prune kept and removed.
     Pruned {
         /// Whether this only tells what would happen.
@@ -55,6 +63,8 @@ pub enum Response {
     },
     /// What check found.
     Checked(Checked),
+    /// What a rebuild of the catalog brought back.
+    Rebuilt(Rebuilt),
     /// What scrub found.
     Scrubbed(Scrubbed),
     /// Space was given back.
@@ -120,6 +130,41 @@ pub struct Disk {
     pub holder: Option<String>,
     /// Its settings.
     pub settings: Settings,
+}
+
+/// What changed between two states.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Diff {
+    /// The older side, as it was asked for.
+    pub from: String,
+    /// The newer side.
+    pub to: String,
+    /// Bytes of the older side; 0 for nothing.
+    pub from_size: u64,
+    /// Bytes of the newer side.
+    pub to_size: u64,
+    /// Bytes of changed data.
+    pub data: u64,
+    /// Bytes that read as zeros now.
+    pub zero: u64,
+    /// How many extents there are.
+    pub count: u64,
+    /// The extents, in order; `null` when only the sums were asked for.
+    pub extents: Option<Vec<Extent>>,
+}
+
+/// How the data of two states compares with their diff.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Verified {
+    /// The older side, as it was asked for.
+    pub from: String,
+    /// The newer side.
+    pub to: String,
+    /// What was found.
+    #[serde(flatten)]
+    pub report: VerifyReport,
 }
 
 /// The settings of a disk, keys as on the command line.
@@ -206,6 +251,45 @@ pub struct Checked {
     pub blocks: u64,
     /// Bytes that nothing names.
     pub leaked: u64,
+    /// Of them, bytes that a rebuild left and that stay until `--repair`.
+    #[serde(default)]
+    pub kept: u64,
+}
+
+/// What a rebuild of the catalog brought back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rebuilt {
+    /// Whether there is a new catalog; otherwise the old one is sound and nothing was touched.
+    pub rebuilt: bool,
+    /// Whether everything that was ever acknowledged is there.
+    pub complete: bool,
+    /// The catalog or backup it was made from; `null` when there was none.
+    pub source: Option<String>,
+    /// Frames of the journal that were used.
+    pub frames: u64,
+    /// What the old catalog is called now.
+    pub kept: Option<String>,
+    /// Bytes in segments that nothing names; they stay until `check --repair`.
+    pub unnamed: u64,
+    /// Each disk.
+    pub disks: Vec<RebuiltDisk>,
+    /// What else there is to say, in sentences.
+    pub notes: Vec<String>,
+}
+
+/// A disk that a rebuild brought back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RebuiltDisk {
+    /// Its name.
+    pub disk: String,
+    /// How many snapshots it has.
+    pub snapshots: u64,
+    /// Bytes that are mapped in it.
+    pub referenced: u64,
+    /// The snapshot it is like now; `null` when it is as it was, or empty.
+    pub live: Option<String>,
+    /// What it lost, in sentences.
+    pub lost: Vec<String>,
 }
 
 /// One thing check found.
@@ -379,6 +463,29 @@ impl From<CheckReport> for Checked {
             segments: report.segments,
             blocks: report.blocks,
             leaked: report.leaked,
+            kept: report.kept,
+        }
+    }
+}
+
+impl From<RebuildReport> for Rebuilt {
+    fn from(report: RebuildReport) -> Self {
+        let disk = |disk: store::RebuiltDisk| RebuiltDisk {
+            disk: disk.name,
+            snapshots: disk.snapshots,
+            referenced: disk.blocks * BLOCK_SIZE,
+            live: disk.live,
+            lost: disk.lost,
+        };
+        Self {
+            rebuilt: report.rebuilt,
+            complete: report.complete,
+            source: report.source,
+            frames: report.frames,
+            kept: report.kept,
+            unnamed: report.unnamed,
+            disks: report.disks.into_iter().map(disk).collect(),
+            notes: report.notes,
         }
     }
 }

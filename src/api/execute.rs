@@ -75,6 +75,11 @@ pub fn execute(store: &Arc<Store>, request: Request, progress: &dyn Progress) ->
         }
         Request::Export { from, to, path } => export(store, from, to, &path, progress),
         Request::Import { path, format, disk } => import(store, &path, format.as_deref(), &disk, progress),
+        Request::Retire { .. }
+        | Request::Diff { .. }
+        | Request::Estimate { .. }
+        | Request::VerifyDiff { .. }
+        | Request::RecordImport { .. } => super::past::execute(store, request, progress),
         Request::Check { .. }
         | Request::Scrub {}
         | Request::Reclaim { .. }
@@ -89,8 +94,8 @@ pub fn execute(store: &Arc<Store>, request: Request, progress: &dyn Progress) ->
 /// Answers what is asked of the pool as a whole.
 fn execute_on_pool(store: &Arc<Store>, request: &Request, progress: &dyn Progress) -> Result<Response> {
     match request {
-        Request::Check { rebuild: true, .. } => Err(Error::unsupported("this version cannot rebuild a map")
-            .hint("'afterimage check --repair' mends leaks; keep the pool directory as it is")),
+        Request::Check { rebuild: true, .. } => Err(Error::busy("a pool that is in use cannot be rebuilt")
+            .hint("end the server with 'afterimage umount', then run 'afterimage check --rebuild'")),
         Request::Check { repair, .. } => Ok(Response::Checked(check(store, *repair, progress)?.into())),
         Request::Scrub {} => Ok(Response::Scrubbed(disk::scrub(store, progress)?.into())),
         Request::Reclaim { wait: true } => {

@@ -90,6 +90,44 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         keep: Option<String>,
     },
+    /// Frees the data of snapshots and keeps what a diff needs of them; all or none.
+    Retire {
+        /// `DISK@SNAPSHOT`.
+        snapshots: Vec<String>,
+        /// Answers only when the records are durable and the data is freed.
+        #[serde(default, skip_serializing_if = "is_false")]
+        wait: bool,
+    },
+    /// Tells what changed between two states. No data is read.
+    Diff {
+        /// `DISK`, `DISK@SNAPSHOT` (live or retired) or `-`.
+        from: String,
+        /// `DISK` or `DISK@SNAPSHOT`.
+        to: String,
+        /// Leaves out the extents.
+        #[serde(default, skip_serializing_if = "is_false")]
+        summary: bool,
+    },
+    /// Tells how many bytes the next increment of a disk would carry.
+    Estimate {
+        /// The disk.
+        disk: String,
+        /// The base; the newest snapshot, live or retired, when left out.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        from: Option<String>,
+    },
+    /// Compares the data of two states with their diff.
+    VerifyDiff {
+        /// `DISK`, `DISK@SNAPSHOT` or `-`.
+        from: String,
+        /// `DISK` or `DISK@SNAPSHOT`.
+        to: String,
+    },
+    /// Brings the record of a retired snapshot back that the pool has lost.
+    RecordImport {
+        /// Absolute path of the record, as the server sees it.
+        path: String,
+    },
     /// Keeps a snapshot from being removed.
     Hold {
         /// `DISK@SNAPSHOT`.

@@ -14,11 +14,12 @@ use std::time::Duration;
 use super::{Answer, Client, Request, Response, Service};
 use crate::clock::{self, Instant};
 use crate::error::{Error, Kind, Result};
+use crate::media::Media;
 use crate::media::host::HostMedia;
 use crate::pool::PoolLock;
 use crate::progress::Progress;
 use crate::snapshot;
-use crate::store::{OpenOptions, Store};
+use crate::store::{self, OpenOptions, Store};
 
 /// How long a lock without a socket is waited for.
 const LOCK_TIME_MAX: Duration = Duration::from_secs(2);
@@ -28,6 +29,9 @@ const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 
 /// How long a command that opened the pool itself goes on freeing what it removed. A server frees the rest.
 const RECLAIM_TIME_MAX: Duration = Duration::from_secs(2);
+
+/// How long a command that took a snapshot goes on sealing. A server, or the next command, seals the rest.
+const SEAL_TIME_MAX: Duration = Duration::from_secs(2);
 
 /// A way to a pool.
 #[derive(Debug)]
@@ -42,6 +46,7 @@ pub enum Way {
 pub struct Direct {
     service: Service,
     frees: bool,
+    makes: bool,
     // Dropped last: see rule 1.
     _lock: PoolLock,
 }
@@ -62,7 +67,12 @@ impl Way {
     fn open(pool: &Path, lock: PoolLock) -> Result<Self> {
         let options = OpenOptions { background: false, ..OpenOptions::default() };
         let store = open_store(pool, options)?;
-        Ok(Self::Direct(Box::new(Direct { service: Service::new(store, pool), frees: false, _lock: lock })))
+        Ok(Self::Direct(Box::new(Direct {
+            service: Service::new(store, pool),
+            frees: false,
+            makes: false,
+            _lock: lock,
+        })))
     }
 
     /// Asks for something.
@@ -74,6 +84,7 @@ impl Way {
             Self::Server(client) => client.ask(&request, progress),
             Self::Direct(direct) => {
                 direct.frees |= frees(&request);
+                direct.makes |= makes(&request);
                 // Here is no background in which it could go on.
                 let request =
                     if let Request::Reclaim { .. } = request { Request::Reclaim { wait: true } } else { request };
@@ -94,6 +105,10 @@ impl Way {
             if let Err(error) = store.reclaim_wait(&Until { end: clock::now() + RECLAIM_TIME_MAX }) {
                 tracing::debug!("space is given back later: {error}");
             }
+        }
+        if direct.makes {
+            let end = clock::now() + SEAL_TIME_MAX;
+            store.prepare_for_the_worst(|| clock::now() < end);
         }
         store.close()
     }
@@ -146,6 +161,26 @@ pub fn open_store(pool: &Path, options: OpenOptions) -> Result<Arc<Store>> {
     Ok(store)
 }
 
+/// Makes the catalog of the pool in the directory `pool` again.
+///
+/// # Errors
+/// `Kind::NotFound` when there is no pool, `Kind::Busy` while somebody has it open; any error of the host.
+pub fn rebuild(pool: &Path, progress: &dyn Progress) -> Result<Response> {
+    check_is_pool(pool)?;
+    let lock = match enter(pool)? {
+        Entry::Lock(lock) => lock,
+        Entry::Server(_) => {
+            return Err(Error::busy(format!("the pool {} is served, and cannot be rebuilt meanwhile", pool.display()))
+                .hint("end the server with 'afterimage umount', then run 'afterimage check --rebuild'"));
+        }
+    };
+    let media = HostMedia::new(pool).map_err(|e| Error::io(format!("cannot open {}", pool.display()), e))?;
+    let media: Arc<dyn Media> = Arc::new(media);
+    let report = store::rebuild(&media, progress)?;
+    drop(lock);
+    Ok(Response::Rebuilt(report.into()))
+}
+
 /// Makes sure that there is a pool in the directory `pool`, and returns its path without links.
 ///
 /// # Errors
@@ -183,6 +218,19 @@ fn frees(request: &Request) -> bool {
             | Request::Revert { .. }
             | Request::Release { .. }
             | Request::Resize { shrink: true, .. }
+    )
+}
+
+/// Tells whether a request makes something that a rebuild would want to know.
+fn makes(request: &Request) -> bool {
+    matches!(
+        request,
+        Request::Create { .. }
+            | Request::Import { .. }
+            | Request::Snapshot { .. }
+            | Request::Clone { .. }
+            | Request::Revert { .. }
+            | Request::Rename { .. }
     )
 }
 

@@ -12,6 +12,7 @@
 //! Pages: `man/`, generated from these types; a test holds them current.
 
 mod bar;
+mod changes;
 mod daemon;
 mod disks;
 mod doctor;
@@ -102,6 +103,11 @@ enum Command {
     Snapshot(snapshots::Snapshot),
     Clone(snapshots::Clone),
     Revert(snapshots::Revert),
+    Retire(changes::Retire),
+    Diff(changes::Diff),
+    Estimate(changes::Estimate),
+    Verify(changes::Verify),
+    Record(changes::Record),
     Hold(snapshots::Hold),
     Release(snapshots::Release),
     Prune(snapshots::Prune),
@@ -154,6 +160,12 @@ pub fn main() -> ExitCode {
         }
     };
     log(&cli.global);
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        if !crate::store::panic_is_guarded() {
+            usual(panic);
+        }
+    }));
     let screen = Screen::new(cli.global.json, cli.global.quiet);
     match run(cli.command, &cli.global, &screen) {
         Ok(code) => ExitCode::from(code),
@@ -207,11 +219,17 @@ fn run(command: Command, global: &Global, screen: &Screen) -> Result<u8> {
         Command::Snapshot(command) => ask(global, screen, command.ask()),
         Command::Clone(command) => ask(global, screen, command.ask()),
         Command::Revert(command) => ask(global, screen, command.ask()),
+        Command::Retire(command) => ask(global, screen, command.ask()),
+        Command::Diff(command) => ask(global, screen, command.ask()),
+        Command::Estimate(command) => ask(global, screen, command.ask()),
+        Command::Verify(command) => ask(global, screen, command.ask()),
+        Command::Record(command) => ask(global, screen, command.ask()?),
         Command::Hold(command) => ask(global, screen, command.ask()),
         Command::Release(command) => ask(global, screen, command.ask()),
         Command::Prune(command) => ask(global, screen, command.ask()),
         Command::Export(command) => ask(global, screen, command.ask()?),
         Command::Set(command) => ask(global, screen, command.ask()?),
+        Command::Check(command) if command.rebuilds() => rebuild(global, screen),
         Command::Check(command) => ask(global, screen, command.ask()),
         Command::Scrub(command) => ask(global, screen, command.ask()),
         Command::Reclaim(command) => ask(global, screen, command.ask()),
@@ -240,11 +258,21 @@ fn answer(global: &Global, screen: &Screen, ask: Ask) -> Result<Response> {
     Ok(response)
 }
 
+/// Makes the catalog again: the one thing that is done to a pool without opening it.
+fn rebuild(global: &Global, screen: &Screen) -> Result<u8> {
+    let bar = Bar::new(Units::Items, screen.shows_progress());
+    let response = crate::api::rebuild(global.pool()?, &bar);
+    bar.finish();
+    screen.answer(&response?, Style::Full);
+    Ok(0)
+}
+
 /// An answer that says "this pool is damaged" is no success.
 fn verdict(response: &Response) -> u8 {
     let sound = match response {
         Response::Checked(report) => report.problems.iter().all(|problem| problem.fixed),
         Response::Scrubbed(report) => report.damaged.is_empty(),
+        Response::Verified(verified) => verified.report.first_wrong.is_none(),
         _ => true,
     };
     if sound { 0 } else { crate::error::Kind::Corrupt.exit_code() }

@@ -2,7 +2,8 @@
 
 use super::table::{Head, Table, sheet};
 use crate::api::Response;
-use crate::api::answer::{Checked, Disk, Exported, Imported, Pruned, Reverted, Scrubbed, Settings, Snapshot, Status};
+use crate::api::answer::{Checked, Disk, Exported, Imported, Pruned, Rebuilt, Reverted, Scrubbed, Settings, Snapshot};
+use crate::api::answer::Status;
 use crate::clock;
 use crate::error::{Error, Result};
 use crate::units::show_size;
@@ -28,9 +29,13 @@ pub(super) fn show(response: &Response, style: Style) -> String {
         Response::Snapshots { snapshots } => snapshots.iter().map(snapshot_line).collect(),
         Response::Removed { name } => format!("removed {name}\n"),
         Response::Reverted(report) => reverted(report),
+        Response::Diff(diff) => super::changes::show_diff(diff, style),
+        Response::Estimate(diff) => super::changes::show_estimate(diff),
+        Response::Verified(verified) => super::changes::show_verified(verified),
         Response::Pruned { dry_run, snapshots } => pruned(*dry_run, snapshots),
         Response::Settings { settings, .. } => settings_lines(settings),
         Response::Checked(report) => checked(report),
+        Response::Rebuilt(report) => rebuilt(report),
         Response::Scrubbed(report) => scrubbed(report),
         Response::Reclaimed { freed, complete: true } => format!("gave back {}\n", show_size(*freed)),
         Response::Reclaimed { .. } => "space is given back in the background; --wait waits for it\n".to_owned(),
@@ -203,6 +208,12 @@ fn checked(report: &Checked) -> String {
     for problem in &report.problems {
         text.push_str(&format!("{}: {}\n", if problem.fixed { "mended" } else { "problem" }, problem.what));
     }
+    if report.kept > 0 {
+        text.push_str(&format!(
+            "{} are left of a rebuild and named by nothing; --repair gives them back to the host\n",
+            show_size(report.kept)
+        ));
+    }
     let open = report.problems.iter().filter(|problem| !problem.fixed).count();
     text.push_str(&format!(
         "{} disks, {} snapshots, {} segments, {} blocks; {} leaked; {}\n",
@@ -213,6 +224,42 @@ fn checked(report: &Checked) -> String {
         show_size(report.leaked),
         if open == 0 { "sound".to_owned() } else { format!("{open} problems") },
     ));
+    text
+}
+
+fn rebuilt(report: &Rebuilt) -> String {
+    if !report.rebuilt {
+        return "the catalog is sound: nothing was changed\n".to_owned();
+    }
+    let mut text = String::new();
+    for note in &report.notes {
+        text.push_str(&format!("note: {note}\n"));
+    }
+    for disk in &report.disks {
+        let live = disk.live.as_ref().map(|name| format!(", now like snapshot '{name}'")).unwrap_or_default();
+        let (name, mapped) = (&disk.disk, show_size(disk.referenced));
+        text.push_str(&format!("disk {name}: {} snapshots, {mapped} mapped{live}\n", disk.snapshots));
+        for lost in &disk.lost {
+            text.push_str(&format!("  lost: {lost}\n"));
+        }
+    }
+    let source = report.source.as_deref().map_or_else(String::new, |name| format!(" from {name}"));
+    text.push_str(&match report.complete {
+        true => {
+            format!("the catalog is made again{source} and {} frames of the journal: nothing is lost\n", report.frames)
+        }
+        false => "the catalog is made again from the seals of the snapshots\n".to_owned(),
+    });
+    if let Some(kept) = &report.kept {
+        text.push_str(&format!("the old one is {kept} now\n"));
+    }
+    if report.unnamed > 0 {
+        text.push_str(&format!(
+            "{} in the segments belong to nothing that is left; they stay until 'afterimage check --repair'\n",
+            show_size(report.unnamed)
+        ));
+    }
+    text.push_str("run 'afterimage check' and 'afterimage scrub' now\n");
     text
 }
 

@@ -8,17 +8,28 @@ use crate::api::Request;
 /// Prove that the metadata is sound
 ///
 /// Reads only, unless told to mend. Exits with 5 when something is wrong and was not mended.
+///
+/// With --rebuild the catalog is made again, for a pool that does not open because 'catalog.redb' is damaged or lost. No
+/// server may be running. If the newest backup of the catalog (one a day) and the journal fit together, nothing is lost.
+/// Otherwise every sealed snapshot comes back with its data, under its last known name, and each disk becomes what its
+/// newest snapshot is; the report says what is lost. The old catalog stays beside the new one as
+/// 'catalog.damaged-N.redb'. Data of which nobody knows any more where it belongs is not given back to the host until
+/// 'check --repair' is run. A catalog that is sound is left alone.
 #[derive(Debug, Args)]
 pub(super) struct Check {
-    /// Mend leaks: give back space that nothing names
+    /// Mend leaks: give back space that nothing names, also what a rebuild left
     #[arg(long)]
     repair: bool,
-    /// Make the block map again from the seal files and the newest backup of the catalog
+    /// Make the catalog again from its newest backup, the journal and the seals of the snapshots
     #[arg(long, conflicts_with = "repair")]
     rebuild: bool,
 }
 
 impl Check {
+    pub(super) fn rebuilds(&self) -> bool {
+        self.rebuild
+    }
+
     pub(super) fn ask(self) -> Ask {
         Ask::question(Request::Check { repair: self.repair, rebuild: self.rebuild })
     }

@@ -81,6 +81,8 @@ pub trait File: Send + Sync + Debug {
     fn write_cached_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
         self.write_at(data, offset)
     }
+    /// Says, of an empty file, that it will be overwritten in place again and again. The host may make use of that.
+    fn will_be_overwritten(&self) {}
     /// Makes data and length durable (fdatasync).
     fn sync(&self) -> io::Result<()>;
     /// Returns the length.

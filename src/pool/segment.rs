@@ -237,6 +237,7 @@ impl Segments {
             Err(e) => return Err(what(e)),
         }
         let file = self.media.open_direct(&segment_path(id), Open::New).map_err(what)?;
+        file.will_be_overwritten();
         let header = SegmentHeader { pool: self.pool, id, nonce, disk };
         file.write_at(&header.encode(), 0).map_err(what)?;
         file.set_len(CHUNK_SIZE).map_err(what)?;
@@ -326,10 +327,18 @@ impl Segments {
     /// # Errors
     /// Any error of the host.
     pub fn on_disk(&self) -> Result<Vec<SegmentId>> {
+        Self::ids(&*self.media)
+    }
+
+    /// As [`Segments::on_disk`], of a pool that is not open.
+    ///
+    /// # Errors
+    /// Any error of the host.
+    pub fn ids(media: &dyn Media) -> Result<Vec<SegmentId>> {
         let what = |e| Error::io(format!("cannot list {SEGMENTS_DIR}"), e);
         let mut ids = Vec::new();
-        for dir in self.media.list(SEGMENTS_DIR).map_err(what)? {
-            for name in self.media.list(&format!("{SEGMENTS_DIR}/{dir}")).map_err(what)? {
+        for dir in media.list(SEGMENTS_DIR).map_err(what)? {
+            for name in media.list(&format!("{SEGMENTS_DIR}/{dir}")).map_err(what)? {
                 if let Some(id) = name.strip_suffix(".seg").and_then(|n| n.parse().ok()) {
                     ids.push(SegmentId(id));
                 }

@@ -14,7 +14,11 @@
 //! look-ups, reopening and a storage trait that can crash at every I/O matter most. Page checksums decide against LMDB,
 //! the look-ups against fjall. A write cache of at least 128 MiB keeps one fold from spilling.
 
+use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::io;
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use redb::{Database, ReadableDatabase, ReadableTableMetadata, StorageBackend, TableDefinition};
@@ -24,6 +28,7 @@ use super::rows::Key;
 use crate::codec::{Reader, Writer, unseal};
 use crate::error::{Error, Kind, Result};
 use crate::media::File;
+use crate::sync::Mutex;
 
 const ROWS: TableDefinition<&[u8], &[u8]> = TableDefinition::new("rows");
 const FOLD: TableDefinition<&[u8], &[u8]> = TableDefinition::new("fold");
@@ -32,6 +37,89 @@ const FOLD_KEY: &[u8] = b"mark";
 /// A host file under redb.
 #[derive(Debug)]
 struct Backend(Arc<dyn File>);
+
+/// A host file that is only read: what redb writes, as when it opens a database that was not closed, stays in memory.
+#[derive(Debug)]
+struct Overlay {
+    file: Arc<dyn File>,
+    state: Mutex<Overlaid>,
+}
+
+#[derive(Debug)]
+struct Overlaid {
+    len: u64,
+    pages: BTreeMap<u64, Box<[u8; PAGE]>>,
+}
+
+const PAGE: usize = 4096;
+
+impl Overlay {
+    fn new(file: Arc<dyn File>) -> Result<Self, io::Error> {
+        let len = file.len()?;
+        Ok(Self { file, state: Mutex::new(Overlaid { len, pages: BTreeMap::new() }) })
+    }
+
+    /// Reads a page as the file has it; zeros beyond its end.
+    fn page_of_file(&self, index: u64) -> Result<Box<[u8; PAGE]>, io::Error> {
+        let mut page = Box::new([0; PAGE]);
+        self.file.read_at(&mut page[..], index * PAGE as u64)?;
+        Ok(page)
+    }
+
+    /// Calls `each` for every page that a range touches: index, bytes in the page, bytes in the range.
+    fn pieces(
+        offset: u64,
+        len: usize,
+        mut each: impl FnMut(u64, Range<usize>, Range<usize>) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let mut done = 0;
+        while done < len {
+            let at = offset + done as u64;
+            let within = usize::try_from(at % PAGE as u64).expect("below a page");
+            let here = (PAGE - within).min(len - done);
+            each(at / PAGE as u64, within..within + here, done..done + here)?;
+            done += here;
+        }
+        Ok(())
+    }
+}
+
+impl StorageBackend for Overlay {
+    fn len(&self) -> Result<u64, io::Error> {
+        Ok(self.state.lock().len)
+    }
+    fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), io::Error> {
+        let state = self.state.lock();
+        if offset.checked_add(out.len() as u64).is_none_or(|end| end > state.len) {
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file ends early"));
+        }
+        Self::pieces(offset, out.len(), |index, page, range| {
+            match state.pages.get(&index) {
+                Some(kept) => out[range].copy_from_slice(&kept[page]),
+                None => out[range].copy_from_slice(&self.page_of_file(index)?[page]),
+            }
+            Ok(())
+        })
+    }
+    fn set_len(&self, len: u64) -> Result<(), io::Error> {
+        self.state.lock().len = len;
+        Ok(())
+    }
+    fn sync_data(&self) -> Result<(), io::Error> {
+        Ok(())
+    }
+    fn write(&self, offset: u64, data: &[u8]) -> Result<(), io::Error> {
+        let mut state = self.state.lock();
+        Self::pieces(offset, data.len(), |index, page, range| {
+            let fresh = if state.pages.contains_key(&index) { None } else { Some(self.page_of_file(index)?) };
+            let kept = state.pages.entry(index).or_insert_with(|| fresh.expect("read above"));
+            kept[page].copy_from_slice(&data[range]);
+            Ok(())
+        })?;
+        state.len = state.len.max(offset + data.len() as u64);
+        Ok(())
+    }
+}
 
 impl StorageBackend for Backend {
     fn len(&self) -> Result<u64, io::Error> {
@@ -67,6 +155,24 @@ fn fail(what: &str, error: impl Into<redb::Error>) -> Error {
     Error::new(kind, format!("cannot {what} the catalog: {error}"))
 }
 
+thread_local! {
+    static GUARDED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Tells whether a panic of this thread, now, is one that becomes an error: nobody need be told of it as of a bug.
+#[must_use]
+pub fn panic_is_guarded() -> bool {
+    GUARDED.get()
+}
+
+/// Reads what may be damaged in ways that the database does not expect; `None` when it panics over it.
+pub(super) fn guard<T>(read: impl FnOnce() -> T) -> Option<T> {
+    let before = GUARDED.replace(true);
+    let result = catch_unwind(AssertUnwindSafe(read));
+    GUARDED.set(before);
+    result.ok()
+}
+
 /// The catalog.
 #[derive(Debug)]
 pub struct Catalog {
@@ -74,11 +180,13 @@ pub struct Catalog {
     database: Option<Database>,
     file: Arc<dyn File>,
     cache_bytes: usize,
+    overlaid: bool,
 }
 
 /// A consistent view of the catalog as of one fold.
 pub struct View {
     rows: redb::ReadOnlyTable<&'static [u8], &'static [u8]>,
+    mark: Mark,
 }
 
 impl std::fmt::Debug for View {
@@ -140,7 +248,17 @@ impl Catalog {
     /// # Errors
     /// `Corrupt` when it cannot be repaired; any error of the host.
     pub fn open(file: Arc<dyn File>, cache_bytes: usize) -> Result<Self> {
-        let mut catalog = Self { database: None, file, cache_bytes };
+        let mut catalog = Self { database: None, file, cache_bytes, overlaid: false };
+        catalog.reopen()?;
+        Ok(catalog)
+    }
+
+    /// Opens a catalog without changing a byte of its file, whatever state it is in.
+    ///
+    /// # Errors
+    /// As [`Catalog::open`].
+    pub fn look_at(file: Arc<dyn File>, cache_bytes: usize) -> Result<Self> {
+        let mut catalog = Self { database: None, file, cache_bytes, overlaid: true };
         catalog.reopen()?;
         Ok(catalog)
     }
@@ -153,8 +271,19 @@ impl Catalog {
         drop(self.database.take());
         let mut builder = Database::builder();
         builder.set_cache_size(self.cache_bytes);
-        let backend = Backend(Arc::clone(&self.file));
-        self.database = Some(builder.create_with_backend(backend).map_err(|e| fail("open", e))?);
+        let file = Arc::clone(&self.file);
+        let overlay = match self.overlaid {
+            true => Some(Overlay::new(Arc::clone(&file)).map_err(|e| Error::io("cannot read the catalog", e))?),
+            false => None,
+        };
+        // The database checks what it reads, but trusts some of it when it opens: damage there is a panic.
+        let opened = guard(move || match overlay {
+            Some(overlay) => builder.create_with_backend(overlay),
+            None => builder.create_with_backend(Backend(file)),
+        });
+        let damaged = || Err(Error::corrupt("cannot open the catalog: it is damaged beyond what the database expects"));
+        let opened = opened.map_or_else(damaged, |opened| opened.map_err(|e| fail("open", e)));
+        self.database = Some(opened?);
         Ok(())
     }
 
@@ -167,8 +296,11 @@ impl Catalog {
     /// # Errors
     /// `Corrupt` when the mark is missing or damaged.
     pub fn mark(&self) -> Result<Mark> {
+        Self::mark_in(&self.database()?.begin_read().map_err(|e| fail("read", e))?)
+    }
+
+    fn mark_in(read: &redb::ReadTransaction) -> Result<Mark> {
         let damaged = || Error::corrupt("the catalog has no mark of the journal: it is damaged or not a catalog");
-        let read = self.database()?.begin_read().map_err(|e| fail("read", e))?;
         let table = read.open_table(FOLD).map_err(|_| damaged())?;
         let value = table.get(FOLD_KEY).map_err(|e| fail("read", e))?.ok_or_else(damaged)?;
         let what = "the mark of the catalog";
@@ -207,7 +339,7 @@ impl Catalog {
     /// Any error of the host.
     pub fn view(&self) -> Result<View> {
         let read = self.database()?.begin_read().map_err(|e| fail("read", e))?;
-        Ok(View { rows: read.open_table(ROWS).map_err(|e| fail("read", e))? })
+        Ok(View { mark: Self::mark_in(&read)?, rows: read.open_table(ROWS).map_err(|e| fail("read", e))? })
     }
 
     /// Closes the database in order.
@@ -233,6 +365,12 @@ impl Catalog {
 }
 
 impl View {
+    /// Returns how far the journal was folded.
+    #[must_use]
+    pub fn mark(&self) -> Mark {
+        self.mark
+    }
+
     /// Returns the value of a key.
     ///
     /// # Errors

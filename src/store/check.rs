@@ -9,7 +9,7 @@
 //! 3. No mapped address is queued for punching.
 //! 4. Every entry is what some state resolves to, and every mapped address is held by some state (no leak).
 //! 5. The counts of segments and disks, and the index, say what the entries say.
-//! 6. Data in segments that nothing names is queued, or is still to be swept.
+//! 6. Data in segments that nothing names is queued, or is still to be swept, or is what a rebuild keeps.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -19,9 +19,9 @@ use serde::{Deserialize, Serialize};
 
 use super::Store;
 use super::frozen::Frozen;
-use super::rows::{Key, KeyParts, Row, Table, checked_chunk, decode_count, decode_entry, decode_set};
+use super::rows::{Key, KeyParts, REBUILT, Row, Table, checked_chunk, decode_count, decode_entry, decode_set};
 use super::states::Status;
-use super::tables::{StateKey, Tables};
+use super::tables::{Edit, StateKey, Tables};
 use crate::error::Result;
 use crate::map::Entry;
 use crate::progress::Progress;
@@ -51,6 +51,8 @@ pub struct CheckReport {
     pub blocks: u64,
     /// Bytes on the host that nothing names.
     pub leaked: u64,
+    /// Of them, bytes that a rebuild keeps; they are no problem.
+    pub kept: u64,
 }
 
 struct Checker<'a> {
@@ -90,11 +92,30 @@ pub fn check(store: &Arc<Store>, repair: bool, progress: &dyn Progress) -> Resul
     };
     checker.run(progress)?;
     let Checker { mut report, mend, .. } = checker;
-    if repair && !mend.is_empty() {
-        store.ledger.commit(mend)?;
+    if repair {
+        for part in mend.chunks(4096) {
+            store.ledger.commit(part.to_vec())?;
+        }
         report.problems.iter_mut().for_each(|problem| problem.fixed |= problem.what.contains(LEAK));
+        store.give_up_kept()?;
     }
     Ok(report)
+}
+
+impl Store {
+    /// Treats segments that a rebuild found like all others from now on.
+    fn give_up_kept(&self) -> Result<()> {
+        let ticket = {
+            let mut tables = self.tables.write();
+            let kept: Vec<_> = tables.segments().filter(|(_, row)| row.opening == REBUILT).map(|(id, _)| id).collect();
+            let mut edit = Edit::new(&mut tables);
+            for id in kept {
+                edit.change_segment(id, |row| row.opening = 0)?;
+            }
+            self.ledger.submit(edit.finish())?
+        };
+        self.ledger.wait(ticket)
+    }
 }
 
 const LEAK: &str = "named by nothing";
@@ -271,6 +292,32 @@ impl Checker<'_> {
         Ok(())
     }
 
+    /// Finds runs of data in a segment that nothing names, and notes how to free them.
+    fn find_leaks(&mut self, id: SegmentId) -> Result<u64> {
+        let segment = self.store.segment(id)?;
+        let base = BlockAddress::new(id, 0).raw();
+        let mut leaks: Vec<(u64, u64)> = Vec::new();
+        let mut at = CHUNK_BLOCKS * BLOCK_SIZE;
+        while let Some((start, stop)) = segment.next_data(at)? {
+            for block in (start / BLOCK_SIZE).max(CHUNK_BLOCKS)..stop.div_ceil(BLOCK_SIZE) {
+                let raw = base + block;
+                if self.mapped.contains(raw) || self.queued.contains(raw) {
+                    continue;
+                }
+                match leaks.last_mut() {
+                    Some((first, count)) if *first + *count == raw => *count += 1,
+                    _ => leaks.push((raw, 1)),
+                }
+            }
+            at = stop;
+        }
+        for (first, count) in &leaks {
+            let first = BlockAddress::from_raw(*first).expect("of a segment");
+            self.mend.push(Row::put(Key::free(first), super::rows::encode_count(*count)));
+        }
+        Ok(leaks.iter().map(|(_, count)| count).sum())
+    }
+
     fn compare_segment(&mut self, id: SegmentId, swept: bool, opening: u64) -> Result<()> {
         let segment = match self.store.segment(id) {
             Ok(segment) => segment,
@@ -292,21 +339,11 @@ impl Checker<'_> {
         if !swept || opening == self.store.opening {
             return Ok(());
         }
-        let mut leaked = 0;
-        let mut at = CHUNK_BLOCKS * BLOCK_SIZE;
-        while let Some((start, stop)) = segment.next_data(at)? {
-            for block in start / BLOCK_SIZE..stop.div_ceil(BLOCK_SIZE) {
-                let raw = BlockAddress::new(id, 0).raw() + block;
-                if block >= CHUNK_BLOCKS && !self.mapped.contains(raw) && !self.queued.contains(raw) {
-                    leaked += 1;
-                    let first = BlockAddress::from_raw(raw).expect("of a segment");
-                    self.mend.push(Row::put(Key::free(first), super::rows::encode_count(1)));
-                }
-            }
-            at = stop;
-        }
-        if leaked > 0 {
-            self.report.leaked += leaked * BLOCK_SIZE;
+        let leaked = self.find_leaks(id)?;
+        self.report.leaked += leaked * BLOCK_SIZE;
+        if opening == REBUILT {
+            self.report.kept += leaked * BLOCK_SIZE;
+        } else if leaked > 0 {
             self.wrong(format!("{leaked} blocks of segment {id} are {LEAK}"));
         }
         Ok(())

@@ -164,7 +164,7 @@ impl Store {
         // First, or in one frame with the last of them: a map entry is never durable without its data. What the ledger
         // has dropped by a fold needs no deletion.
         let copies: Vec<Row> =
-            copies.into_iter().filter(|row| row.value.is_some() || self.ledger.in_memory(&row.key)).collect();
+            copies.into_iter().filter(|row| row.value.is_some() || self.ledger.copy_counts(&row.key)).collect();
         if !copies.is_empty() {
             ticket = self.ledger.submit(copies)?;
         }

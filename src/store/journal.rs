@@ -11,6 +11,7 @@
 //! valid frame with a later number further on means that the medium lost a frame it had acknowledged: corruption, not
 //! a crash, and the pool refuses to open.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use uuid::Uuid;
@@ -53,6 +54,15 @@ pub struct Journal {
     head: Mark,
     tail: u64,
     used: u64,
+    /// Number of the last frame that is folded; every frame says it.
+    folded: u64,
+}
+
+/// What a ring holds, wherever the catalog thinks it begins: for a rebuild.
+#[derive(Debug)]
+pub(super) struct Survey {
+    journal: Journal,
+    frames: BTreeMap<u64, (u64, FrameHeader)>,
 }
 
 fn fail(what: &str) -> impl Fn(std::io::Error) -> Error + '_ {
@@ -69,6 +79,7 @@ impl Journal {
     /// Any error of the host.
     pub fn create(file: &Arc<dyn File>, pool: Uuid, salt: Uuid, capacity: u64) -> Result<()> {
         assert!(capacity >= JOURNAL_MIN && capacity.is_multiple_of(ALIGN), "a journal has a sensible size");
+        file.will_be_overwritten();
         let zeros = vec![0; 1 << 20];
         let mut at = 0;
         while at < capacity {
@@ -87,6 +98,20 @@ impl Journal {
     /// # Errors
     /// `Corrupt` when header or ring are damaged in a way that no crash explains.
     pub fn open(file: Arc<dyn File>, pool: Uuid, mark: Mark) -> Result<(Self, Vec<Vec<Row>>)> {
+        let (salt, capacity) = Self::read_header(&file, pool)?;
+        if mark.at < ALIGN || mark.at > capacity || !mark.at.is_multiple_of(ALIGN) {
+            return Err(Error::corrupt("the journal is damaged: the place to begin makes no sense"));
+        }
+        let mut journal = Self { file, salt, capacity, head: mark, tail: mark.at, used: 0, folded: mark.lsn };
+        let mut frames = Vec::new();
+        while let Some(rows) = journal.replay_one()? {
+            frames.push(rows);
+        }
+        Ok((journal, frames))
+    }
+
+    /// Returns salt and capacity.
+    fn read_header(file: &Arc<dyn File>, pool: Uuid) -> Result<(Uuid, u64)> {
         let mut bytes = [0; 60];
         file.read_exact_at(&mut bytes, 0).map_err(fail("read"))?;
         let mut from = Reader::new("the journal", &bytes);
@@ -106,16 +131,10 @@ impl Journal {
         let capacity = from.u64()?;
         let salt = Uuid::from_slice(from.raw(16)?).expect("16 bytes");
         let len = file.len().map_err(fail("read"))?;
-        let sensible = capacity >= JOURNAL_MIN && capacity.is_multiple_of(ALIGN) && capacity <= len;
-        if !sensible || mark.at < ALIGN || mark.at > capacity || !mark.at.is_multiple_of(ALIGN) {
-            return Err(from.corrupt("its length or the place to begin make no sense"));
+        if capacity < JOURNAL_MIN || !capacity.is_multiple_of(ALIGN) || capacity > len {
+            return Err(from.corrupt("its length makes no sense"));
         }
-        let mut journal = Self { file, salt, capacity, head: mark, tail: mark.at, used: 0 };
-        let mut frames = Vec::new();
-        while let Some(rows) = journal.replay_one()? {
-            frames.push(rows);
-        }
-        Ok((journal, frames))
+        Ok((salt, capacity))
     }
 
     /// Reads the frame after `head`, if it is there, and moves on.
@@ -150,7 +169,7 @@ impl Journal {
                     "the journal ends at frame {}, but frame {} is there: an acknowledged frame was lost by the disk",
                     self.head.lsn, frame.lsn
                 ))
-                .hint("copy the pool directory away before anything else; then run `afterimage check`"));
+                .hint("copy the pool directory away before anything else; then run `afterimage check --rebuild`"));
             }
             at += ALIGN;
         }
@@ -204,6 +223,7 @@ impl Journal {
         assert!(self.has_room(body.len()), "room is made before a frame is written");
         let frame = FrameHeader {
             lsn: self.head.lsn + 1,
+            folded: self.folded,
             body_len: u32::try_from(body.len()).expect("bodies are bounded by the ring"),
             rows,
             body_crc: crc32(body),
@@ -232,6 +252,7 @@ impl Journal {
         // A frame that wrapped leaves the tail at the end of the ring: same distance, one way or the other.
         self.used = self.used.checked_sub(span).expect("frames are folded in order");
         self.tail = mark.at;
+        self.folded = mark.lsn;
     }
 
     /// Returns how full the ring is, from 0 to 100.
@@ -241,9 +262,68 @@ impl Journal {
     }
 }
 
+impl Survey {
+    /// Looks at every place where a frame could be.
+    ///
+    /// # Errors
+    /// `Corrupt` when the header is damaged or not that of the pool; any error of the host.
+    pub(super) fn of(file: Arc<dyn File>, pool: Uuid) -> Result<Self> {
+        let (salt, capacity) = Journal::read_header(&file, pool)?;
+        let journal = Journal { file, salt, capacity, head: Mark::START, tail: ALIGN, used: 0, folded: 0 };
+        let mut frames = BTreeMap::new();
+        let mut at = ALIGN;
+        while at < capacity {
+            let frame = journal.frame_at(at)?;
+            // A body of nonsense in a whole frame comes from no crash; for a rebuild it is just not there.
+            if let Some(frame) = frame
+                && matches!(journal.read_frame(at), Ok(Some(_)))
+            {
+                frames.insert(frame.lsn, (at, frame));
+            }
+            at += ALIGN;
+        }
+        Ok(Self { journal, frames })
+    }
+
+    /// Returns the number of the newest frame.
+    pub(super) fn last(&self) -> Option<u64> {
+        self.frames.keys().next_back().copied()
+    }
+
+    /// Returns the number of the first of the unbroken line of frames that ends with the newest.
+    pub(super) fn first_of_line(&self) -> Option<u64> {
+        let mut first = self.last()?;
+        while first > 1 && self.frames.contains_key(&(first - 1)) {
+            first -= 1;
+        }
+        Some(first)
+    }
+
+    /// Returns the number of the last frame that is known to have been folded.
+    pub(super) fn folded(&self) -> u64 {
+        self.frames.values().map(|(_, frame)| frame.folded).max().unwrap_or(0)
+    }
+
+    /// Returns the mark behind a frame.
+    pub(super) fn mark_behind(&self, lsn: u64) -> Option<Mark> {
+        self.frames.get(&lsn).map(|(at, frame)| Mark { lsn, at: at + frame.len() })
+    }
+
+    /// Returns the rows of a frame.
+    ///
+    /// # Errors
+    /// `Corrupt` when it is not there; any error of the host.
+    pub(super) fn rows(&self, lsn: u64) -> Result<Vec<Row>> {
+        let gone = || Error::corrupt(format!("frame {lsn} is not in the journal"));
+        let (at, _) = self.frames.get(&lsn).ok_or_else(gone)?;
+        self.journal.read_frame(*at)?.ok_or_else(gone)
+    }
+}
+
 #[derive(Debug, Clone, Copy)]
 struct FrameHeader {
     lsn: u64,
+    folded: u64,
     body_len: u32,
     rows: u32,
     body_crc: u32,
@@ -261,7 +341,7 @@ impl FrameHeader {
     fn encode(&self, salt: Uuid) -> Vec<u8> {
         let mut out = Writer::new();
         out.raw(&FRAME_MAGIC).raw(salt.as_bytes()).u64(self.lsn).u32(self.body_len).u32(self.rows);
-        out.u32(self.body_crc).raw(&[0; 16]);
+        out.u32(self.body_crc).u64(self.folded).raw(&[0; 8]);
         let bytes = out.sealed();
         assert_eq!(bytes.len(), HEADER_LEN, "the header has a fixed length");
         bytes
@@ -277,6 +357,7 @@ impl FrameHeader {
             body_len: from.u32().ok()?,
             rows: from.u32().ok()?,
             body_crc: from.u32().ok()?,
+            folded: from.u64().ok()?,
         };
         ours.then_some(frame)
     }

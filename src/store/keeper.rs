@@ -134,7 +134,7 @@ impl Store {
         let punch = |store: &Self| Ok(store.punch_step(true)? > 0);
         // What gives room comes first, and one that fails does not keep the others from their turn: on a full host file
         // system neither a fold nor a seal can be written, and punching must go on all the same.
-        let steps: [fn(&Self) -> Result<bool>; 9] = [
+        let steps: [fn(&Self) -> Result<bool>; 10] = [
             fold,
             Self::trim_one,
             Self::reclaim_one,
@@ -142,6 +142,7 @@ impl Store {
             punch,
             Self::record_one,
             Self::seal_one,
+            Self::tend_state_files,
             Self::flatten_one,
             Self::drop_stamps,
         ];
@@ -160,6 +161,7 @@ impl Store {
             let _turn = self.tidying.lock();
             self.remove_empty_segments()?;
             self.restore_ballast();
+            self.back_up_if_due();
         }
         match failed {
             // Try it again once the rest is done.

@@ -19,7 +19,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::catalog::{Catalog, View};
 use super::frozen::Frozen;
@@ -78,6 +78,8 @@ pub struct Ledger {
     poison: RwLock<Option<String>>,
     settle: RwLock<Option<Settle>>,
     body_max: usize,
+    /// A fold dropped copies of blocks, and no frame says so yet.
+    untold: AtomicBool,
     /// Frames written and folds done, for the metrics.
     pub counters: LedgerCounters,
 }
@@ -124,6 +126,7 @@ impl Ledger {
             poison: RwLock::new(None),
             settle: RwLock::new(None),
             body_max,
+            untold: AtomicBool::new(false),
             counters: LedgerCounters::default(),
         })
     }
@@ -250,6 +253,7 @@ impl Ledger {
         let durable = std::mem::take(&mut layers.inflight);
         layers.journaled.extend(durable);
         writer.durable = last;
+        self.untold.store(false, Ordering::Release);
         self.counters.frames.fetch_add(1, Ordering::Relaxed);
         Ok(true)
     }
@@ -278,6 +282,10 @@ impl Ledger {
             Ok(view) => {
                 let mut writer = self.writer.lock();
                 let mut layers = self.layers.lock();
+                let copies = Key::first_of(Table::Data)..=Key::beyond(Table::Data);
+                if layers.folding.range(copies).any(|(_, value)| value.is_some()) {
+                    self.untold.store(true, Ordering::Release);
+                }
                 layers.view = Arc::new(view);
                 layers.folding = Arc::default();
                 writer.journal.folded(mark);
@@ -334,14 +342,20 @@ impl Ledger {
         Ok(())
     }
 
+    /// Returns the catalog as of the last fold.
+    pub fn view(&self) -> Arc<View> {
+        Arc::clone(&self.layers.lock().view)
+    }
+
     /// Returns how full the journal is, from 0 to 100.
     pub fn journal_percent(&self) -> u64 {
         self.writer.lock().journal.percent_used()
     }
 
-    /// Tells whether memory has a value for a key, that is, one that no fold has dealt with yet.
-    pub fn in_memory(&self, key: &Key) -> bool {
-        self.layers.lock().get(key).is_some_and(|value| value.is_some())
+    /// Tells whether a reader of the journal alone may take the copy of a block in it for the newest: memory has it, so no
+    /// fold has dealt with it, or no frame since that fold tells of it.
+    pub fn copy_counts(&self, key: &Key) -> bool {
+        self.untold.load(Ordering::Acquire) || self.layers.lock().get(key).is_some_and(|value| value.is_some())
     }
 
     /// Sets what a fold does first with the segments of logged blocks: sync them.

@@ -118,7 +118,7 @@ impl Store {
     pub(super) fn tidy_logged(&self, head: &Head) {
         let mut inner = head.small.inner.lock();
         if inner.logged.len() > LOGGED_MAX {
-            inner.logged.retain(|address| self.ledger.in_memory(&Key::data(*address)));
+            inner.logged.retain(|address| self.ledger.copy_counts(&Key::data(*address)));
         }
     }
 

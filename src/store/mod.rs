@@ -25,6 +25,7 @@
 //!
 #![doc = include_str!("FORMAT.md")]
 
+mod backup;
 mod catalog;
 mod check;
 mod commit;
@@ -40,12 +41,15 @@ mod logged;
 mod open;
 mod past;
 mod punch;
+mod rebuild;
 mod reclaim;
 pub mod rows;
 mod seal;
 pub mod seal_file;
 mod settings;
 mod space;
+pub mod state_file;
+mod state_files;
 mod states;
 mod tables;
 mod touch;
@@ -57,6 +61,8 @@ mod walk;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
+pub use backup::{backup_name, backups};
+pub use catalog::panic_is_guarded;
 pub use check::{CheckReport, Problem, check};
 pub use commit::Capture;
 pub use frozen::Frozen;
@@ -66,6 +72,7 @@ pub use listing::{DiskInfo, SnapshotInfo, SnapshotState};
 pub use open::{InitOptions, OpenOptions};
 pub use past::{Moment, OpeningRow, RetiredRow, decode_stamp, encode_stamp};
 pub use punch::ReclaimReport;
+pub use rebuild::{RebuildReport, RebuiltDisk, rebuild};
 pub use settings::{EnospcPolicy, Settings};
 pub use states::{DiskRow, StateRow, Status};
 pub use tables::{Edit, StateKey, Tables};
@@ -155,6 +162,8 @@ pub struct Store {
     stamps_needed: std::sync::atomic::AtomicUsize,
     changes: AtomicU64,
     keeper: keeper::Keeper,
+    state_files: state_files::StateFiles,
+    backups: backup::BackupKeeper,
     /// Counters for `metrics`.
     pub counters: Counters,
 }

@@ -17,7 +17,7 @@ use super::rows::{Key, Meta, Row};
 use super::space::{BALLAST_SIZE, make_ballast};
 use super::tables::{Edit, Tables};
 use super::{Counters, Store, keeper, space};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::map::Cache;
 use crate::media::{Media, Open};
 use crate::pool::{CATALOG, JOURNAL, SEGMENTS_DIR, SUPERBLOCK, Segments, Superblock, probe};
@@ -115,6 +115,15 @@ impl Store {
     /// # Errors
     /// `NotFound` when there is none, `Corrupt` when it is damaged, `Unsupported` for a newer format.
     pub fn open(media: Arc<dyn Media>, options: OpenOptions) -> Result<Arc<Self>> {
+        Self::open_whole(media, options).map_err(|error| match error.kind() {
+            Kind::Corrupt if error.next_step().is_none() => error.hint(
+                "copy the pool directory away if you can; then `afterimage check --rebuild` makes the catalog again",
+            ),
+            _ => error,
+        })
+    }
+
+    fn open_whole(media: Arc<dyn Media>, options: OpenOptions) -> Result<Arc<Self>> {
         let superblock = Superblock::read(&*media)?;
         let existing = |name: &str| {
             media.open(name, Open::Existing).map_err(|e| match e.kind() {
@@ -158,6 +167,8 @@ impl Store {
             stamps_needed: std::sync::atomic::AtomicUsize::new(0),
             changes: AtomicU64::new(0),
             keeper: keeper::Keeper::default(),
+            state_files: super::state_files::StateFiles::default(),
+            backups: super::backup::BackupKeeper::default(),
             counters: Counters::default(),
         });
         store.compare_segments()?;

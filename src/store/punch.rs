@@ -21,7 +21,7 @@ use roaring::RoaringBitmap;
 use serde::Serialize;
 
 use super::Store;
-use super::rows::{Key, KeyParts, Row, Table, decode_count, decode_entry};
+use super::rows::{Key, KeyParts, REBUILT, Row, SegmentRow, Table, decode_count, decode_entry};
 use super::tables::Edit;
 use crate::clock;
 use crate::error::{Error, Result};
@@ -104,7 +104,8 @@ impl Store {
     pub fn remove_empty_segments(&self) -> Result<usize> {
         let empty: Vec<_> = {
             let tables = self.tables.read();
-            tables.segments().filter(|(_, row)| row.mapped == 0 || row.removed).map(|(id, row)| (id, *row)).collect()
+            let empty = |row: &SegmentRow| row.removed || (row.mapped == 0 && row.opening != REBUILT);
+            tables.segments().filter(|(_, row)| empty(row)).map(|(id, row)| (id, *row)).collect()
         };
         let mut removed = 0;
         for (id, row) in empty {
@@ -163,7 +164,7 @@ impl Store {
             let tables = self.tables.read();
             tables
                 .segments()
-                .find(|(_, row)| !row.swept && row.opening != self.opening && !row.removed)
+                .find(|(_, row)| !row.swept && ![self.opening, REBUILT].contains(&row.opening) && !row.removed)
                 .map(|(id, _)| id)
         };
         let Some(id) = next else { return Ok(false) };

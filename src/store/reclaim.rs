@@ -136,6 +136,7 @@ impl Store {
             dying.find(|(_, row)| !self.is_held_open(row.snapshot)).map(|(key, _)| key)
         };
         let Some(node) = next else { return Ok(false) };
+        self.bury(node)?;
         *self.reclaim.lock() = Progressing { node: Some(node), cursor: 0 };
         let result = self.reclaim_state(node);
         if result.is_err() {

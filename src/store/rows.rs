@@ -201,6 +201,12 @@ impl Key {
         Self::new(table, &[&[0xff; KEY_MAX - 1]])
     }
 
+    /// A key above every other.
+    #[must_use]
+    pub fn last() -> Self {
+        Self { len: u8::try_from(KEY_MAX).expect("keys are short"), bytes: [0xff; KEY_MAX] }
+    }
+
     /// Returns a key that sorts right behind this one, before every other that follows.
     #[must_use]
     pub fn after(&self) -> Self {
@@ -469,6 +475,10 @@ impl SegmentRow {
         Ok(row)
     }
 }
+
+/// The opening of a segment that a rebuild found: data in it that nothing names is not freed, nor is the file removed,
+/// before somebody says `check --repair`.
+pub const REBUILT: u64 = u64::MAX;
 
 /// Encodes the value of a map row.
 #[must_use]

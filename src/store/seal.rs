@@ -17,6 +17,8 @@ use super::tree::Stretch;
 use crate::codec::crc32;
 use crate::error::{Error, Result};
 use crate::map::{BlockSet, Entry, Piece, Run};
+use crate::media::Media;
+use crate::pool::SEGMENTS_DIR;
 use crate::sync::Mutex;
 use crate::units::{BLOCK_SIZE, BlockAddress, CHUNK_BLOCKS, ChunkIndex, SegmentId, to_usize};
 
@@ -67,13 +69,13 @@ impl Checksums {
 }
 
 impl Store {
-    /// As [`Store::seal_one`], in turn with the work in the background.
+    /// Seals one epoch or one state, in turn with the work in the background. Returns false when everything is sealed.
     ///
     /// # Errors
     /// As [`Store::seal_one`].
     pub fn seal_next(&self) -> Result<bool> {
         let _turn = self.tidying.lock();
-        self.seal_one()
+        Ok(self.seal_one()? || self.seal_one_state()?)
     }
 
     /// Writes the seal files of one ended epoch. Returns false when every epoch is sealed.
@@ -183,19 +185,7 @@ impl Store {
     /// # Errors
     /// Any error of the host.
     pub fn seals_on_disk(&self) -> Result<Vec<(SegmentId, crate::units::Epoch)>> {
-        use crate::pool::SEGMENTS_DIR;
-        let fail = |e| Error::io(format!("cannot list {SEGMENTS_DIR}"), e);
-        let mut out = Vec::new();
-        for dir in self.media.list(SEGMENTS_DIR).map_err(fail)? {
-            for name in self.media.list(&format!("{SEGMENTS_DIR}/{dir}")).map_err(fail)? {
-                let parts = name.strip_suffix(".seal").and_then(|stem| stem.split_once('-'));
-                if let Some((Ok(segment), Ok(epoch))) = parts.map(|(s, e)| (s.parse(), e.parse())) {
-                    out.push((SegmentId(segment), crate::units::Epoch(epoch)));
-                }
-            }
-        }
-        out.sort_unstable();
-        Ok(out)
+        seals_in(&*self.media)
     }
 
     /// Calls `each` for every piece of every stored map entry, with the row it is in.
@@ -209,4 +199,20 @@ impl Store {
             _ => Err(Error::corrupt("a map key of the catalog is damaged")),
         })
     }
+}
+
+/// Returns the `(segment, epoch)` of every seal of a segment there is.
+pub(super) fn seals_in(media: &dyn Media) -> Result<Vec<(SegmentId, crate::units::Epoch)>> {
+    let fail = |e| Error::io(format!("cannot list {SEGMENTS_DIR}"), e);
+    let mut out = Vec::new();
+    for dir in media.list(SEGMENTS_DIR).map_err(fail)? {
+        for name in media.list(&format!("{SEGMENTS_DIR}/{dir}")).map_err(fail)? {
+            let parts = name.strip_suffix(".seal").and_then(|stem| stem.split_once('-'));
+            if let Some((Ok(segment), Ok(epoch))) = parts.map(|(s, e)| (s.parse(), e.parse())) {
+                out.push((SegmentId(segment), crate::units::Epoch(epoch)));
+            }
+        }
+    }
+    out.sort_unstable();
+    Ok(out)
 }

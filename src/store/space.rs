@@ -36,7 +36,7 @@ impl Store {
         self.media.space().map_err(|e| Error::io("cannot ask the host file system for its room", e))
     }
 
-    fn low_water(&self, space: Space) -> u64 {
+    pub(super) fn low_water(&self, space: Space) -> u64 {
         self.options.low_water.unwrap_or_else(|| (256u64 << 20).max(space.total / 100))
     }
 

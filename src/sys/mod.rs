@@ -6,6 +6,7 @@
 //! 1. Unsafe code lives in this folder and nowhere else; a file that has some says so with `#![expect(unsafe_code)]`.
 //! 2. A function here makes one system call (or a fixed handful), decides nothing and returns the errno untouched.
 
+pub mod cow;
 pub mod hole;
 pub mod lock;
 pub mod process;

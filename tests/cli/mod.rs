@@ -6,6 +6,7 @@ mod arguments;
 mod commands;
 mod man;
 mod mounting;
+mod rebuild;
 mod requests;
 mod socket;
 

@@ -1,19 +1,21 @@
-//! Files with a header: superblock, journal, seals.
+//! Files with a header: superblock, journal, seals of segments and of states.
 
 use std::sync::Arc;
 
 use afterimage::codec::{Writer, crc32};
 use afterimage::error::{Kind, Result};
+use afterimage::map::Entry;
 use afterimage::media::{File, Media, Open, SimMedia};
 use afterimage::pool::{SUPERBLOCK, Superblock};
-use afterimage::store::rows::{Key, Row};
+use afterimage::store::rows::{BranchRow, Key, Row, decode_entry};
 use afterimage::store::seal_file::{SealFile, SealedSlab, seal_path};
-use afterimage::store::{JOURNAL_MIN, Journal, Mark, encode_row};
+use afterimage::store::state_file::{StateSeal, state_path};
+use afterimage::store::{JOURNAL_MIN, Journal, Mark, StateRow, encode_row};
 use afterimage::units::{BlockAddress, BranchId, ChunkIndex, DiskId, Epoch, SegmentId};
 use uuid::Uuid;
 
 use super::samples::{self, POOL};
-use super::{each_flip, fixture, refused};
+use super::{each_flip, fixture, fixture_of, refused};
 
 /// A file with these bytes.
 fn file_of(media: &SimMedia, path: &str, bytes: &[u8]) -> Arc<dyn File> {
@@ -118,6 +120,16 @@ pub fn journal_salted(pool: Uuid, salt: Uuid, capacity: u64, frames: &[(Vec<u8>,
     bytes_of(&file)
 }
 
+/// A journal whose one frame says that the frame before it is folded.
+pub fn journal_folded(body: &[u8], rows: u32) -> Vec<u8> {
+    let media = SimMedia::new(1);
+    let file = media.open("journal", Open::New).unwrap();
+    Journal::create(&file, POOL, SALT, JOURNAL_MIN).unwrap();
+    let (mut journal, _) = Journal::open(Arc::clone(&file), POOL, Mark { lsn: 7, ..Mark::START }).unwrap();
+    journal.append(body, rows).unwrap();
+    bytes_of(&file)
+}
+
 pub const SALT: Uuid = Uuid::from_u128(0x5a17_5a17_5a17_5a17_5a17_5a17_5a17_5a17);
 
 /// The golden journal.
@@ -201,7 +213,7 @@ fn a_body_of_nonsense_is_corruption() {
         (good.clone(), 9),
         (good[..good.len() - 1].to_vec(), 8),
         (vec![0], 1),
-        (vec![1, 10, 0], 1),
+        (vec![1, 13, 0], 1),
         (vec![1, 1, 0x80, 0], 1),
         (vec![1, 1, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1], 1),
     ] {
@@ -279,4 +291,75 @@ fn every_flipped_bit_and_every_cut_of_a_seal_is_corruption() {
     for len in 0..golden.len() {
         refused(&format!("a seal of {len} bytes"), read_seal(&golden[..len]));
     }
+}
+
+fn state_seal() -> StateSeal {
+    StateSeal {
+        pool: POOL,
+        branch: BranchId(5),
+        epoch: Epoch(11),
+        base: Some(Epoch(10)),
+        disk_uuid: Uuid::from_u128(0x99),
+        disk_name: "web-1".into(),
+        row: StateRow { holds: Vec::new(), ..samples::state() },
+        branches: vec![
+            (BranchId(5), BranchRow { parent: Some((BranchId(2), Epoch(9))), ..samples::branch() }),
+            (BranchId(2), BranchRow { parent: None, inherits: false, depth: 1, lineage: BranchId(2) }),
+        ],
+    }
+}
+
+fn state_entries() -> Vec<(ChunkIndex, Entry)> {
+    let entry = |name: &str| {
+        let sample = samples::all().into_iter().find(|sample| sample.name == name).expect("it is there");
+        decode_entry(&sample.bytes).unwrap()
+    };
+    vec![
+        (ChunkIndex(0), entry("map-tombstone")),
+        (ChunkIndex(4), entry("map-pieces")),
+        (ChunkIndex(9), entry("map-flat")),
+    ]
+}
+
+/// The golden seal of a state, and how its bytes are read back.
+pub fn state_seal_bytes() -> Vec<u8> {
+    let media = SimMedia::new(1);
+    media.make_dir("states").unwrap();
+    let len = state_seal().write(&media, false, state_entries().into_iter().map(Ok)).unwrap();
+    let bytes = bytes_of(&media.open(&state_path(Epoch(11), false), Open::ReadOnly).unwrap());
+    assert_eq!(len, bytes.len() as u64);
+    bytes
+}
+
+type State = (StateSeal, Vec<(ChunkIndex, Entry)>);
+
+fn read_state_seal(bytes: &[u8]) -> Result<State> {
+    let media = SimMedia::new(1);
+    file_of(&media, &state_path(Epoch(11), true), bytes);
+    let (seal, entries) = StateSeal::open(&media, Epoch(11), true)?;
+    Ok((seal, entries.collect::<Result<_>>()?))
+}
+
+#[test]
+fn the_seal_of_a_state_is_golden() {
+    let golden = fixture_of("v2", "state-seal");
+    assert_eq!(golden, state_seal_bytes());
+    assert_eq!(golden[8..12], [2, 0, 0, 0], "the version");
+    assert_eq!(read_state_seal(&golden).unwrap(), (state_seal(), state_entries()));
+}
+
+#[test]
+fn every_flipped_bit_and_every_cut_of_the_seal_of_a_state_is_corruption() {
+    let golden = state_seal_bytes();
+    each_flip(&golden, |bit, bad| refused(&format!("bit {bit}"), read_state_seal(bad)));
+    for len in 0..golden.len() {
+        refused(&format!("a seal of {len} bytes"), read_state_seal(&golden[..len]));
+    }
+}
+
+/// One kind is never taken for the other, whatever it is called.
+#[test]
+fn seals_of_segments_and_of_states_are_told_apart() {
+    refused("the seal of a segment", read_state_seal(&seal()));
+    refused("the seal of a state", read_seal(&state_seal_bytes()));
 }

@@ -18,10 +18,13 @@ fn make() {
     }
     let mut golden: Vec<(&str, Vec<u8>)> =
         vec![("superblock", files::superblock()), ("journal", files::journal()), ("seal", files::seal())];
+    golden.push(("record", super::record::record_of(&super::record::RECIPE)));
     golden.extend(samples::all().into_iter().map(|sample| (sample.name, sample.bytes)));
     for (name, bytes) in golden {
-        keep(&fixture_path(&format!("format/v1/{name}.hex")), to_hex(name, &bytes).as_bytes());
+        keep(&fixture_path(&format!("format/v1/{name}.hex")), to_hex(name, 1, &bytes).as_bytes());
     }
+    let bytes = files::state_seal_bytes();
+    keep(&fixture_path("format/v2/state-seal.hex"), to_hex("state-seal", 2, &bytes).as_bytes());
     let pool = fixture_path("pool-v1");
     if pool.join("files.txt").exists() {
         // Identities and times differ from run to run, and so does the database: the first one made stays.

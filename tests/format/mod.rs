@@ -8,6 +8,7 @@ mod files;
 mod make;
 mod pages;
 mod pool;
+mod record;
 mod samples;
 mod values;
 
@@ -22,7 +23,12 @@ fn fixture_path(name: &str) -> PathBuf {
 
 /// Reads a fixture: lines of hex digits, `zeros N`, and comments.
 fn fixture(name: &str) -> Vec<u8> {
-    let path = fixture_path(&format!("format/v1/{name}.hex"));
+    fixture_of("v1", name)
+}
+
+/// As [`fixture`], of another version of the format.
+fn fixture_of(version: &str, name: &str) -> Vec<u8> {
+    let path = fixture_path(&format!("format/{version}/{name}.hex"));
     let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     let mut bytes = Vec::new();
     for line in text.lines().filter(|line| !line.starts_with('#')) {
@@ -38,8 +44,8 @@ fn fixture(name: &str) -> Vec<u8> {
 }
 
 /// Writes bytes the way [`fixture`] reads them.
-fn to_hex(name: &str, bytes: &[u8]) -> String {
-    let mut text = format!("# {name}, format version 1: {} bytes.\n", bytes.len());
+fn to_hex(name: &str, version: u32, bytes: &[u8]) -> String {
+    let mut text = format!("# {name}, format version {version}: {} bytes.\n", bytes.len());
     let mut rest = bytes;
     while !rest.is_empty() {
         let zeros = rest.iter().take_while(|byte| **byte == 0).count();

@@ -6,15 +6,17 @@
 
 use afterimage::codec::crc32;
 use afterimage::pool::SegmentHeader;
-use afterimage::store::JOURNAL_MIN;
 use afterimage::store::rows::{BranchRow, Meta, SegmentRow};
+use afterimage::store::{JOURNAL_MIN, OpeningRow};
 use afterimage::units::{BranchId, DiskId, Epoch, SegmentId, SnapshotId};
 use uuid::Uuid;
 
+use super::record::{RECIPE, Recipe, record_of};
 use super::samples::{self, POOL};
 use super::{files, fixture};
 
 const POOL_PAGE: &str = include_str!("../../src/pool/FORMAT.md");
+const SNAPSHOT_PAGE: &str = include_str!("../../src/snapshot/record/FORMAT.md");
 const STORE_PAGE: &str = include_str!("../../src/store/FORMAT.md");
 
 #[derive(Debug)]
@@ -126,7 +128,8 @@ fn check(page: &str, title: &str, golden: &[u8], variants: &[Variant]) {
 fn every_table_of_offsets_is_compared() {
     let titles = |page| layouts(page).into_iter().map(|layout| layout.title).collect::<Vec<_>>();
     assert_eq!(titles(POOL_PAGE), ["Segment header", "Seal file header"]);
-    assert_eq!(titles(STORE_PAGE), ["Journal header", "Frame header", "Meta", "Branch", "Segment"]);
+    assert_eq!(titles(STORE_PAGE), ["Journal header", "Frame header", "Meta", "Branch", "Segment", "Stamp", "Opening"]);
+    assert_eq!(titles(SNAPSHOT_PAGE), ["Record header", "Directory entry"]);
 }
 
 #[test]
@@ -168,8 +171,10 @@ fn the_journal_is_as_the_page_says() {
         variant("length", frame(SALT, &[(vec![1; 41], 3)])),
         variant("rows", frame(SALT, &[(a.clone(), 4)])),
         variant("bodycrc", frame(SALT, &[(b, 3)])),
+        variant("folded", files::journal_folded(&a, 3)[4096..8192].to_vec()),
     ];
     variants[2].also = &["bodycrc"];
+    variants[5].also = &["lsn"];
     check(STORE_PAGE, "Frame header", &golden, &variants);
     assert_eq!(golden[40..44], crc32(&a).to_le_bytes(), "bodycrc is the checksum of the body");
     assert_eq!(golden[64..104], a, "the body follows the header");
@@ -210,4 +215,45 @@ fn values_of_fixed_length_are_as_the_page_says() {
         variant("removed", SegmentRow { removed: true, ..base }.encode()),
     ];
     check(STORE_PAGE, "Segment", &fixture("segment-row"), &variants);
+    check(STORE_PAGE, "Stamp", &fixture("stamp"), &[variant("stamp", afterimage::store::encode_stamp(9))]);
+    let base = samples::opening();
+    let variants = [
+        variant("nonce", OpeningRow { nonce: 9, ..base }.encode()),
+        variant("snapshot", OpeningRow { snapshot: SnapshotId(9), ..base }.encode()),
+        variant("begun", OpeningRow { begun: 9, ..base }.encode()),
+    ];
+    check(STORE_PAGE, "Opening", &fixture("opening"), &variants);
+}
+
+#[test]
+fn records_are_as_the_page_says() {
+    let golden = fixture("record");
+    let other = |name, recipe: Recipe, also| Variant { name, bytes: record_of(&recipe), also };
+    let more = Recipe { blocks: &[0, 1, 2, 5, 600, 601, 1500, 5000, 9000], ..RECIPE };
+    let two = Recipe { reopen: true, ..RECIPE };
+    let variants = [
+        other("identity", Recipe { name: "daily-12", ..RECIPE }, &["directory", "length"]),
+        other("directory", more, &["length"]),
+        other("length", more, &["directory"]),
+        other("directory length", two, &["directory", "length", "segments"]),
+        other("segments", two, &["directory", "length", "directory length"]),
+    ];
+    check(SNAPSHOT_PAGE, "Record header", &golden, &variants);
+    let entry = |bytes: &[u8]| {
+        let at = u64::from_le_bytes(bytes[16..24].try_into().unwrap()) as usize;
+        bytes[at..at + 60].to_vec()
+    };
+    let of = |name, recipe: Recipe, also| Variant { name, bytes: entry(&record_of(&recipe)), also };
+    let longer = Recipe { name: "daily-12", ..RECIPE };
+    let variants = [
+        of("segment", Recipe { before: 1, ..RECIPE }, &[]),
+        of("nonce", Recipe { nonce: 8, ..RECIPE }, &[]),
+        of("blocks", more, &["slabs count", "slabs length", "set", "set length"]),
+        of("slabs count", more, &["blocks", "slabs length", "set", "set length"]),
+        of("slabs", longer, &["set"]),
+        of("slabs length", more, &["blocks", "slabs count", "set", "set length"]),
+        of("set", longer, &["slabs"]),
+        of("set length", more, &["blocks", "slabs count", "slabs length", "set"]),
+    ];
+    check(SNAPSHOT_PAGE, "Directory entry", &entry(&golden), &variants);
 }

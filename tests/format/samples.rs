@@ -4,7 +4,7 @@ use afterimage::error::Result;
 use afterimage::map::{BlockSet, Entry};
 use afterimage::pool::SegmentHeader;
 use afterimage::store::rows::{self, BranchRow, Meta, SegmentRow};
-use afterimage::store::{DiskRow, EnospcPolicy, Settings, StateRow, Status};
+use afterimage::store::{self, DiskRow, EnospcPolicy, OpeningRow, RetiredRow, Settings, StateRow, Status};
 use afterimage::units::{BlockAddress, BranchId, DiskId, Epoch, SegmentId, SnapshotId};
 use uuid::Uuid;
 
@@ -83,7 +83,7 @@ fn plain_disk() -> DiskRow {
     DiskRow { name: "a".into(), base: None, origin: None, trim: false, touched: false, floor: 0, settings, ..disk() }
 }
 
-fn state() -> StateRow {
+pub fn state() -> StateRow {
     StateRow {
         status: Status::Live,
         snapshot: SnapshotId(12),
@@ -104,6 +104,15 @@ fn state() -> StateRow {
 
 fn ghost() -> StateRow {
     StateRow { status: Status::Ghost, name: String::new(), sealed: false, holds: Vec::new(), ..state() }
+}
+
+fn retired() -> RetiredRow {
+    let state = StateRow { status: Status::Retired, ..state() };
+    RetiredRow { branch: BranchId(5), epoch: Epoch(10), lineage: BranchId(1), state }
+}
+
+pub fn opening() -> OpeningRow {
+    OpeningRow { nonce: 0x1122_3344_5566_7788, snapshot: SnapshotId(11), begun: 1_700_000_000 }
 }
 
 pub fn header() -> SegmentHeader {
@@ -166,6 +175,9 @@ pub fn all() -> Vec<Sample> {
         sample("disk-plain", plain_disk(), DiskRow::encode, DiskRow::decode),
         sample("state", state(), StateRow::encode, StateRow::decode),
         sample("state-ghost", ghost(), StateRow::encode, StateRow::decode),
+        sample("retired", retired(), RetiredRow::encode, RetiredRow::decode),
+        sample("stamp", 1_700_000_050, |stamp| store::encode_stamp(*stamp), store::decode_stamp),
+        sample("opening", opening(), OpeningRow::encode, OpeningRow::decode),
         sample("free", 300, |count| rows::encode_count(*count), free),
         sample("data", super::make::pattern(1, 2), |block| rows::encode_block(block), rows::decode_block),
         sample("segment-header", header(), SegmentHeader::encode, |bytes| SegmentHeader::decode("it", bytes)),

@@ -3,7 +3,7 @@
 use afterimage::codec::{seal, unseal};
 use afterimage::store::StateRow;
 use afterimage::store::rows::{self, BranchRow, Key, KeyParts, Meta};
-use afterimage::units::{BlockAddress, BranchId, ChunkIndex, DiskId, Epoch, SegmentId};
+use afterimage::units::{BlockAddress, BranchId, ChunkIndex, DiskId, Epoch, SegmentId, SnapshotId};
 
 use super::{each_flip, fixture, refused, samples};
 
@@ -91,6 +91,9 @@ fn keys_are_table_and_big_endian_ids() {
             KeyParts::Map(branch, chunk, epoch),
         ),
         (Key::index(branch, epoch, 9), "070000000000000102000000000000030400000009", KeyParts::Index(branch, epoch, 9)),
+        (Key::retired(SnapshotId(258)), "0a0000000000000102", KeyParts::Retired(SnapshotId(258))),
+        (Key::stamp(epoch), "0b0000000000000304", KeyParts::Stamp(epoch)),
+        (Key::opening(258), "0c0000000000000102", KeyParts::Opening(258)),
         (Key::free(address), "080000000070000201", KeyParts::Free(address)),
         (Key::data(address), "090000000070000201", KeyParts::Data(address)),
     ];
@@ -105,7 +108,7 @@ fn keys_are_table_and_big_endian_ids() {
     }
     refused("no key", Key::from_bytes(&[]));
     refused("table 0", Key::from_bytes(&[0]));
-    refused("table 10", Key::from_bytes(&[10]));
+    refused("table 13", Key::from_bytes(&[13]));
     refused("a long key", Key::from_bytes(&[1; 22]));
     refused("address 0", Key::from_bytes(&[8, 0, 0, 0, 0, 0, 0, 0, 0]).unwrap().parts());
 }

@@ -12,7 +12,9 @@
 //! `AFTERIMAGE_SEEDS=1000 cargo test --release model::seeds`.
 
 mod past;
+mod rebuild;
 mod run;
+mod seals;
 mod twin;
 
 use run::Run;

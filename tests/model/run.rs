@@ -46,14 +46,14 @@ pub struct Run {
     pub media: SimMedia,
     pub counts: Counts,
     pub verbose: bool,
-    store: Option<Arc<Store>>,
+    pub(super) store: Option<Arc<Store>>,
     pub(super) twin: Twin,
     random: u64,
     names: u64,
     writes: Write,
 }
 
-fn options() -> OpenOptions {
+pub(super) fn options() -> OpenOptions {
     OpenOptions {
         cache_bytes: 24 << 10,
         catalog_cache_bytes: 1 << 20,
@@ -285,7 +285,7 @@ impl Run {
         }
     }
 
-    fn compare(&self, twin: &Twin) -> Result<(), String> {
+    pub(super) fn compare(&self, twin: &Twin) -> Result<(), String> {
         let names: Vec<_> = self.store().disks().into_iter().map(|info| info.name).collect();
         let expected: Vec<_> = twin.disks.keys().cloned().collect();
         if names != expected {
@@ -562,7 +562,7 @@ impl Run {
     }
 }
 
-fn read_all(device: &dyn BlockDevice) -> Vec<u8> {
+pub(super) fn read_all(device: &dyn BlockDevice) -> Vec<u8> {
     let mut bytes = vec![0; device.size() as usize];
     device.read(&mut bytes, 0).expect("every byte can be read");
     bytes

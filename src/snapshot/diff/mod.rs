@@ -27,7 +27,7 @@ pub use verify::{VerifyReport, verify};
 use super::record::{Record, RecordWalk};
 use crate::error::{Error, Result};
 use crate::map::Piece;
-use crate::store::{Frozen, Head, Line, MapView, MapWalk, StateKey, Store, Tables, Unsaved};
+use crate::store::{Frozen, Head, Line, MapView, MapWalk, StateKey, StateRow, Store, Stretch, Tables, Unsaved};
 use crate::sync::MutexGuard;
 use crate::units::{BranchId, ChunkIndex, SnapshotId};
 
@@ -125,6 +125,45 @@ pub fn open(store: &Arc<Store>, from: &StateName, to: &StateName) -> Result<Diff
     }
     heads.sort_by_key(|head| head.id);
     heads.dedup_by_key(|head| head.id);
+    // Read before anybody has to wait for it; one that is retired in this very moment is read in the next try.
+    let mut records = Vec::new();
+    for _ in 0..TRIES {
+        records.clear();
+        for name in [from, to] {
+            records.extend(record(store, name)?);
+        }
+        if let Some((sides, instant)) = fix(store, from, to, &heads, &mut records)? {
+            return finish(store, [from, to], sides, &instant);
+        }
+    }
+    Err(Error::busy(format!("'{from}' or '{to}' changes all the time")).hint("try again"))
+}
+
+/// How often a state that is retired while it is looked at is looked at again.
+const TRIES: usize = 5;
+
+/// Reads the record of a state that has one.
+fn record(store: &Store, name: &StateName) -> Result<Option<(SnapshotId, Record)>> {
+    let retired = {
+        let tables = store.tables.read();
+        let (_, row) = match name {
+            StateName::Snapshot(disk, name) => tables.snapshot(tables.disk_id(disk)?, name)?,
+            _ => return Ok(None),
+        };
+        tables.retired(row.snapshot).map(|retired| (row.snapshot, retired.state.uuid))
+    };
+    let Some((id, uuid)) = retired else { return Ok(None) };
+    Record::open(&**store.media(), uuid).map(|record| Some((id, record)))
+}
+
+/// Fixes both sides; `None` when a record is wanted that was not read.
+fn fix(
+    store: &Arc<Store>,
+    from: &StateName,
+    to: &StateName,
+    heads: &[Arc<Head>],
+    records: &mut Vec<(SnapshotId, Record)>,
+) -> Result<Option<([Side; 2], Instant)>> {
     let orders: Vec<MutexGuard<'_, _>> = heads.iter().map(|head| head.order()).collect();
     let live: Vec<(Arc<Head>, Line, Unsaved)> = heads
         .iter()
@@ -133,66 +172,87 @@ pub fn open(store: &Arc<Store>, from: &StateName, to: &StateName) -> Result<Diff
     // Rows of the map are submitted under the lock of the tables, so the two are of one instant.
     let tables = store.tables.read();
     let frozen = Arc::new(store.ledger.frozen());
-    let mut fixed = Fixed { store, tables: &tables, frozen, live };
-    let (from_side, to_side) = (fixed.side(from)?, fixed.side(to)?);
-    let chunks = related::between(&tables, &fixed.frozen, &from_side, &to_side)?;
-    drop(tables);
-    drop(orders);
-    if from_side.lineage.is_some() && to_side.lineage.is_some() && from_side.lineage != to_side.lineage {
+    let mut fixing = Fixing { tables: &tables, frozen: Arc::clone(&frozen), live, records };
+    let (Some(from), Some(to)) = (fixing.side(from)?, fixing.side(to)?) else { return Ok(None) };
+    let stretches = related::between(&tables, &from, &to);
+    drop((tables, orders));
+    Ok(Some(([from, to], Instant { frozen, stretches })))
+}
+
+/// What was fixed besides the sides.
+struct Instant {
+    frozen: Arc<Frozen>,
+    stretches: Option<Vec<Stretch>>,
+}
+
+/// Checks that the sides can be compared, and finds where.
+fn finish(store: &Store, names: [&StateName; 2], sides: [Side; 2], instant: &Instant) -> Result<Diff> {
+    let [from, to] = sides;
+    if from.lineage.is_some() && to.lineage.is_some() && from.lineage != to.lineage {
+        let [from, to] = names;
         return Err(Error::failed(format!("'{from}' and '{to}' have nothing in common: neither stems from the other"))
             .hint(format!("compare with nothing instead: `afterimage diff - {to}`")));
     }
-    for side in [&from_side, &to_side] {
+    for side in [&from, &to] {
         if let Map::Record(record) = &side.map {
             record.require_trust(store)?;
         }
     }
-    Ok(Diff { from: from_side, to: to_side, chunks })
+    let chunks = match &instant.stretches {
+        Some(stretches) => Some(related::chunks(&instant.frozen, stretches, &from, &to)?),
+        None => None,
+    };
+    Ok(Diff { from, to, chunks })
 }
 
-/// The instant.
-struct Fixed<'a> {
-    store: &'a Arc<Store>,
+/// The instant, while it is fixed.
+struct Fixing<'a> {
     tables: &'a Tables,
     frozen: Arc<Frozen>,
     live: Vec<(Arc<Head>, Line, Unsaved)>,
+    records: &'a mut Vec<(SnapshotId, Record)>,
 }
 
-impl Fixed<'_> {
-    fn side(&mut self, name: &StateName) -> Result<Side> {
-        let lineage = |branch| self.tables.branch(branch).map(|row| row.lineage);
+impl Fixing<'_> {
+    /// Fixes one side; `None` when its record was not read.
+    fn side(&mut self, name: &StateName) -> Result<Option<Side>> {
         match name {
-            StateName::Nothing => Ok(Side { map: Map::Nothing, size: 0, node: None, lineage: None, uuid: None }),
-            StateName::Disk(disk) => {
-                let id = self.tables.disk_id(disk)?;
-                let found = self.live.iter().find(|(head, _, _)| head.id == id);
-                let (_, line, unsaved) =
-                    found.ok_or_else(|| Error::not_found(format!("disk '{disk}' was replaced")))?;
-                let node = (line.branch, line.epoch);
-                let view = MapView::of_head(Arc::clone(&self.frozen), self.tables, node, unsaved.clone());
-                let lineage = Some(lineage(line.branch)?);
-                Ok(Side { map: Map::View(view), size: line.size, node: Some(node), lineage, uuid: None })
+            StateName::Nothing => Ok(Some(Side { map: Map::Nothing, size: 0, node: None, lineage: None, uuid: None })),
+            StateName::Disk(disk) => self.head(disk).map(Some),
+            StateName::Snapshot(disk, name) => {
+                let (key, row) = self.tables.snapshot(self.tables.disk_id(disk)?, name)?;
+                self.state(key, row)
             }
-            StateName::Snapshot(..) | StateName::Hidden(_) => {
-                let (key, row) = match name {
-                    StateName::Snapshot(disk, name) => self.tables.snapshot(self.tables.disk_id(disk)?, name)?,
-                    StateName::Hidden(id) => self.tables.snapshot_by_id(*id)?,
-                    _ => return Err(Error::usage("not the name of a snapshot")),
-                };
-                let (size, uuid) = (row.size, Some(row.uuid));
-                let (map, lineage) = match self.tables.retired(row.snapshot) {
-                    Some(retired) => {
-                        let record = Record::open(&**self.store.media(), row.uuid)?;
-                        (Map::Record(Box::new(record)), retired.lineage)
-                    }
-                    None => {
-                        let view = MapView::of_state(Arc::clone(&self.frozen), self.tables, key);
-                        (Map::View(view), lineage(key.0)?)
-                    }
-                };
-                Ok(Side { map, size, node: Some(key), lineage: Some(lineage), uuid })
+            StateName::Hidden(id) => {
+                let (key, row) = self.tables.snapshot_by_id(*id)?;
+                self.state(key, row)
             }
         }
+    }
+
+    fn head(&self, disk: &str) -> Result<Side> {
+        let id = self.tables.disk_id(disk)?;
+        let found = self.live.iter().find(|(head, _, _)| head.id == id);
+        let (_, line, unsaved) = found.ok_or_else(|| Error::not_found(format!("disk '{disk}' was replaced")))?;
+        let node = (line.branch, line.epoch);
+        let view = MapView::of_head(Arc::clone(&self.frozen), self.tables, node, unsaved.clone());
+        let lineage = Some(self.tables.branch(line.branch)?.lineage);
+        Ok(Side { map: Map::View(view), size: line.size, node: Some(node), lineage, uuid: None })
+    }
+
+    fn state(&mut self, key: StateKey, row: &StateRow) -> Result<Option<Side>> {
+        let (map, lineage) = match self.tables.retired(row.snapshot) {
+            Some(retired) => {
+                let read = self.records.iter().position(|(id, _)| *id == row.snapshot);
+                let Some(read) = read else { return Ok(None) };
+                (Map::Record(Box::new(self.records.swap_remove(read).1)), retired.lineage)
+            }
+            None => {
+                let view = MapView::of_state(Arc::clone(&self.frozen), self.tables, key);
+                (Map::View(view), self.tables.branch(key.0)?.lineage)
+            }
+        };
+        Ok(Some(Side { map, size: row.size, node: Some(key), lineage: Some(lineage), uuid: Some(row.uuid) }))
     }
 }
 

@@ -13,24 +13,23 @@ use crate::error::Result;
 use crate::store::{Frozen, StateKey, Stretch, Tables};
 use crate::units::{BLOCK_SIZE, CHUNK_BLOCKS, ChunkIndex, Epoch};
 
-/// Returns the chunks that may differ; `None` when the index cannot tell.
+/// Returns the stretches of epochs in which the two sides can have come to differ; `None` when the tree cannot tell.
+pub(super) fn between(tables: &Tables, from: &Side, to: &Side) -> Option<Vec<Stretch>> {
+    match (&from.map, &to.map) {
+        (Map::View(_), Map::View(_)) => in_tree(tables, from.node, to.node),
+        (Map::Record(_), Map::View(_)) => behind(tables, from.node, to.node),
+        // Beyond its end a record counts as unmapped, wherever else its addresses are.
+        (Map::View(_), Map::Record(_)) if to.size <= from.size => behind(tables, to.node, from.node),
+        _ => None,
+    }
+}
+
+/// Returns the chunks that may differ, of two sides that can have come to differ in some stretches only.
 ///
 /// # Errors
 /// `Corrupt` when rows are damaged; any error of reading the catalog.
-pub(super) fn between(
-    tables: &Tables,
-    frozen: &Frozen,
-    from: &Side,
-    to: &Side,
-) -> Result<Option<BTreeSet<ChunkIndex>>> {
-    let stretches = match (&from.map, &to.map) {
-        (Map::View(_), Map::View(_)) => in_tree(tables, from.node, to.node),
-        (Map::Record(_), Map::View(_)) => behind(tables, from.node, to.node),
-        (Map::View(_), Map::Record(_)) => behind(tables, to.node, from.node),
-        _ => None,
-    };
-    let Some(stretches) = stretches else { return Ok(None) };
-    let mut chunks = frozen.indexed_chunks(&stretches)?;
+pub(super) fn chunks(frozen: &Frozen, stretches: &[Stretch], from: &Side, to: &Side) -> Result<BTreeSet<ChunkIndex>> {
+    let mut chunks = frozen.indexed_chunks(stretches)?;
     for side in [from, to] {
         if let Map::View(view) = &side.map {
             chunks.extend(view.unsaved_chunks());
@@ -46,9 +45,7 @@ pub(super) fn between(
             chunks.insert(found.chunk);
         }
     }
-    // Beyond its end a record counts as unmapped, wherever else the addresses are.
-    let whole = !matches!(to.map, Map::Record(_)) || to.size <= from.size;
-    Ok(whole.then_some(chunks))
+    Ok(chunks)
 }
 
 /// Returns the stretches between two nodes of the tree, up from both to the last node they have in common.

@@ -113,7 +113,9 @@ fn compare_range(
         let len = PART.min(end - at);
         let (mut old, mut new) = (vec![0; to_usize(len)], vec![0; to_usize(len)]);
         let known = from.size().saturating_sub(at).min(len);
-        from.read(&mut old[..to_usize(known)], at)?;
+        if known > 0 {
+            from.read(&mut old[..to_usize(known)], at)?;
+        }
         to.read(&mut new, at)?;
         let block = to_usize(BLOCK_SIZE);
         for (n, (a, b)) in old.chunks(block).zip(new.chunks(block)).enumerate() {

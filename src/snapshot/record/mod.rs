@@ -9,7 +9,7 @@
 //! # After a crash
 //! A record is whole or not there; until the catalog names it, the map entries are the record.
 //!
-#![doc = include_str!("../FORMAT.md")]
+#![doc = include_str!("FORMAT.md")]
 
 mod read;
 mod sets;

@@ -1,6 +1,6 @@
 //! Which chunk each slab of a segment belongs to, coded for the two ways disks are filled: in order, and by several
 //! writers at once, each in order. A disk filled in order takes a few bytes, one filled in parallel a byte for each slab.
-//! The coding is in the FORMAT page of `snapshot`.
+//! The coding is in the FORMAT page of `snapshot::record`.
 
 use crate::codec::{Reader, Writer};
 use crate::error::Result;

@@ -178,15 +178,13 @@ fn gather_segments(map: &MapView, first: SegmentId, last: SegmentId) -> Result<B
     Ok(all)
 }
 
+/// Appends bytes; returns where they are and how many.
+type Put<'a> = &'a mut dyn FnMut(&[u8]) -> Result<(u64, u64)>;
+
 const SLAB: u32 = 512;
 const _: () = assert!(SLAB as u64 == CHUNK_BLOCKS);
 
-fn put_segment(
-    segment: SegmentId,
-    nonce: u64,
-    mut gathered: Gathered,
-    put: &mut dyn FnMut(&[u8]) -> Result<(u64, u64)>,
-) -> Result<DirectoryEntry> {
+fn put_segment(segment: SegmentId, nonce: u64, mut gathered: Gathered, put: Put<'_>) -> Result<DirectoryEntry> {
     gathered.slabs.sort_unstable();
     let slab_count = u32::try_from(gathered.slabs.len()).expect("a segment has fewer than 2^19 slabs");
     let mut table = Writer::new();
