@@ -105,8 +105,9 @@ fn execute_on_pool(store: &Arc<Store>, request: &Request, progress: &dyn Progres
         Request::Metrics {} => Ok(Response::Metrics { text: store.metrics_text() }),
         Request::Flush {} => store.flush_all().map(|()| Response::Flushed {}),
         Request::Status {} => status(store),
-        Request::MountExport { .. } => Err(Error::failed("no server is running on this pool")
-            .hint("'afterimage mount --export' starts one")),
+        Request::MountExport { .. } => {
+            Err(Error::failed("no server is running on this pool").hint("'afterimage mount --export' starts one"))
+        }
         _ => Err(Error::failed("no server is running on this pool").hint("there is nothing to stop")),
     }
 }

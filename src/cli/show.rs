@@ -2,8 +2,8 @@
 
 use super::table::{Head, Table, sheet};
 use crate::api::Response;
-use crate::api::answer::{Checked, Disk, Exported, Imported, Pruned, Rebuilt, Reverted, Scrubbed, Settings, Snapshot};
 use crate::api::answer::Status;
+use crate::api::answer::{Checked, Disk, Exported, Imported, Pruned, Rebuilt, Reverted, Scrubbed, Settings, Snapshot};
 use crate::clock;
 use crate::error::{Error, Result};
 use crate::units::show_size;

@@ -11,6 +11,8 @@ set -eu
 LC_ALL=C
 export LC_ALL
 unset CDPATH
+# A new image is the business of its owner.
+umask 077
 
 from=@FROM@
 from_name=@FROM_NAME@

@@ -173,6 +173,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::units::to_usize;
 
     fn plan(planner: Planner, blocks: &[(u64, u64, bool)]) -> Plan {
         let mut planner = planner;
@@ -231,7 +232,7 @@ mod tests {
             for (parts, zero) in [(&plan.files, false), (&plan.zeros, true)] {
                 prop_assert!(parts.windows(2).all(|pair| pair[0].end() <= pair[1].offset));
                 for (first, count) in blocks(parts) {
-                    for block in &mut now[first as usize..(first + count) as usize] {
+                    for block in &mut now[to_usize(first)..to_usize(first + count)] {
                         prop_assert!(block.is_none(), "nothing is there twice");
                         *block = Some(zero);
                     }
@@ -240,7 +241,7 @@ mod tests {
             let mut data = 0;
             for (first, count, zero) in all {
                 data += if zero { 0 } else { count };
-                for block in &now[first as usize..(first + count) as usize] {
+                for block in &now[to_usize(first)..to_usize(first + count)] {
                     // Data is good for both: it is read from the new state.
                     prop_assert!(*block == Some(zero) || *block == Some(false));
                 }

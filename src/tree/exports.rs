@@ -288,12 +288,7 @@ impl Tree {
     ///
     /// # Errors
     /// What the first entry runs into; behind others the listing ends there, and the kernel asks again.
-    pub fn each_entry(
-        &self,
-        listing: &Listing,
-        from: usize,
-        mut each: impl FnMut(u64, &Entry) -> bool,
-    ) -> Answer<()> {
+    pub fn each_entry(&self, listing: &Listing, from: usize, mut each: impl FnMut(u64, &Entry) -> bool) -> Answer<()> {
         let mut place = from;
         loop {
             match self.entry_at(listing, place) {

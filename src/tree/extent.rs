@@ -236,8 +236,7 @@ impl Extents {
         if let Some(known) = self.0.lock().get(cut.id, page, at) {
             return Ok(known);
         }
-        let own =
-            if held { None } else { Some(Held::new(store, cut.id).map_err(|error| Errno::from(error).stale())?) };
+        let own = if held { None } else { Some(Held::new(store, cut.id).map_err(|error| Errno::from(error).stale())?) };
         let extents = read_page(store, cut, page)?;
         drop(own);
         let known = extents.get(at).copied().unwrap_or_default();
@@ -365,7 +364,9 @@ mod tests {
             assert_eq!(cut.named(name), cut.slot(index as u64));
         }
         assert_eq!(cut.length(cut.slot(2).unwrap()), (1 << 20) + 512);
-        for bad in ["0000000000c00000.img", "0000000000000001.img", "0000000000400000", "400000.img", "+000000000400000.img"] {
+        for bad in
+            ["0000000000c00000.img", "0000000000000001.img", "0000000000400000", "400000.img", "+000000000400000.img"]
+        {
             assert_eq!(cut.named(bad), None, "{bad}");
         }
         assert_eq!(cut.named("000000000080000A.img"), None);

@@ -289,12 +289,8 @@ impl Tree {
 }
 
 /// The directories of the mount point.
-const TOP: [(Node, &str); 4] = [
-    (Node::Disks, "disks"),
-    (Node::Snapshots, "snapshots"),
-    (Node::Retired, "retired"),
-    (Node::Exports, "exports"),
-];
+const TOP: [(Node, &str); 4] =
+    [(Node::Disks, "disks"), (Node::Snapshots, "snapshots"), (Node::Retired, "retired"), (Node::Exports, "exports")];
 
 /// Why nothing is made or removed in a directory.
 fn refused(node: Node) -> Errno {

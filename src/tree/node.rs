@@ -157,13 +157,9 @@ impl Node {
                 assert!(epoch.0 <= ID_MASK >> SLOT_BITS, "epoch {epoch} does not fit an inode number");
                 (KIND_EXTENT, epoch.0 << SLOT_BITS | slot.code())
             }
-            Self::Untouched { chunk, length } => {
-                (KIND_UNTOUCHED, u64::from(chunk) << LENGTH_BITS | u64::from(length))
-            }
+            Self::Untouched { chunk, length } => (KIND_UNTOUCHED, u64::from(chunk) << LENGTH_BITS | u64::from(length)),
             Self::Increment(number) => (KIND_INCREMENT, u64::from(number)),
-            Self::Member { increment, index } => {
-                (KIND_MEMBER, u64::from(increment) << MEMBER_BITS | u64::from(index))
-            }
+            Self::Member { increment, index } => (KIND_MEMBER, u64::from(increment) << MEMBER_BITS | u64::from(index)),
         };
         assert!(id <= ID_MASK, "id {id} does not fit an inode number");
         kind << KIND_SHIFT | id
@@ -327,7 +323,9 @@ mod tests {
             assert_eq!(node.ino(), ino, "{node:?}");
             assert_eq!(Node::from_ino(ino), Some(node));
         }
-        for nothing in [4 << 60 | 1 << 24, 4 << 60 | 1 << 26, 5 << 60 | 1 << 31, 6 << 60 | 7, 7 << 60 | 1 << 56, 10 << 60 | 1] {
+        for nothing in
+            [4 << 60 | 1 << 24, 4 << 60 | 1 << 26, 5 << 60 | 1 << 31, 6 << 60 | 7, 7 << 60 | 1 << 56, 10 << 60 | 1]
+        {
             assert_eq!(Node::from_ino(nothing), None, "{nothing:#x}");
         }
     }

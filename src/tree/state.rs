@@ -13,9 +13,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use super::errno::{Answer, Errno};
+use super::extent::{Cut, Extents};
 use super::file::{DiskFile, Handle};
 use super::increment::Increments;
-use super::extent::{Cut, Extents};
 use super::node::{self, Node, Sort};
 use super::stale::{self, Stale};
 use super::window::Held;
@@ -126,9 +126,8 @@ impl Tree {
                 if names {
                     // Their texts name the disk.
                     let tables = self.store.tables.read();
-                    self.increments.forget(|snapshot| {
-                        tables.snapshot_by_id(snapshot).map_or(true, |(_, row)| row.disk == *id)
-                    });
+                    self.increments
+                        .forget(|snapshot| tables.snapshot_by_id(snapshot).map_or(true, |(_, row)| row.disk == *id));
                 }
                 (dirs, (!names && !ours).then_some(*id))
             }
