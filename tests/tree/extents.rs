@@ -281,10 +281,9 @@ fn the_extent_size_is_fixed_by_the_first_snapshot() {
     let error = disk::set(&mount.store, "a", "extent-size", "16M").unwrap_err();
     assert!(error.to_string().contains("first snapshot"), "{error}");
     disk::set(&mount.store, "a", "extent-size", "8M").unwrap();
-    // A copy that becomes a clone shares blocks, so it is cut like its source.
-    let copy = mount.disk("b");
-    super::run("cp", &[path.as_os_str(), copy.as_os_str()]);
-    assert!(mount.store.disk_info("b").unwrap().origin.is_some(), "it became a clone");
+    // A disk that becomes a clone shares blocks, so it is cut like its source.
+    let copy = disk::create_empty(&mount.store, "b").unwrap();
+    snapshot::clone_into(&mount.store, "a", Some("s"), copy.id).unwrap();
     create(&mount.snapshot("b", "s"));
     assert_eq!(fs::read_dir(mount.dir.join("exports/b/s")).unwrap().count(), 4);
 }
