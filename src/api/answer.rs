@@ -84,6 +84,13 @@ pub enum Response {
     Flushed {},
     /// An image became a disk.
     Imported(Imported),
+    /// The extent files of a snapshot are mounted.
+    Mounted {
+        /// `DISK@SNAPSHOT`.
+        snapshot: String,
+        /// Where.
+        mount: String,
+    },
     /// An increment directory was written.
     Exported(Exported),
     /// A stream was written.

@@ -23,8 +23,8 @@ const SNAPSHOTS_AT_ONCE_MAX: usize = 1024;
 
 /// Answers a request.
 ///
-/// `status` leaves out what only a server knows, and `shutdown` fails, because here there is none;
-/// [`super::Service`] adds both.
+/// `status` leaves out what only a server knows, and `shutdown` and `mount-export` fail, because here there is none;
+/// [`super::Service`] adds them.
 ///
 /// # Errors
 /// Whatever the request runs into; `Kind::Usage` for one that makes no sense.
@@ -89,6 +89,7 @@ pub fn execute(store: &Arc<Store>, request: Request, progress: &dyn Progress) ->
         | Request::Reclaim { .. }
         | Request::Metrics {}
         | Request::Flush {}
+        | Request::MountExport { .. }
         | Request::Status {}
         | Request::Shutdown {} => execute_on_pool(store, &request, progress),
     }
@@ -108,6 +109,9 @@ fn execute_on_pool(store: &Arc<Store>, request: &Request, progress: &dyn Progres
         Request::Metrics {} => Ok(Response::Metrics { text: store.metrics_text() }),
         Request::Flush {} => store.flush_all().map(|()| Response::Flushed {}),
         Request::Status {} => status(store),
+        Request::MountExport { .. } => {
+            Err(Error::failed("no server is running on this pool").hint("'afterimage mount --export' starts one"))
+        }
         _ => Err(Error::failed("no server is running on this pool").hint("there is nothing to stop")),
     }
 }

@@ -197,6 +197,16 @@ pub enum Request {
         /// Name of the new disk.
         disk: String,
     },
+    /// Mounts the extent files of a snapshot by themselves.
+    MountExport {
+        /// `DISK@SNAPSHOT`.
+        snapshot: String,
+        /// Absolute path of the directory to mount at, as the server sees it.
+        path: String,
+        /// Lets other users in too.
+        #[serde(default, skip_serializing_if = "is_false")]
+        allow_other: bool,
+    },
     /// Writes what changed between two snapshots as a directory of plain files.
     Export {
         /// `DISK@SNAPSHOT` it begins at, live or retired; the whole disk when left out.

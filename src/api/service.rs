@@ -4,11 +4,12 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::{Request, Response, execute};
-use crate::error::Result;
+use super::{Request, Response, Target, execute};
+use crate::error::{Error, Result};
 use crate::progress::Progress;
 use crate::store::Store;
 use crate::sync::Mutex;
+use crate::tree::{self, MountOptions, Mounted};
 
 /// Something that answers requests.
 pub trait Answer: Send + Sync {
@@ -28,20 +29,54 @@ pub struct Service {
     pool: PathBuf,
     mount: Mutex<Option<PathBuf>>,
     stop: Option<Stop>,
+    /// Extent files that are mounted by themselves; `None` once no more are.
+    exports: Mutex<Option<Vec<Mounted>>>,
 }
 
 impl Service {
     /// Puts a store that lives in the directory `pool` behind the requests.
     #[must_use]
     pub fn new(store: Arc<Store>, pool: &Path) -> Self {
-        Self { store, pool: pool.to_owned(), mount: Mutex::new(None), stop: None }
+        Self { store, pool: pool.to_owned(), mount: Mutex::new(None), stop: None, exports: Mutex::new(None) }
     }
 
     /// Says what a `shutdown` does; without this it is refused.
     #[must_use]
     pub fn on_shutdown(mut self, stop: Stop) -> Self {
         self.stop = Some(stop);
+        *self.exports.lock() = Some(Vec::new());
         self
+    }
+
+    /// Unmounts the extent files that were mounted by themselves, and mounts no more.
+    pub fn end_exports(&self) {
+        let exports = self.exports.lock().take().unwrap_or_default();
+        exports.iter().for_each(|mounted| mounted.unmounter()());
+        for mounted in exports {
+            let at = mounted.mountpoint().display().to_string();
+            if let Err(error) = mounted.wait() {
+                tracing::warn!("{at}: {error}");
+            }
+        }
+    }
+
+    /// Mounts the extent files of a snapshot.
+    fn mount_export(&self, snapshot: &str, path: &str, allow_other: bool) -> Result<Response> {
+        let (disk, name) = Target::snapshot(snapshot)?;
+        let path = Path::new(path);
+        if !path.is_absolute() {
+            return Err(Error::usage(format!("the path '{}' is not absolute", path.display()))
+                .hint("the server has a working directory of its own: give the whole path"));
+        }
+        let id = self.store.snapshot_info(&disk, &name)?.id;
+        let mut exports = self.exports.lock();
+        let Some(exports) = exports.as_mut() else { return Err(Error::busy("the server is ending")) };
+        exports.retain(|mounted| !mounted.ended());
+        let options = MountOptions { allow_other, ..MountOptions::of_pool(&self.pool) };
+        let mounted = tree::mount_extents(&self.store, id, path, &options)?;
+        let mount = mounted.mountpoint().to_string_lossy().into_owned();
+        exports.push(mounted);
+        Ok(Response::Mounted { snapshot: snapshot.to_owned(), mount })
     }
 
     /// Tells where the pool is mounted now.
@@ -61,6 +96,9 @@ impl Answer for Service {
         if let (Request::Shutdown {}, Some(stop)) = (&request, &self.stop) {
             stop();
             return Ok(Response::Stopping { pid: std::process::id() });
+        }
+        if let (Request::MountExport { snapshot, path, allow_other }, Some(_)) = (&request, &self.stop) {
+            return self.mount_export(snapshot, path, *allow_other);
         }
         let mut response = execute(&self.store, request, progress)?;
         if let Response::Status(status) = &mut response {

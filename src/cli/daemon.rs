@@ -15,6 +15,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use super::Global;
+use super::mount::Show;
 use super::screen::Screen;
 use crate::api::{Failure, Line, Response};
 use crate::error::{Error, Result};
@@ -32,7 +33,7 @@ pub(super) fn is_child() -> bool {
 }
 
 /// Starts the background half and returns its status once the mount answers.
-pub(super) fn start(pool: &Path, mount: &Path, allow_other: bool, global: &Global) -> Result<Response> {
+pub(super) fn start(pool: &Path, mount: &Path, show: &Show, global: &Global) -> Result<Response> {
     let cannot = |e| Error::io("cannot start the server in the background", e);
     let path = pool.join(LOG_NAME);
     let log = OpenOptions::new()
@@ -44,8 +45,11 @@ pub(super) fn start(pool: &Path, mount: &Path, allow_other: bool, global: &Globa
     let program = std::env::current_exe().map_err(cannot)?;
     let mut command = Command::new(program);
     command.arg("--pool").arg(pool).arg("mount").env(PARENT_VARIABLE, std::process::id().to_string());
-    if allow_other {
+    if show.allow_other {
         command.arg("--allow-other");
+    }
+    if let Some(snapshot) = &show.export {
+        command.arg(format!("--export={snapshot}"));
     }
     // A log that says when the server came and went is the least.
     command.args(std::iter::repeat_n("-v", usize::from(global.verbose.max(1))));

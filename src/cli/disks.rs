@@ -155,7 +155,8 @@ impl Rm {
 /// Change settings of a disk
 ///
 /// enospc=fail|wait says what happens to writes when the host has no room; quota=SIZE, iops=N and bandwidth=SIZE limit the
-/// disk ("none" lifts the limit); extent-size=SIZE is the size of a file of its extent tree.
+/// disk ("none" lifts the limit); extent-size=SIZE is the size of a file of its extent tree, and fixed from the first
+/// snapshot on.
 #[derive(Debug, Args)]
 pub(super) struct Set {
     /// The disk

@@ -5,6 +5,7 @@
 //! 2. A signal and a `shutdown` only unmount, and what ends the server is that nothing is mounted any more. Files that are
 //!    still open then are cut off; `umount` without --force refuses instead.
 //! 3. Nothing is mounted over the pool itself: the server would wait for itself.
+//! 4. Extent files that are mounted beside the pool go when the pool is unmounted.
 //!
 //! # After a crash
 //! The mount is dead ("transport endpoint is not connected") until the next `mount` or `umount` there takes it away.
@@ -18,7 +19,8 @@ use clap::Args;
 use super::screen::Screen;
 use super::show::Style;
 use super::{Global, daemon, host, init, signal};
-use crate::api::{Answer, Client, Entry, Request, Response, Server, Service, check_is_pool, enter, open_store};
+use crate::api::{Answer, Client, Entry, Request, Response, Server, Service, Target};
+use crate::api::{check_is_pool, enter, open_store};
 use crate::error::{Error, Kind, Result};
 use crate::pool::PoolLock;
 use crate::progress::Silent;
@@ -30,6 +32,11 @@ use crate::tree::{self, MountOptions};
 /// Disks appear as MNT/disks/NAME.raw and snapshots as MNT/snapshots/NAME/SNAPSHOT.raw. Stays in the foreground until it
 /// is unmounted (afterimage umount, fusermount3 -u, Ctrl-C) unless --daemon is given. While it runs, other commands on
 /// the pool ask it through POOL/control.sock.
+///
+/// With --export only the extent files of one snapshot are mounted, at a path that stays the same from snapshot to
+/// snapshot, for backup programs that go by the path. A server that runs on the pool mounts them too, and the command
+/// returns at once; without one it serves them itself, as the whole pool. The snapshot keeps its data until it is
+/// unmounted. See afterimage-pool(7).
 #[derive(Debug, Args)]
 pub(super) struct Mount {
     /// An empty directory
@@ -44,6 +51,9 @@ pub(super) struct Mount {
     /// Let other users in too; needs user_allow_other in /etc/fuse.conf
     #[arg(long)]
     allow_other: bool,
+    /// Mount only the extent files of this snapshot
+    #[arg(long, value_name = "DISK@SNAPSHOT", conflicts_with = "init")]
+    export: Option<String>,
 }
 
 impl Mount {
@@ -55,20 +65,29 @@ impl Mount {
         let pool = check_is_pool(pool)?;
         let mount = host::resolve_mount(&self.mount)?;
         check_mount(&pool, &mount, screen)?;
+        let show = Show { allow_other: self.allow_other, export: self.export };
+        if let Some(snapshot) = &show.export
+            && let Some(client) = Client::find(&pool)?
+        {
+            let (snapshot, path) = (snapshot.clone(), mount.to_string_lossy().into_owned());
+            let request = Request::MountExport { snapshot, path, allow_other: show.allow_other };
+            screen.answer(&client.ask(&request, &Silent)?, Style::Brief);
+            return Ok(0);
+        }
         if self.daemon {
-            let status = daemon::start(&pool, &mount, self.allow_other, global)?;
+            let status = daemon::start(&pool, &mount, &show, global)?;
             screen.answer(&status, Style::Brief);
             return Ok(0);
         }
         if !daemon::is_child() {
-            let served = Served::start(&pool, &mount, self.allow_other)?;
+            let served = Served::start(&pool, &mount, &show)?;
             screen.answer(&served.status()?, Style::Brief);
             screen.note("serving in the foreground; Ctrl-C unmounts");
             return served.wait().map(|()| 0);
         }
         daemon::detach()?;
         let served = daemon::report(screen, || {
-            let served = Served::start(&pool, &mount, self.allow_other)?;
+            let served = Served::start(&pool, &mount, &show)?;
             served.status().map(|status| (served, status))
         })?;
         served.wait().map(|()| 0)
@@ -118,6 +137,28 @@ fn check_mount(pool: &Path, mount: &Path, screen: &Screen) -> Result<()> {
     Ok(())
 }
 
+/// What is mounted, and for whom.
+#[derive(Debug)]
+pub(super) struct Show {
+    pub(super) allow_other: bool,
+    /// Only the extent files of this snapshot.
+    pub(super) export: Option<String>,
+}
+
+impl Show {
+    fn mount(&self, store: &Arc<Store>, pool: &Path, mount: &Path) -> Result<tree::Mounted> {
+        let options = MountOptions { allow_other: self.allow_other, ..MountOptions::of_pool(pool) };
+        match &self.export {
+            None => tree::mount(store, mount, &options),
+            Some(snapshot) => {
+                let (disk, snapshot) = Target::snapshot(snapshot)?;
+                let id = store.snapshot_info(&disk, &snapshot)?.id;
+                tree::mount_extents(store, id, mount, &options)
+            }
+        }
+    }
+}
+
 /// A pool that is mounted and answers.
 struct Served {
     service: Arc<Service>,
@@ -130,7 +171,7 @@ struct Served {
 }
 
 impl Served {
-    fn start(pool: &Path, mount: &Path, allow_other: bool) -> Result<Self> {
+    fn start(pool: &Path, mount: &Path, show: &Show) -> Result<Self> {
         let lock = match enter(pool)? {
             Entry::Lock(lock) => lock,
             Entry::Server(client) => return Err(already_served(pool, &client)),
@@ -147,8 +188,7 @@ impl Served {
         });
         let service = Arc::new(Service::new(Arc::clone(&store), pool).on_shutdown(on_shutdown));
         let server = Server::start(pool, &lock, Arc::clone(&service) as Arc<dyn Answer>)?;
-        let options = MountOptions { allow_other, ..MountOptions::of_pool(pool) };
-        let mounted = match tree::mount(&store, mount, &options) {
+        let mounted = match show.mount(&store, pool, mount) {
             Ok(mounted) => mounted,
             Err(error) => {
                 server.stop();
@@ -178,6 +218,7 @@ impl Served {
         let Self { service, store, server, mounted, pool, lock } = self;
         let served = mounted.wait();
         service.set_mount(None);
+        service.end_exports();
         server.stop();
         let closed = store.close();
         match &closed {

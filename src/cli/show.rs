@@ -43,6 +43,7 @@ pub(super) fn show(response: &Response, style: Style) -> String {
         Response::Metrics { text } => text.clone(),
         Response::Flushed {} => "everything is durable\n".to_owned(),
         Response::Imported(report) => imported(report),
+        Response::Mounted { snapshot, mount } => format!("mounted the extent files of {snapshot} at {mount}\n"),
         Response::Exported(report) => exported(report),
         Response::Sent(report) => sent(report),
         Response::Received(report) => received(report),

@@ -226,8 +226,13 @@ pub fn set(store: &Arc<Store>, name: &str, key: &str, value: &str) -> Result<Set
     let (settings, ticket) = {
         let mut tables = store.tables.write();
         let id = tables.disk_id(name)?;
-        let mut settings = tables.disk(id)?.settings.clone();
+        let row = tables.disk(id)?;
+        let mut settings = row.settings.clone();
         settings.set(key, value)?;
+        if settings.extent_size != row.settings.extent_size && row.base.is_some() {
+            return Err(Error::failed(format!("the extent size of disk '{name}' is fixed since its first snapshot"))
+                .hint("copies made of its extent files go by it; a new disk can have another one"));
+        }
         store.ledger.writable()?;
         let mut edit = Edit::new(&mut tables);
         edit.change_disk(id, |row| row.settings = settings.clone())?;

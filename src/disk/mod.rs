@@ -29,7 +29,7 @@ pub use scrub::{Damage, ScrubReport, scrub};
 
 use crate::error::{Error, Result};
 use crate::store::{DiskRow, Edit, EnospcPolicy, Head, Line, Located, Store};
-use crate::units::{BLOCK_SIZE, DISK_SIZE_MAX, DiskId, to_usize};
+use crate::units::{BLOCK_SIZE, CHUNK_SIZE, DISK_SIZE_MAX, DiskId, to_usize};
 
 /// Something that is read and written in bytes and keeps blocks.
 pub trait BlockDevice: Send + Sync {
@@ -193,12 +193,16 @@ impl Disk {
                 self.store.trim(&self.head)?;
                 self.zero_last_block()?;
             }
+            let touched = self.store.touch_ends(&self.head, seen, size)?;
+            if touched.unsaved {
+                self.store.flush(&self.head)?;
+            }
             let gate = self.head.gate.write();
             let line = self.head.line();
-            if line.size == seen {
+            if line.size == seen && line.epoch == touched.epoch {
                 break (gate, line);
             }
-            // Somebody resized it meanwhile.
+            // Somebody resized it meanwhile, or took a snapshot.
             drop(gate);
         };
         self.head.refuse_gone()?;
@@ -240,6 +244,8 @@ impl Disk {
     /// One row commits the new size; what lies beyond is unmapped after.
     fn shrink(&self, size: u64) -> Result<()> {
         let mut order = self.head.order();
+        // Nobody ends the epoch while the order is held.
+        self.store.touch_ends(&self.head, self.size(), size)?;
         self.store.flush_ordered(&self.head, &mut order)?;
         let gate = self.head.gate.write();
         let line = self.head.line();
@@ -256,7 +262,10 @@ impl Disk {
         self.head.set_line(Line { size, ..line });
         drop(gate);
         drop(order);
-        self.store.ledger.wait(ticket)
+        self.store.ledger.wait(ticket)?;
+        // What a chunk that stays has beyond the end goes at once, in this epoch if it can: its extent got a new time now
+        // and is not to get another one later for what nobody sees.
+        self.store.unmap_beyond(&self.head, size.next_multiple_of(CHUNK_SIZE))
     }
 }
 

@@ -120,7 +120,9 @@ pub fn clone_into(store: &Arc<Store>, disk: &str, snapshot: Option<&str>, target
         let floor = fresh_floor(&edit);
         let old = edit.tables.disk(target)?.clone();
         let origin = snapshot.map_or_else(|| disk.to_owned(), |name| format!("{disk}@{name}"));
-        let row = DiskRow { branch, epoch, floor, ..cloned(old, key, &state, origin) };
+        let mut row = DiskRow { branch, epoch, floor, ..cloned(old, key, &state, origin) };
+        // Disks that share blocks cut them alike.
+        row.settings.extent_size = edit.tables.disk(state.disk)?.settings.extent_size;
         edit.put_disk(target, row);
         edit.delete_branch(line.branch);
         let ticket = store.ledger.submit(edit.finish())?;

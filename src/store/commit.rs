@@ -39,6 +39,8 @@ pub struct Capture {
     pub row: Option<(BranchId, Epoch)>,
     /// Addresses handed out and dropped in between.
     pub dropped: Vec<Piece>,
+    /// As [`crate::map::ChunkState::marked`].
+    pub marked: bool,
 }
 
 impl Capture {
@@ -48,7 +50,8 @@ impl Capture {
         let epoch = state.epoch;
         let row = state.row.replace((branch, epoch));
         let dropped = std::mem::take(&mut state.dropped);
-        Self { chunk, epoch, entry: state.entry.clone(), saved, row, dropped }
+        let marked = std::mem::take(&mut state.marked);
+        Self { chunk, epoch, entry: state.entry.clone(), saved, row, dropped, marked }
     }
 }
 
@@ -307,8 +310,10 @@ impl Store {
             sums.index.remove(stale_branch, stale_epoch, capture.chunk);
         }
         // A tombstone is stored where something was mapped before, also when nobody needs that any more: the time of an
-        // extent file follows from its newest entry, and it did change. Where nothing was, nothing is stored.
-        if capture.entry.is_empty() && !own_row && !self.older_shows(branch, capture.chunk, capture.epoch)? {
+        // extent file follows from its newest entry, and it did change. Where nothing was, nothing is stored, unless the
+        // extent file got another length (`touch`).
+        let shown = own_row || capture.marked || !capture.entry.is_empty();
+        if !shown && !self.older_shows(branch, capture.chunk, capture.epoch)? {
             return Ok(());
         }
         rows.push(Row::put(key, encode_entry(&capture.entry)));

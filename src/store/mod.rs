@@ -56,6 +56,7 @@ pub mod state_file;
 mod state_files;
 mod states;
 mod tables;
+mod touch;
 mod tree;
 mod unmap;
 mod view;

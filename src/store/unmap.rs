@@ -30,6 +30,19 @@ impl Store {
     /// # Errors
     /// `ReadOnly` when the pool refuses writes; `Corrupt` when rows are damaged.
     pub fn unmap(&self, head: &Head, from: u64, upto: u64) -> Result<()> {
+        self.unmap_range(head, from, upto, false)
+    }
+
+    /// Unmaps the whole blocks of a live disk from its end up to `upto`. Where the disk grows meanwhile, its new blocks
+    /// are left alone.
+    ///
+    /// # Errors
+    /// As [`Store::unmap`].
+    pub fn unmap_beyond(&self, head: &Head, upto: u64) -> Result<()> {
+        self.unmap_range(head, head.line().size.next_multiple_of(BLOCK_SIZE), upto, true)
+    }
+
+    fn unmap_range(&self, head: &Head, from: u64, upto: u64, beyond: bool) -> Result<()> {
         assert!(from.is_multiple_of(BLOCK_SIZE) && upto.is_multiple_of(BLOCK_SIZE), "whole blocks are unmapped");
         let mut at = from;
         while at < upto {
@@ -37,6 +50,13 @@ impl Store {
             {
                 let _gate = head.gate.read();
                 let line = head.line();
+                if beyond {
+                    // The size does not change under the gate, and what lies below it may have been written since.
+                    at = at.max(line.size.next_multiple_of(BLOCK_SIZE));
+                }
+                if at >= upto {
+                    break;
+                }
                 let Some(next) = self.next_chunk(&line.source(), Some(head), ChunkIndex::of_byte(at))? else { break };
                 let start = at.max(next.byte());
                 let end = upto.min(next.byte() + CHUNK_SIZE);
@@ -107,7 +127,7 @@ impl Store {
     /// As [`Store::unmap`].
     pub fn trim(&self, head: &Head) -> Result<()> {
         let size = head.line().size;
-        self.unmap(head, size.next_multiple_of(BLOCK_SIZE), DISK_SIZE_MAX)?;
+        self.unmap_beyond(head, DISK_SIZE_MAX)?;
         self.flush(head)?;
         let ticket = {
             let mut tables = self.tables.write();

@@ -44,7 +44,7 @@ impl Tree {
             Handle::Disk(disk) if disk.file.is_cloning.load(Ordering::Acquire) => None,
             Handle::Disk(disk) => Some(disk.file.disk().changes()),
             Handle::Snapshot(_) => Some(0),
-            Handle::Dir(_) => None,
+            Handle::Fixed(_) | Handle::Dir(_) => None,
         }
     }
 

@@ -118,7 +118,7 @@ impl Tree {
         let node = match source {
             Handle::Disk(handle) => Node::Disk(handle.file.disk().id()),
             Handle::Snapshot(handle) => handle.node,
-            Handle::Dir(_) => return Ok(false),
+            Handle::Dir(_) | Handle::Fixed(_) => return Ok(false),
         };
         let target = file.disk();
         if node == Node::Disk(target.id()) {

@@ -31,6 +31,8 @@ impl Errno {
     pub const ENXIO: Self = Self(libc::ENXIO);
     /// The handle does not allow it.
     pub const EBADF: Self = Self(libc::EBADF);
+    /// Not yet.
+    pub const EAGAIN: Self = Self(libc::EAGAIN);
     /// In use.
     pub const EBUSY: Self = Self(libc::EBUSY);
     /// There already.

@@ -20,7 +20,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use super::copy::Cloning;
 use super::errno::{Answer, Errno};
-use super::node::Node;
+use super::fixed::Fixed;
+use super::names::Listing;
+use super::node::{Node, Sort};
 use super::state::{HOLDER, Tree};
 use crate::disk::{BlockDevice, Disk, Lease};
 use crate::error::Kind;
@@ -47,8 +49,10 @@ pub enum Handle {
     Disk(DiskHandle),
     /// A snapshot.
     Snapshot(SnapshotHandle),
+    /// A file that never changes.
+    Fixed(Fixed),
     /// A directory and its listing, made when reading begins.
-    Dir(Mutex<Arc<Vec<super::names::Entry>>>),
+    Dir(Mutex<Arc<Listing>>),
 }
 
 /// An open disk.
@@ -234,6 +238,7 @@ impl Handle {
         match self {
             Self::Disk(handle) => Ok(handle.file.disk.as_ref()),
             Self::Snapshot(handle) => Ok(handle.device.as_ref()),
+            Self::Fixed(file) => Ok(file),
             Self::Dir(_) => Err(Errno::EISDIR),
         }
     }
@@ -243,6 +248,7 @@ impl Handle {
         match self {
             Self::Disk(handle) => handle.file.size(),
             Self::Snapshot(handle) => handle.device.size(),
+            Self::Fixed(file) => file.size(),
             Self::Dir(_) => 0,
         }
     }
@@ -250,12 +256,12 @@ impl Handle {
     /// Returns the disk behind a handle that may write it.
     ///
     /// # Errors
-    /// EROFS for a snapshot, EBADF for a handle opened for reading.
+    /// EROFS for a snapshot or another file that never changes, EBADF for a handle opened for reading.
     pub(super) fn writable(&self) -> Answer<&DiskHandle> {
         match self {
             Self::Disk(handle) if handle.lease.is_some() => Ok(handle),
             Self::Disk(_) | Self::Dir(_) => Err(Errno::EBADF),
-            Self::Snapshot(_) => Err(Errno::EROFS),
+            Self::Snapshot(_) | Self::Fixed(_) => Err(Errno::EROFS),
         }
     }
 
@@ -300,7 +306,7 @@ impl Tree {
     /// EBUSY when another holder writes the disk, EROFS for writing a snapshot, ESTALE when it is gone.
     pub fn open(&self, ino: u64, flags: i32, new: bool) -> Answer<Opened> {
         let direct = flags & libc::O_DIRECT != 0;
-        match Self::node(ino)? {
+        match self.node(ino)? {
             Node::Disk(id) => {
                 let file = self.disk_file(id)?;
                 let lease = if writes(flags) { Some(file.disk.lease(HOLDER)?) } else { None };
@@ -319,7 +325,14 @@ impl Tree {
                 let handle = self.enter(Handle::Snapshot(SnapshotHandle { node, device }));
                 Ok(Opened { handle, keep_cache: true, direct })
             }
-            _ => Err(Errno::EISDIR),
+            node => {
+                if node.sort() == Sort::File && writes(flags) {
+                    return Err(Errno::EROFS);
+                }
+                let (file, keep_cache) = self.open_fixed(node)?;
+                let handle = self.enter(Handle::Fixed(file));
+                Ok(Opened { handle, keep_cache, direct })
+            }
         }
     }
 
@@ -362,9 +375,9 @@ impl Tree {
     /// # Errors
     /// EROFS for a snapshot, EBUSY when another holder writes the disk, EFBIG beyond the largest disk.
     pub fn truncate(&self, ino: u64, size: u64) -> Answer<()> {
-        match Self::node(ino)? {
+        match self.node(ino)? {
             Node::Disk(id) => self.disk_file(id)?.truncate(size),
-            Node::Snapshot(_) => Err(Errno::EROFS),
+            node if node.sort() == Sort::File => Err(Errno::EROFS),
             _ => Err(Errno::EISDIR),
         }
     }
@@ -410,7 +423,7 @@ impl Tree {
     /// # Errors
     /// ENOTDIR for a file, ESTALE when it is gone.
     pub fn open_dir(&self, ino: u64) -> Answer<u64> {
-        if !self.attr(ino)?.dir {
+        if self.attr(ino)?.sort != Sort::Dir {
             return Err(Errno::ENOTDIR);
         }
         Ok(self.enter(Handle::Dir(Mutex::default())))
@@ -420,7 +433,7 @@ impl Tree {
     ///
     /// # Errors
     /// ESTALE when the directory is gone.
-    pub fn listing(&self, ino: u64, handle: u64, offset: u64) -> Answer<Arc<Vec<super::names::Entry>>> {
+    pub fn listing(&self, ino: u64, handle: u64, offset: u64) -> Answer<Arc<Listing>> {
         let handle = self.handle(handle)?;
         let Handle::Dir(listing) = handle.as_ref() else { return Err(Errno::ENOTDIR) };
         if offset == 0 {

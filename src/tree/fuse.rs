@@ -34,7 +34,7 @@ use fuser::{
 use super::errno::{Answer, Errno};
 use super::file::Opened;
 use super::names::RenameHow;
-use super::node::{FILE_NAME_MAX, Node};
+use super::node::{FILE_NAME_MAX, Node, Sort};
 use super::stale;
 use super::state::{Attr, Tree};
 use crate::units::BLOCK_SIZE;
@@ -70,7 +70,7 @@ impl Mount {
         }
     }
 
-    /// Runs a handler that may wait long (no room and `enospc=wait`, a limit) on a thread of its own, so that requests
+    /// Runs a handler that may wait long (no room and `enospc=wait`, a limit, a record) on a thread of its own, so that requests
     /// for other disks, and the `rm` that makes room, find the handler threads free.
     fn run_aside(&self, operation: &'static str, handler: impl FnOnce(&Tree) + Send + 'static) {
         let (tree, number) = (Arc::clone(&self.tree), self.number);
@@ -95,7 +95,7 @@ impl Mount {
             mtime: time,
             ctime: time,
             crtime: time,
-            kind: kind(attr.dir),
+            kind: kind(attr.sort),
             perm: attr.perm,
             nlink: attr.nlink,
             uid: self.tree.owner.uid,
@@ -103,6 +103,14 @@ impl Mount {
             rdev: 0,
             blksize: 4096,
             flags: 0,
+        }
+    }
+
+    /// Why no directory, link or special file is made or removed here.
+    fn refused(&self, parent: INodeNo) -> Errno {
+        match self.tree.node(parent.0) {
+            Ok(node) if node.is_exported() => Errno::EROFS,
+            _ => Errno::EPERM,
         }
     }
 
@@ -114,18 +122,26 @@ impl Mount {
     }
 }
 
-fn kind(dir: bool) -> FileType {
-    if dir { FileType::Directory } else { FileType::RegularFile }
+fn kind(sort: Sort) -> FileType {
+    match sort {
+        Sort::Dir => FileType::Directory,
+        Sort::File => FileType::RegularFile,
+        Sort::Link => FileType::Symlink,
+    }
 }
 
 fn ttl(attr: &Attr) -> Duration {
     if attr.keep { KEEP } else { Duration::ZERO }
 }
 
-/// How long a name may be kept. `snapshots/NAME` comes, goes and changes with another directory's file, and the handler
-/// that renames the file cannot wait until the kernel has forgotten this name: so it is asked for each time.
+/// How long a name may be kept. Some come, go and change with the file of another directory, and the handler that changes
+/// that one cannot wait until the kernel has forgotten this name: so it is asked for each time.
 fn name_ttl(attr: &Attr) -> Duration {
-    if matches!(Node::from_ino(attr.ino), Some(Node::SnapshotsOf(_))) { Duration::ZERO } else { KEEP }
+    match Node::from_ino(attr.ino) {
+        Some(Node::Root | Node::Disks | Node::Snapshots | Node::Retired | Node::Exports) => KEEP,
+        Some(Node::Disk(_) | Node::Extent { .. } | Node::Untouched { .. } | Node::Member { .. }) => KEEP,
+        _ => Duration::ZERO,
+    }
 }
 
 fn code(errno: Errno) -> fuser::Errno {
@@ -237,20 +253,27 @@ impl Filesystem for Mount {
         });
     }
 
-    fn mkdir(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, _: u32, reply: ReplyEntry) {
-        reply.error(code(Errno::EPERM));
+    fn mkdir(&self, _: &Request, parent: INodeNo, _: &OsStr, _: u32, _: u32, reply: ReplyEntry) {
+        reply.error(code(self.refused(parent)));
     }
 
-    fn rmdir(&self, _: &Request, _: INodeNo, _: &OsStr, reply: ReplyEmpty) {
-        reply.error(code(Errno::EPERM));
+    fn rmdir(&self, _: &Request, parent: INodeNo, _: &OsStr, reply: ReplyEmpty) {
+        reply.error(code(self.refused(parent)));
     }
 
-    fn symlink(&self, _: &Request, _: INodeNo, _: &OsStr, _: &Path, reply: ReplyEntry) {
-        reply.error(code(Errno::EPERM));
+    fn symlink(&self, _: &Request, parent: INodeNo, _: &OsStr, _: &Path, reply: ReplyEntry) {
+        reply.error(code(self.refused(parent)));
     }
 
-    fn link(&self, _: &Request, _: INodeNo, _: INodeNo, _: &OsStr, reply: ReplyEntry) {
-        reply.error(code(Errno::EPERM));
+    fn link(&self, _: &Request, _: INodeNo, parent: INodeNo, _: &OsStr, reply: ReplyEntry) {
+        reply.error(code(self.refused(parent)));
+    }
+
+    fn readlink(&self, _: &Request, ino: INodeNo, reply: ReplyData) {
+        self.run("readlink", |tree| match tree.read_link(ino.0) {
+            Ok(target) => reply.data(target.as_bytes()),
+            Err(errno) => reply.error(code(errno)),
+        });
     }
 
     fn unlink(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
@@ -274,10 +297,11 @@ impl Filesystem for Mount {
     }
 
     fn open(&self, _: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        self.run("open", |tree| match tree.open(ino.0, flags.0, false) {
+        let open = move |tree: &Tree| match tree.open(ino.0, flags.0, false) {
             Ok(opened) => reply.opened(FileHandle(opened.handle), open_flags(&opened)),
             Err(errno) => reply.error(code(errno)),
-        });
+        };
+        if self.tree.open_may_wait(ino.0) { self.run_aside("open", open) } else { self.run("open", open) }
     }
 
     fn create(&self, _: &Request, parent: INodeNo, name: &OsStr, _: u32, _: u32, flags: i32, reply: ReplyCreate) {
@@ -371,14 +395,14 @@ impl Filesystem for Mount {
 
     fn readdir(&self, _: &Request, ino: INodeNo, handle: FileHandle, offset: u64, mut reply: ReplyDirectory) {
         self.run("readdir", |tree| match tree.listing(ino.0, handle.0, offset) {
-            Ok(entries) => {
-                for (index, entry) in entries.iter().enumerate().skip(from(offset)) {
-                    let next = index as u64 + 1;
-                    if reply.add(INodeNo(entry.node.ino()), next, kind(entry.node.is_dir()), &entry.name) {
-                        break;
-                    }
+            Ok(listing) => {
+                let outcome = tree.each_entry(&listing, from(offset), |next, entry| {
+                    reply.add(INodeNo(entry.node.ino()), next, kind(entry.node.sort()), &entry.name)
+                });
+                match outcome {
+                    Ok(()) => reply.ok(),
+                    Err(errno) => reply.error(code(errno)),
                 }
-                reply.ok();
             }
             Err(errno) => reply.error(code(errno)),
         });
@@ -386,17 +410,17 @@ impl Filesystem for Mount {
 
     fn readdirplus(&self, _: &Request, ino: INodeNo, handle: FileHandle, offset: u64, mut reply: ReplyDirectoryPlus) {
         self.run("readdirplus", |tree| match tree.listing(ino.0, handle.0, offset) {
-            Ok(entries) => {
-                for (index, entry) in entries.iter().enumerate().skip(from(offset)) {
+            Ok(listing) => {
+                let outcome = tree.each_entry(&listing, from(offset), |next, entry| {
                     // Asked anew: the listing may be older than a change the kernel was told of.
-                    let Some(attr) = tree.listed(entry) else { continue };
-                    let (next, file_attr) = (index as u64 + 1, self.file_attr(&attr));
+                    let Some(attr) = tree.listed(&listing, entry) else { return false };
                     let ttl = ttl(&attr).min(name_ttl(&attr));
-                    if reply.add(INodeNo(attr.ino), next, &entry.name, &ttl, &file_attr, GENERATION) {
-                        break;
-                    }
+                    reply.add(INodeNo(attr.ino), next, &entry.name, &ttl, &self.file_attr(&attr), GENERATION)
+                });
+                match outcome {
+                    Ok(()) => reply.ok(),
+                    Err(errno) => reply.error(code(errno)),
                 }
-                reply.ok();
             }
             Err(errno) => reply.error(code(errno)),
         });

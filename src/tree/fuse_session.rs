@@ -32,6 +32,7 @@ use crate::clock;
 use crate::error::{Error, Result};
 use crate::store::Store;
 use crate::sync::{Condvar, Mutex};
+use crate::units::SnapshotId;
 
 /// Threads for requests that may wait ([`super::fuse_split`]): as many of fuser's, and as many workers if needed. Without
 /// io_uring fuser's serve all requests, and this is the queue depth the pool's file sees.
@@ -80,6 +81,12 @@ impl Mounted {
     pub fn unmounter(&self) -> Box<dyn Fn() + Send + Sync> {
         let shared = Arc::clone(&self.shared);
         Box::new(move || shared.unmount())
+    }
+
+    /// Tells whether it is unmounted already.
+    #[must_use]
+    pub fn ended(&self) -> bool {
+        self.shared.progress.lock().ended.is_some()
     }
 
     /// Returns where it is mounted, absolute.
@@ -303,9 +310,31 @@ fn mount_error(mountpoint: &Path, error: io::Error) -> Error {
 /// `Kind::NotFound` for a missing directory, `Kind::Unsupported` without FUSE, `Kind::Denied` when the host refuses,
 /// `Kind::Busy` when it is mounted there already.
 pub fn mount(store: &Arc<Store>, mountpoint: &Path, options: &MountOptions) -> Result<Mounted> {
+    serve(store, Tree::new(Arc::clone(store), owner(options)), mountpoint, options)
+}
+
+/// Mounts the extent files of one live snapshot and serves them until they are unmounted. They stay for as long, also
+/// when the snapshot is removed or retired.
+///
+/// # Errors
+/// As [`mount`]; `Kind::NotFound` when there is no such live snapshot.
+pub fn mount_extents(
+    store: &Arc<Store>,
+    snapshot: SnapshotId,
+    mountpoint: &Path,
+    options: &MountOptions,
+) -> Result<Mounted> {
+    serve(store, Tree::of_extents(Arc::clone(store), owner(options), snapshot)?, mountpoint, options)
+}
+
+fn owner(options: &MountOptions) -> Owner {
+    Owner { uid: options.uid, gid: options.gid }
+}
+
+fn serve(store: &Arc<Store>, tree: Tree, mountpoint: &Path, options: &MountOptions) -> Result<Mounted> {
     let source = source_name(&options.fs_name);
     let mountpoint = prepare(mountpoint, &source)?;
-    let tree = Arc::new(Tree::new(Arc::clone(store), Owner { uid: options.uid, gid: options.gid }));
+    let tree = Arc::new(tree);
     let queue = Arc::new(Queue::default());
     let number = NEXT_MOUNT.fetch_add(1, Ordering::Relaxed);
     let mount = Mount { tree: Arc::clone(&tree), number, queue: Arc::clone(&queue) };

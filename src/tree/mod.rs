@@ -4,6 +4,10 @@
 //! MNT/
 //!   disks/NAME.raw               read-write: a disk
 //!   snapshots/NAME/SNAP.raw      read-only: a snapshot of it
+//!   retired/NAME/SNAP.aimg       read-only: the record of a retired snapshot
+//!   exports/NAME/SNAP/OFFSET.img read-only: a snapshot cut into extent files
+//!   exports/NAME/OLD..NEW/       read-only: what leads from one snapshot to another
+//!   exports/NAME/latest          a link to the newest live snapshot
 //! ```
 //!
 //! `truncate` makes, grows and cuts a disk, `touch` in `snapshots/NAME/` takes a snapshot, `rm` and `mv` remove and
@@ -19,14 +23,18 @@
 //! # What a crash leaves
 //! Nothing of its own. A killed server leaves a dead mount, which the next one on the same pool takes away.
 //!
-//! The way in: [`mount`]. The parts: [`node`] (inode numbers and names), [`state`] (the tree and stat), [`names`]
-//! (directories), [`mod@file`] (open files), [`begin`] (their fast way), [`copy`] (copy_file_range), [`stale`] (what the
-//! kernel must forget), [`errno`].
+//! The ways in: [`mount`], and [`mount_extents`] for the extent files of one snapshot alone. The parts: [`node`] (inode
+//! numbers and names), [`state`] (the tree and stat), [`names`] (directories), [`extent`] (extent files), [`mod@file`]
+//! (open files), [`begin`] (their fast way), [`copy`] (copy_file_range), [`stale`] (what the kernel must forget),
+//! [`errno`].
 
 pub mod begin;
 pub mod copy;
 pub mod errno;
+mod exports;
+pub mod extent;
 pub mod file;
+mod fixed;
 mod fuse;
 mod fuse_ahead;
 mod fuse_device;
@@ -35,12 +43,14 @@ mod fuse_session;
 mod fuse_split;
 mod fuse_wire;
 mod fuse_workers;
+mod increment;
 pub mod names;
 pub mod node;
 pub mod stale;
 pub mod state;
+mod window;
 
-pub use fuse_session::{Mounted, mount};
+pub use fuse_session::{Mounted, mount, mount_extents};
 
 /// How a tree is mounted.
 #[derive(Debug, Clone)]

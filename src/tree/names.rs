@@ -5,7 +5,8 @@
 //!
 //! # Rules
 //! 1. Nothing that exists is ever replaced by a rename or a creation.
-//! 2. What leaves its kind is refused with EPERM, never EXDEV: `mv` would copy and delete.
+//! 2. What leaves its kind is refused with EPERM, never EXDEV: `mv` would copy and delete. A snapshot may go to `retired/`
+//!    under its name, which retires it.
 //! 3. `rm` takes no snapshots with it.
 //!
 //! # Why removal may wait a moment
@@ -16,7 +17,8 @@ use std::ffi::OsStr;
 use std::time::Duration;
 
 use super::errno::{Answer, Errno};
-use super::node::{self, DISK_NAME_MAX, Node, SNAPSHOT_NAME_MAX};
+use super::extent::{self, Cut};
+use super::node::{self, DISK_NAME_MAX, Node, SNAPSHOT_NAME_MAX, Sort};
 use super::state::{Attr, HOLDER, Tree};
 use crate::clock;
 use crate::disk;
@@ -34,6 +36,21 @@ pub struct Entry {
     pub node: Node,
     /// Its name.
     pub name: String,
+}
+
+/// What a directory has, as of the moment in which it began to be read.
+#[derive(Debug, Clone)]
+pub enum Listing {
+    /// These, the two dots first.
+    Names(Vec<Entry>),
+    /// The extent files of a snapshot, behind the two dots: a disk has up to 33 million, so they are made one by one.
+    Extents(Cut),
+}
+
+impl Default for Listing {
+    fn default() -> Self {
+        Self::Names(Vec::new())
+    }
 }
 
 /// What a creation did.
@@ -58,12 +75,11 @@ impl Tree {
     /// # Errors
     /// ENOENT, ENOTDIR, or ESTALE when the directory itself is gone.
     pub fn lookup(&self, parent: u64, name: &OsStr) -> Answer<Attr> {
-        match Self::node(parent)? {
-            Node::Root => match name.to_str() {
-                Some("disks") => self.attr(Node::Disks.ino()),
-                Some("snapshots") => self.attr(Node::Snapshots.ino()),
-                _ => Err(Errno::ENOENT),
-            },
+        match self.node(parent)? {
+            Node::Root => {
+                let found = TOP.iter().find(|(_, top)| name == *top).ok_or(Errno::ENOENT)?;
+                self.attr(found.0.ino())
+            }
             Node::Disks => {
                 let name = node::named(name).ok_or(Errno::ENOENT)?;
                 Ok(self.disk_attr(&self.store.disk_info(name)?))
@@ -73,7 +89,7 @@ impl Tree {
                 Ok(self.snapshots_of_attr(&self.store.disk_info(name)?))
             }
             Node::SnapshotsOf(id) => Ok(Self::snapshot_attr(&self.snapshot_named(id, name)?)),
-            Node::Disk(_) | Node::Snapshot(_) => Err(Errno::ENOTDIR),
+            node => self.export_lookup(node, name),
         }
     }
 
@@ -81,12 +97,12 @@ impl Tree {
     ///
     /// # Errors
     /// ENOTDIR, or ESTALE when it is gone.
-    pub fn list(&self, ino: u64) -> Answer<Vec<Entry>> {
-        let node = Self::node(ino)?;
+    pub fn list(&self, ino: u64) -> Answer<Listing> {
+        let node = self.node(ino)?;
         let (parent, mut entries) = match node {
             Node::Root => {
-                let fixed = [(Node::Disks, "disks"), (Node::Snapshots, "snapshots")];
-                (Node::Root, fixed.map(|(node, name)| Entry { node, name: name.into() }).to_vec())
+                let fixed = TOP.iter().map(|(node, name)| Entry { node: *node, name: (*name).into() });
+                (Node::Root, fixed.collect::<Vec<_>>())
             }
             Node::Disks => {
                 let all = self.store.disks().into_iter();
@@ -101,16 +117,39 @@ impl Tree {
                 let entries = all.map(|s| Entry { node: Node::Snapshot(s.id), name: node::file_name(&s.name) });
                 (Node::Snapshots, entries.collect())
             }
-            Node::Disk(_) | Node::Snapshot(_) => return Err(Errno::ENOTDIR),
+            Node::Extents(id) => return Ok(Listing::Extents(self.cut(id)?)),
+            node => self.export_list(node)?,
         };
         let dots = [Entry { node, name: ".".into() }, Entry { node: parent, name: "..".into() }];
         entries.splice(0..0, dots);
-        Ok(entries)
+        Ok(Listing::Names(entries))
     }
 
-    /// Returns the attributes of a listed entry, or `None` if the name stands for something else by now.
+    /// Returns an entry of a listing by its place; `None` behind the last.
+    ///
+    /// # Errors
+    /// EIO when the map cannot be read, ESTALE when the snapshot has gone.
+    pub fn entry_at(&self, listing: &Listing, place: usize) -> Answer<Option<Entry>> {
+        match (listing, place) {
+            (Listing::Names(entries), place) => Ok(entries.get(place).cloned()),
+            (Listing::Extents(cut), 0) => Ok(Some(Entry { node: Node::Extents(cut.id), name: ".".into() })),
+            (Listing::Extents(cut), 1) => Ok(Some(Entry { node: self.parent_of(cut), name: "..".into() })),
+            (Listing::Extents(cut), place) => {
+                let Some(slot) = cut.slot(place as u64 - 2) else { return Ok(None) };
+                let node = self.extent_node(cut, slot)?.0;
+                Ok(Some(Entry { node, name: extent::name(slot) }))
+            }
+        }
+    }
+
+    /// Returns the attributes of an entry of a listing, or `None` if the name stands for something else by now.
     #[must_use]
-    pub fn listed(&self, entry: &Entry) -> Option<Attr> {
+    pub fn listed(&self, listing: &Listing, entry: &Entry) -> Option<Attr> {
+        if let Listing::Extents(cut) = listing
+            && let Some(slot) = cut.named(&entry.name)
+        {
+            return self.extent_attr(cut, slot).ok();
+        }
         match entry.node {
             Node::Disk(id) => {
                 let info = self.store.disk_info_by_id(id).ok()?;
@@ -124,6 +163,8 @@ impl Tree {
                 let info = self.store.snapshot_info_by_id(id).ok()?;
                 (node::named(OsStr::new(&entry.name)) == Some(&info.name)).then(|| Self::snapshot_attr(&info))
             }
+            // A tree of nothing but extents has its root in the place of their directory.
+            Node::Extents(_) if self.only.is_some() => self.attr(Node::Root.ino()).ok(),
             node => self.attr(node.ino()).ok(),
         }
     }
@@ -133,13 +174,12 @@ impl Tree {
     /// # Errors
     /// EEXIST, EINVAL or ENAMETOOLONG for the name, EPERM where no files are made, and what the store says.
     pub fn create(&self, parent: u64, name: &OsStr, exclusive: bool) -> Answer<Created> {
-        let made = match Self::node(parent)? {
+        let made = match self.node(parent)? {
             Node::Disks => {
                 disk::create_empty(&self.store, node::new_name(name, DISK_NAME_MAX)?).map(|d| self.disk_attr(&d))
             }
             Node::SnapshotsOf(id) => self.take(id, node::new_name(name, SNAPSHOT_NAME_MAX)?),
-            Node::Root | Node::Snapshots => return Err(Errno::EPERM),
-            Node::Disk(_) | Node::Snapshot(_) => return Err(Errno::ENOTDIR),
+            node => return Err(refused(node)),
         };
         match made {
             Ok(attr) => Ok(Created { attr, new: true }),
@@ -166,14 +206,17 @@ impl Tree {
     /// # Errors
     /// EBUSY for a disk with snapshots or an open writer and for a snapshot that is held, EPERM for anything else.
     pub fn unlink(&self, parent: u64, name: &OsStr) -> Answer<()> {
-        match Self::node(parent)? {
+        match self.node(parent)? {
             Node::Disks => self.remove_disk(node::named(name).ok_or(Errno::ENOENT)?),
             Node::SnapshotsOf(id) => {
                 let info = self.snapshot_named(id, name)?;
                 Ok(snapshot::remove(&self.store, &info.disk, &info.name)?)
             }
-            Node::Root | Node::Snapshots => Err(Errno::EPERM),
-            Node::Disk(_) | Node::Snapshot(_) => Err(Errno::ENOTDIR),
+            Node::RetiredOf(id) => {
+                let (disk, name, _) = self.retired_named(id, name)?;
+                Ok(snapshot::remove(&self.store, &disk, &name)?)
+            }
+            node => Err(refused(node)),
         }
     }
 
@@ -194,7 +237,8 @@ impl Tree {
         }
     }
 
-    /// Renames a disk or a snapshot within its directory.
+    /// Renames a disk or a snapshot within its directory, or retires a snapshot: from `snapshots/NAME/SNAP.raw` to
+    /// `retired/NAME/SNAP.aimg`.
     ///
     /// # Errors
     /// EEXIST when the new name is taken, EPERM for any other move, EINVAL for an exchange.
@@ -202,7 +246,15 @@ impl Tree {
         if how.exotic {
             return Err(Errno::EINVAL);
         }
-        let (parent, target) = (Self::node(from.0)?, Self::node(to.0)?);
+        let (parent, target) = (self.node(from.0)?, self.node(to.0)?);
+        if let (Node::SnapshotsOf(disk), Node::RetiredOf(of)) = (parent, target)
+            && disk == of
+        {
+            return self.retire(disk, from.1, to.1);
+        }
+        if parent.is_exported() || target.is_exported() {
+            return Err(Errno::EROFS);
+        }
         if parent != target {
             return Err(Errno::EPERM);
         }
@@ -215,7 +267,36 @@ impl Tree {
                 let info = self.snapshot_named(id, from.1)?;
                 Ok(snapshot::rename(&self.store, &info.disk, &info.name, node::new_name(to.1, SNAPSHOT_NAME_MAX)?)?)
             }
+            Node::RetiredOf(id) => {
+                let (disk, old, _) = self.retired_named(id, from.1)?;
+                let new = node::record_named(to.1).ok_or(Errno::EINVAL)?;
+                Ok(snapshot::rename(&self.store, &disk, &old, new)?)
+            }
             _ => Err(Errno::EPERM),
         }
+    }
+
+    /// Retires a snapshot under the name it has.
+    fn retire(&self, id: DiskId, from: &OsStr, to: &OsStr) -> Answer<()> {
+        let info = self.snapshot_named(id, from)?;
+        if node::record_named(to) != Some(&info.name) {
+            tracing::warn!("{}@{} is retired as {}", info.disk, info.name, node::record_name(&info.name));
+            return Err(Errno::EPERM);
+        }
+        snapshot::retire(&self.store, &[(info.disk, info.name)])?;
+        Ok(())
+    }
+}
+
+/// The directories of the mount point.
+const TOP: [(Node, &str); 4] =
+    [(Node::Disks, "disks"), (Node::Snapshots, "snapshots"), (Node::Retired, "retired"), (Node::Exports, "exports")];
+
+/// Why nothing is made or removed in a directory.
+fn refused(node: Node) -> Errno {
+    match node.sort() {
+        Sort::Dir if node.is_exported() => Errno::EROFS,
+        Sort::Dir => Errno::EPERM,
+        _ => Errno::ENOTDIR,
     }
 }

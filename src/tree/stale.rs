@@ -78,17 +78,23 @@ pub fn after(change: &Change, ours: bool) -> Vec<Stale> {
                 stale.push(Stale::Attr(Node::Disk(*id).ino()));
                 stale.push(Stale::Attr(Node::Disks.ino()));
             }
-            stale.push(Stale::Attr(Node::Snapshots.ino()));
+            stale.extend([Node::Snapshots, Node::Retired, Node::Exports].map(|dir| Stale::Attr(dir.ino())));
         }
-        Change::Snapshot { disk, id, name, was, gone, .. } if !ours => {
-            let parent = Node::SnapshotsOf(*disk).ino();
-            for name in was.iter().chain((was.is_some() || *gone).then_some(name)) {
-                stale.push(Stale::Entry { parent, name: node::file_name(name) });
+        Change::Snapshot { disk, id, name, was, gone, retired, .. } => {
+            let (snapshots, records) = (Node::SnapshotsOf(*disk).ino(), Node::RetiredOf(*disk).ino());
+            let exports = Node::ExportsOf(*disk).ino();
+            let names = was.iter().chain((was.is_some() || *gone || *retired).then_some(name));
+            for name in names {
+                stale.push(Stale::Entry { parent: exports, name: name.clone() });
+                // Also after our own: a rename from the one to the other leaves the old inode under the new name.
+                if !ours || *retired {
+                    stale.push(Stale::Entry { parent: snapshots, name: node::file_name(name) });
+                    stale.push(Stale::Entry { parent: records, name: node::record_name(name) });
+                }
             }
             stale.push(Stale::Attr(Node::Snapshot(*id).ino()));
-            stale.push(Stale::Attr(parent));
+            stale.extend([snapshots, records, exports].map(Stale::Attr));
         }
-        Change::Snapshot { .. } => {}
     }
     stale
 }
@@ -187,7 +193,7 @@ mod tests {
 
     #[test]
     fn our_own_removal_is_stale_only_where_the_kernel_cannot_know() {
-        assert_eq!(after(&disk("a", None, true, false), true), [Stale::Attr(3)]);
+        assert_eq!(after(&disk("a", None, true, false), true), [3, 4, 5].map(Stale::Attr));
         assert_eq!(after(&disk("a", None, false, true), true), []);
     }
 
@@ -221,6 +227,6 @@ mod tests {
         enter_handler(6);
         hook(&disk("a", None, true, false));
         enter_handler(0);
-        assert_eq!(queue.take().map(|items| items.len()), Some(4));
+        assert_eq!(queue.take().map(|items| items.len()), Some(6));
     }
 }

@@ -13,17 +13,20 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use super::errno::{Answer, Errno};
+use super::extent::{Cut, Extents};
 use super::file::{DiskFile, Handle};
-use super::node::{self, Node};
+use super::increment::Increments;
+use super::node::{self, Node, Sort};
 use super::stale::{self, Stale};
+use super::window::Held;
 use crate::clock;
 use crate::disk::{self, BlockDevice};
-use crate::error::Kind;
+use crate::error::{Error, Kind};
 use crate::media::Space;
 use crate::snapshot;
 use crate::store::{Change, DiskInfo, SnapshotInfo, SnapshotState, Store};
 use crate::sync::{Condvar, Mutex, RwLock};
-use crate::units::DiskId;
+use crate::units::{DiskId, SnapshotId};
 
 /// The name this mount takes leases under.
 pub(super) const HOLDER: &str = "mount";
@@ -33,8 +36,8 @@ pub(super) const HOLDER: &str = "mount";
 pub struct Attr {
     /// The inode number.
     pub ino: u64,
-    /// Whether it is a directory.
-    pub dir: bool,
+    /// What kind of file it is.
+    pub sort: Sort,
     /// Bytes.
     pub size: u64,
     /// Bytes mapped, in units of 512.
@@ -71,6 +74,12 @@ pub struct Tree {
     disks: Mutex<HashMap<DiskId, Weak<DiskFile>>>,
     times: Mutex<HashMap<u64, u64>>,
     doubtful: Mutex<HashSet<DiskId>>,
+    /// What is known of extent files.
+    pub(super) extents: Extents,
+    /// The increment directories that were looked up.
+    pub(super) increments: Increments,
+    /// The one snapshot whose extent files are the whole tree, if it shows no more.
+    pub(super) only: Option<(Arc<Held>, Cut)>,
     releases: Mutex<u64>,
     released: Condvar,
 }
@@ -88,9 +97,21 @@ impl Tree {
             disks: Mutex::default(),
             times: Mutex::default(),
             doubtful: Mutex::default(),
+            extents: Extents::default(),
+            increments: Increments::default(),
+            only: None,
             releases: Mutex::new(0),
             released: Condvar::new(),
         }
+    }
+
+    /// Makes the tree of the extent files of one snapshot, which is held for as long.
+    ///
+    /// # Errors
+    /// `NotFound` when there is no such live snapshot.
+    pub fn of_extents(store: Arc<Store>, owner: Owner, snapshot: SnapshotId) -> Result<Self, Error> {
+        let only = Held::new(&store, snapshot)?;
+        Ok(Self { only: Some(only), ..Self::new(store, owner) })
     }
 
     /// Takes notice of a change of the pool and returns what the kernel has to forget; `ours` when one of this mount's
@@ -100,10 +121,25 @@ impl Tree {
         let (dirs, doubtful) = match change {
             Change::Disk { id, resized, data, .. } => {
                 let names = !resized && !data;
-                let dirs = if names { vec![Node::Disks, Node::Snapshots] } else { Vec::new() };
+                let all = [Node::Disks, Node::Snapshots, Node::Retired, Node::Exports];
+                let dirs = if names { all.to_vec() } else { Vec::new() };
+                if names {
+                    // Their texts name the disk.
+                    let tables = self.store.tables.read();
+                    self.increments
+                        .forget(|snapshot| tables.snapshot_by_id(snapshot).map_or(true, |(_, row)| row.disk == *id));
+                }
                 (dirs, (!names && !ours).then_some(*id))
             }
-            Change::Snapshot { disk, .. } => (vec![Node::SnapshotsOf(*disk)], None),
+            Change::Snapshot { disk, id, gone, retired, was, .. } => {
+                if *gone || *retired {
+                    self.extents.forget(*id);
+                }
+                if *gone || *retired || was.is_some() {
+                    self.increments.forget(|snapshot| snapshot == *id);
+                }
+                (vec![Node::SnapshotsOf(*disk), Node::RetiredOf(*disk), Node::ExportsOf(*disk)], None)
+            }
         };
         self.times.lock().extend(dirs.iter().map(|dir| (dir.ino(), now)));
         if let Some(id) = doubtful {
@@ -120,8 +156,16 @@ impl Tree {
     }
 
     /// Decodes an inode number.
-    pub(super) fn node(ino: u64) -> Answer<Node> {
-        Node::from_ino(ino).ok_or(Errno::ESTALE)
+    pub(super) fn node(&self, ino: u64) -> Answer<Node> {
+        let node = Node::from_ino(ino).ok_or(Errno::ESTALE)?;
+        match &self.only {
+            None => Ok(node),
+            Some((_, cut)) => match node {
+                Node::Root => Ok(Node::Extents(cut.id)),
+                Node::Extent { .. } | Node::Untouched { .. } => Ok(node),
+                _ => Err(Errno::ESTALE),
+            },
+        }
     }
 
     /// Returns what stat(2) shows of an inode.
@@ -129,8 +173,10 @@ impl Tree {
     /// # Errors
     /// ESTALE when it is gone.
     pub fn attr(&self, ino: u64) -> Answer<Attr> {
-        let answer = match Self::node(ino)? {
-            node @ (Node::Root | Node::Disks | Node::Snapshots) => Ok(self.dir_attr(node, self.started)),
+        let answer = match self.node(ino)? {
+            node @ (Node::Root | Node::Disks | Node::Snapshots | Node::Retired | Node::Exports) => {
+                Ok(self.dir_attr(node, self.started))
+            }
             Node::SnapshotsOf(id) => self.store.disk_info_by_id(id).map(|info| self.snapshots_of_attr(&info)),
             Node::Snapshot(id) => self.store.snapshot_info_by_id(id).map(|info| Self::snapshot_attr(&info)),
             Node::Disk(id) => match self.store.disk_info_by_id(id) {
@@ -138,6 +184,7 @@ impl Tree {
                 Err(error) if error.kind() == Kind::NotFound => return self.removed_attr(id),
                 Err(error) => Err(error),
             },
+            node => return self.export_attr(node),
         };
         answer.map_err(|error| Errno::from(error).stale())
     }
@@ -166,10 +213,12 @@ impl Tree {
         self.attr(ino)
     }
 
-    fn dir_attr(&self, node: Node, since: u64) -> Attr {
+    /// Returns the attributes of a directory that has last changed at `since`, or later as far as this mount knows.
+    pub(super) fn dir_attr(&self, node: Node, since: u64) -> Attr {
         let ino = node.ino();
         let mtime = self.times.lock().get(&ino).copied().unwrap_or(since);
-        Attr { ino, dir: true, size: 0, blocks: 0, mtime, perm: 0o755, nlink: 2, keep: true }
+        let perm = if node.is_exported() { 0o555 } else { 0o755 };
+        Attr { ino, sort: Sort::Dir, size: 0, blocks: 0, mtime, perm, nlink: 2, keep: true }
     }
 
     /// Returns the attributes of `snapshots/NAME/`.
@@ -184,7 +233,16 @@ impl Tree {
         let size = self.opened(info.id).map_or(info.size, |file| file.size());
         let keep = info.holder.as_deref().is_none_or(|holder| holder == HOLDER);
         let ino = Node::Disk(info.id).ino();
-        Attr { ino, dir: false, size, blocks: info.referenced / 512, mtime: info.modified, perm: 0o600, nlink: 1, keep }
+        Attr {
+            ino,
+            sort: Sort::File,
+            size,
+            blocks: info.referenced / 512,
+            mtime: info.modified,
+            perm: 0o600,
+            nlink: 1,
+            keep,
+        }
     }
 
     /// Returns the attributes of a disk that was removed while somebody has it open.
@@ -194,7 +252,7 @@ impl Tree {
         let mtime = clock::wall_seconds();
         Ok(Attr {
             ino,
-            dir: false,
+            sort: Sort::File,
             size,
             blocks: file.disk().mapped() / 512,
             mtime,
@@ -207,7 +265,7 @@ impl Tree {
     /// Returns the attributes of a snapshot.
     pub(super) fn snapshot_attr(info: &SnapshotInfo) -> Attr {
         let (ino, blocks) = (Node::Snapshot(info.id).ino(), info.referenced / 512);
-        Attr { ino, dir: false, size: info.size, blocks, mtime: info.created, perm: 0o400, nlink: 1, keep: true }
+        Attr { ino, sort: Sort::File, size: info.size, blocks, mtime: info.created, perm: 0o400, nlink: 1, keep: true }
     }
 
     /// Returns room on the host.

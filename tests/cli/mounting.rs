@@ -71,6 +71,46 @@ fn the_background_server_answers_until_it_is_unmounted() {
 }
 
 #[test]
+fn one_extent_tree_is_mounted_by_the_server_or_without_one() {
+    if !can_mount() {
+        return;
+    }
+    let it = Afterimage::new();
+    let (mount, alone) = (it.path("mnt"), it.path("alone"));
+    let (at, export) = (mount.to_str().unwrap(), alone.to_str().unwrap());
+    std::fs::create_dir(&alone).unwrap();
+    it.json(&["mount", "--init", "--daemon", at]);
+    let mounted = Mounted(&it);
+    it.json(&["create", "web", "-s", "10M"]);
+    std::fs::write(mount.join("disks/web.raw"), vec![7; 10 << 20]).unwrap();
+    it.json(&["snapshot", "web@a"]);
+    let answer = it.json(&["mount", "--export", "web@a", export]);
+    assert_eq!((&answer["answer"], &answer["snapshot"]), (&json!("mounted"), &json!("web@a")));
+    let whole = |dir: &std::path::Path| -> Vec<u8> {
+        let mut paths: Vec<_> = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
+        paths.sort();
+        paths.iter().flat_map(|path| std::fs::read(path).unwrap()).collect()
+    };
+    assert!(whole(&alone) == vec![7; 10 << 20]);
+    assert_eq!(it.error(&["mount", "--export", "web@a", export]).0, 4, "something is mounted there");
+    it.json(&["umount", export]);
+    assert_eq!(std::fs::read_dir(&alone).unwrap().count(), 0);
+    assert!(mount.join("disks/web.raw").exists(), "the pool stays mounted");
+    assert_eq!(it.error(&["mount", "--export", "web@none", export]).0, 3);
+    it.json(&["mount", "--export", "web@a", export]);
+    it.json(&["umount", at]);
+    assert_eq!(std::fs::read_dir(&alone).unwrap().count(), 0, "it went with the pool");
+    it.json(&["mount", "--export", "web@a", "--daemon", export]);
+    let served = Mounted(&it);
+    assert!(whole(&alone) == vec![7; 10 << 20]);
+    assert_eq!(it.json(&["ls"])["disks"][0]["name"], "web", "the server answers");
+    it.json(&["umount", export]);
+    assert!(!it.pool().join("control.sock").exists());
+    it.json(&["check"]);
+    drop((mounted, served));
+}
+
+#[test]
 fn the_foreground_server_ends_cleanly_on_a_signal() {
     if !can_mount() {
         return;

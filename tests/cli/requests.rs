@@ -53,6 +53,10 @@ fn golden() -> Vec<(Request, &'static str)> {
         (Request::Scrub {}, r#"{"command":"scrub"}"#),
         (Request::Reclaim { wait: true }, r#"{"command":"reclaim","wait":true}"#),
         (Request::Metrics {}, r#"{"command":"metrics"}"#),
+        (
+            Request::MountExport { snapshot: monday(), path: "/m".into(), allow_other: false },
+            r#"{"command":"mount-export","snapshot":"web@monday","path":"/m"}"#,
+        ),
         (Request::Flush {}, r#"{"command":"flush"}"#),
         (
             Request::Import { path: "/i".into(), format: Some("raw".into()), disk: web() },

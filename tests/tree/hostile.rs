@@ -3,6 +3,7 @@
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 
+use afterimage::tree::errno::Errno;
 use afterimage::tree::names::RenameHow;
 use afterimage::tree::state::{Owner, Tree};
 
@@ -37,13 +38,31 @@ impl Dice {
             0 => self.next(),
             1 => self.below(16) << 60 | self.below(4),
             2..=4 => self.below(4),
+            5 => (4 + self.below(6)) << 60 | self.next() >> 4,
+            6 => (4 + self.below(6)) << 60 | self.below(3) << 56 | self.below(6),
+            7 => 4 << 60 | self.below(9) << 26 | 1 << 24 | self.below(3),
             _ => (1 + self.below(3)) << 60 | self.below(6),
         }
     }
 
     fn name(&mut self) -> Vec<u8> {
-        let names: [&[u8]; 8] = [b"a.raw", b"b.raw", b"a", b"disks", b".raw", b"\xff\xfe.raw", b"", b"../x.raw"];
-        names[usize::try_from(self.below(8)).unwrap()].to_vec()
+        let names: [&[u8]; 14] = [
+            b"a.raw",
+            b"b.raw",
+            b"a",
+            b"disks",
+            b".raw",
+            b"\xff\xfe.raw",
+            b"",
+            b"../x.raw",
+            b"exports",
+            b"a..b",
+            b"latest",
+            b"a.aimg",
+            b"0000000000000000.img",
+            b"manifest.json",
+        ];
+        names[usize::try_from(self.below(14)).unwrap()].to_vec()
     }
 }
 
@@ -63,6 +82,18 @@ fn any_numbers_get_an_answer() {
     }
 }
 
+/// Reads a directory as the kernel does.
+fn list(tree: &Tree, ino: u64, offset: u64) -> Result<(), Errno> {
+    let dir = tree.open_dir(ino)?;
+    let listing = tree.listing(ino, dir, offset)?;
+    let mut left = 100;
+    tree.each_entry(&listing, usize::try_from(offset).unwrap(), |_, entry| {
+        tree.listed(&listing, entry).inspect(|attr| assert!(attr.ino > 0));
+        left -= 1;
+        left == 0
+    })
+}
+
 /// Does something; tells whether it was done.
 fn step(tree: &Tree, dice: &mut Dice, buf: &mut [u8]) -> bool {
     let (ino, handle, offset, len) = (dice.ino(), dice.below(40), dice.number(), dice.number());
@@ -71,7 +102,7 @@ fn step(tree: &Tree, dice: &mut Dice, buf: &mut [u8]) -> bool {
     let part = usize::try_from(len % (buf.len() as u64 + 1)).unwrap();
     let signed = offset.cast_signed();
     let word = i32::try_from(len % (1 << 20)).unwrap();
-    match dice.below(18) {
+    match dice.below(19) {
         0 => tree.attr(ino).is_ok(),
         1 => tree.lookup(ino, name).is_ok(),
         2 => tree.list(ino).is_ok(),
@@ -85,7 +116,8 @@ fn step(tree: &Tree, dice: &mut Dice, buf: &mut [u8]) -> bool {
         13 => tree.fallocate(handle, offset, len, word % 128).is_ok(),
         14 => tree.copy((handle, offset), (dice.below(40), dice.number()), len).is_ok(),
         15 => tree.set_attr(ino, None, None, None, Some(offset)).is_ok(),
-        16 => tree.open_dir(ino).and_then(|dir| tree.listing(ino, dir, offset)).is_ok(),
+        16 => list(tree, ino, offset).is_ok(),
+        17 => tree.read_link(ino).is_ok(),
         _ => {
             let done = tree.sync(handle).is_ok();
             tree.release(handle);

@@ -8,10 +8,14 @@
 
 mod copying;
 mod direct;
+mod exports;
+mod extents;
 mod files;
 mod hostile;
+mod increments;
 mod names;
 mod news;
+mod retired;
 mod snapshots;
 mod stopping;
 
