@@ -6,6 +6,7 @@ pub mod clock;
 pub mod codec;
 pub mod disk;
 pub mod error;
+pub mod export;
 pub mod map;
 pub mod media;
 pub mod pool;

@@ -100,6 +100,8 @@ pub enum Response {
         /// The disk it was for.
         disk: String,
     },
+    /// An increment directory was written.
+    Exported(Exported),
     /// Who answers, and how the pool is.
     Status(Status),
     /// The server is about to unmount and end.
@@ -392,6 +394,25 @@ pub struct Received {
     pub zeros: u64,
     /// The snapshot that keeps what was there.
     pub kept: Option<String>,
+}
+
+/// What an increment directory holds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exported {
+    /// The directory.
+    pub path: String,
+    /// `DISK@SNAPSHOT` it begins at; `null` when it carries the whole disk.
+    pub from: Option<String>,
+    /// `DISK@SNAPSHOT` it leads to.
+    pub to: String,
+    /// Data files.
+    pub files: u64,
+    /// Bytes in them.
+    pub data: u64,
+    /// Of them, bytes that are there only because files were joined.
+    pub joined: u64,
+    /// Bytes that become zeros.
+    pub zeros: u64,
 }
 
 /// Who answers, and how the pool is.

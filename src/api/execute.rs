@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::answer::{Imported, Reverted, Status};
+use super::answer::{Exported, Imported, Reverted, Status};
 use super::{Keep, Request, Response, Target};
 use crate::disk;
 use crate::error::{Error, Result};
@@ -73,6 +73,7 @@ pub fn execute(store: &Arc<Store>, request: Request, progress: &dyn Progress) ->
             let info = store.disk_info(&Target::disk(&disk)?)?;
             Ok(Response::Settings { settings: (&info.settings).into(), disk: info.name })
         }
+        Request::Export { from, to, path } => export(store, from, to, &path, progress),
         Request::Import { path, format, disk } => import(store, &path, format.as_deref(), &disk, progress),
         Request::Send { .. }
         | Request::Receive { .. }
@@ -217,11 +218,7 @@ fn import(
     name: &str,
     progress: &dyn Progress,
 ) -> Result<Response> {
-    let (path, name) = (Path::new(path), Target::disk(name)?);
-    if !path.is_absolute() {
-        return Err(Error::usage(format!("the path '{}' is not absolute", path.display()))
-            .hint("the server has a working directory of its own: give the whole path"));
-    }
+    let (path, name) = (absolute(path)?, Target::disk(name)?);
     let report = disk::import::import(store, path, format, &name, progress)?;
     Ok(Response::Imported(Imported {
         disk: store.disk_info(&name)?.into(),
@@ -229,6 +226,40 @@ fn import(
         bytes_read: report.bytes_read,
         bytes_written: report.bytes_written,
     }))
+}
+
+fn export(
+    store: &Arc<Store>,
+    from: Option<String>,
+    to: String,
+    path: &str,
+    progress: &dyn Progress,
+) -> Result<Response> {
+    let dir = absolute(path)?;
+    let base = from.as_deref().map(Target::snapshot).transpose()?;
+    let (disk, snapshot) = Target::snapshot(&to)?;
+    let base = base.as_ref().map(|(disk, snapshot)| (disk.as_str(), snapshot.as_str()));
+    let (increment, device) = crate::export::describe(store, base, (&disk, &snapshot))?;
+    let dir = crate::export::write(&increment, &*device, dir, progress)?;
+    Ok(Response::Exported(Exported {
+        path: dir.display().to_string(),
+        from,
+        to,
+        files: increment.plan.files.len() as u64,
+        data: increment.data(),
+        joined: increment.plan.joined,
+        zeros: increment.zeros(),
+    }))
+}
+
+/// Refuses a path that would mean something else in another working directory.
+fn absolute(path: &str) -> Result<&Path> {
+    let path = Path::new(path);
+    if path.is_absolute() {
+        return Ok(path);
+    }
+    Err(Error::usage(format!("the path '{}' is not absolute", path.display()))
+        .hint("the server has a working directory of its own: give the whole path"))
 }
 
 fn status(store: &Arc<Store>) -> Result<Response> {

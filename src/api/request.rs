@@ -237,6 +237,16 @@ pub enum Request {
         /// The disk.
         disk: String,
     },
+    /// Writes what changed between two snapshots as a directory of plain files.
+    Export {
+        /// `DISK@SNAPSHOT` it begins at, live or retired; the whole disk when left out.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        from: Option<String>,
+        /// `DISK@SNAPSHOT` it leads to.
+        to: String,
+        /// Absolute path of the directory, new or empty, as the server sees it.
+        path: String,
+    },
     /// Tells who answers, and how the pool is.
     Status {},
     /// Unmounts, closes the pool and ends the server.

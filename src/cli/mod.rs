@@ -16,6 +16,7 @@ mod changes;
 mod daemon;
 mod disks;
 mod doctor;
+mod export;
 mod host;
 mod init;
 mod mount;
@@ -113,6 +114,7 @@ enum Command {
     Prune(snapshots::Prune),
     Send(streams::Send),
     Receive(streams::Receive),
+    Export(export::Export),
     Set(disks::Set),
     Get(disks::Get),
     Check(upkeep::Check),
@@ -230,6 +232,7 @@ fn run(command: Command, global: &Global, screen: &Screen) -> Result<u8> {
         Command::Hold(command) => ask(global, screen, command.ask()),
         Command::Release(command) => ask(global, screen, command.ask()),
         Command::Prune(command) => ask(global, screen, command.ask()),
+        Command::Export(command) => ask(global, screen, command.ask()?),
         Command::Set(command) => ask(global, screen, command.ask()?),
         Command::Check(command) if command.rebuilds() => rebuild(global, screen),
         Command::Check(command) => ask(global, screen, command.ask()),

@@ -3,7 +3,7 @@
 use super::table::{Head, Table, sheet};
 use crate::api::Response;
 use crate::api::answer::{
-    Checked, Disk, Imported, Pruned, Rebuilt, Received, Reverted, Scrubbed, Sent, Settings, Snapshot, Status,
+    Checked, Disk, Exported, Imported, Pruned, Rebuilt, Received, Reverted, Scrubbed, Sent, Settings, Snapshot, Status,
 };
 use crate::clock;
 use crate::error::{Error, Result};
@@ -47,6 +47,7 @@ pub(super) fn show(response: &Response, style: Style) -> String {
         Response::Received(report) => received(report),
         Response::Token { token, .. } => format!("{token}\n"),
         Response::Aborted { disk } => format!("dropped what had arrived for {disk}\n"),
+        Response::Exported(report) => exported(report),
         Response::Status(status) => status_sheet(status),
         Response::Stopping { pid } => format!("process {pid} ends\n"),
     }
@@ -315,6 +316,16 @@ fn imported(report: &Imported) -> String {
         report.format,
         show_size(report.bytes_read),
         show_size(report.bytes_written),
+    )
+}
+
+fn exported(report: &Exported) -> String {
+    let Exported { path, from, to, files, data, joined, zeros } = report;
+    let what = from.as_ref().map_or_else(|| format!("{to}, whole"), |from| format!("{from} to {to}"));
+    let joined = if *joined > 0 { format!(", {} of them from joining", show_size(*joined)) } else { String::new() };
+    let (data, zeros) = (show_size(*data), show_size(*zeros));
+    format!(
+        "{path}: {what}: {data} in {files} files{joined}, {zeros} of zeros; apply it with 'sh {path}/apply TARGET'\n"
     )
 }
 

@@ -343,6 +343,27 @@ def number(value, digits=0):
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
+class Report:
+    """The figures, in the order in which they were found."""
+
+    def __init__(self):
+        self.lines = []
+
+    def add(self, what, value, unit, most=None, least=None, **more):
+        short = value is None or (most is not None and value > most) or (least is not None and value < least)
+        bound = "" if most is None and least is None else (f"<= {most:g}" if least is None else f">= {least:g}")
+        self.lines.append({"what": what, "value": value, "unit": unit, "bound": bound, "short": bool(bound) and short, **more})
+        say(f"    {what}: {value} {unit} {bound}{'  FALLS SHORT' if bound and short else ''}")
+
+    def show(self):
+        digits = lambda value: 0 if value is None or abs(value) >= 100 else 3 if abs(value) < 10 else 1
+        rows = [
+            [line["what"], number(line["value"], digits(line["value"])), line["unit"], line["bound"], "<" if line["short"] else ""]
+            for line in self.lines
+        ]
+        table(["", "figure", "", "bound", ""], rows)
+
+
 def host_line(kind):
     """Says where the figures come from."""
     cpus = os.cpu_count()

@@ -84,6 +84,10 @@ fn golden() -> Vec<(Request, &'static str)> {
         ),
         (Request::ReceiveToken { disk: web() }, r#"{"command":"receive-token","disk":"web"}"#),
         (Request::ReceiveAbort { disk: web() }, r#"{"command":"receive-abort","disk":"web"}"#),
+        (
+            Request::Export { from: Some(monday()), to: "web@tuesday".into(), path: "/d".into() },
+            r#"{"command":"export","from":"web@monday","to":"web@tuesday","path":"/d"}"#,
+        ),
         (Request::Status {}, r#"{"command":"status"}"#),
         (Request::Shutdown {}, r#"{"command":"shutdown"}"#),
     ]

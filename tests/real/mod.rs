@@ -5,10 +5,12 @@
 //! 2. A test that needs root, FUSE, loop devices or a program says loudly when it skips, and fails instead under CI.
 //! 3. Pools lie in the build directory, which is on a real disk where the directory for temporary files may be not.
 
+mod backups;
 mod damage;
 mod file_systems;
 mod full;
 mod images;
+mod increments;
 mod kills;
 mod ordinary;
 mod signals;
