@@ -49,8 +49,11 @@ pub fn golden() -> Vec<u8> {
     bytes
 }
 
+/// Offset, bytes or none for zeros, length.
+type Found = (u64, Option<Vec<u8>>, u64);
+
 /// Reads a whole stream and returns its parts.
-fn read(mut bytes: &[u8]) -> Result<Vec<(u64, Option<Vec<u8>>, u64)>, Error> {
+fn read(mut bytes: &[u8]) -> Result<Vec<Found>, Error> {
     let mut reader = StreamReader::new(&mut bytes)?;
     let mut parts = Vec::new();
     while let Some(part) = reader.next_part()? {

@@ -126,7 +126,7 @@ fn a_retired_base_serves_as_well() {
         to.check();
         same("b", &to.snapshot("copy", "b"), &from.snapshot("web", "b"));
         to.write("copy", 0, &[1; 4096]);
-        assert!(to.receive("copy", &step).is_err());
+        to.receive("copy", &step).unwrap_err();
     }
 }
 
@@ -139,7 +139,7 @@ fn only_one_of_two_copies_of_a_state_is_retired() {
     let error = snapshot::retire(from.store(), &[name("web"), name("twin")]).unwrap_err();
     assert!(error.message().contains("same state"), "{error}");
     snapshot::retire(from.store(), &[name("web")]).unwrap();
-    assert!(snapshot::retire(from.store(), &[name("twin")]).is_err());
+    snapshot::retire(from.store(), &[name("twin")]).unwrap_err();
     snapshot::wait_retired(from.store(), &Silent).unwrap();
     let error = snapshot::retire(from.store(), &[name("twin")]).unwrap_err();
     assert!(error.message().contains("web@a"), "{error}");
@@ -241,7 +241,7 @@ fn a_new_disk_is_there_whole_or_not_at_all() {
         trial.reopen();
         trial.check();
         if trial.store().disks().is_empty() {
-            assert!(result.is_err());
+            result.unwrap_err();
             trial.receive("copy", &whole).unwrap();
         }
         same("whole", &trial.live("copy"), &from.snapshot("web", "b"));
