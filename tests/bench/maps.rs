@@ -162,7 +162,7 @@ impl Pool {
                 let fresh = entry.mapped().minus(&saved.mapped()).count();
                 self.head.count(i64::from(fresh));
                 let row = self.rows[at].replace((line.branch, line.epoch));
-                captures.push(Capture { chunk, epoch: line.epoch, entry, saved, row, dropped: Vec::new() });
+                captures.push(Capture { chunk, epoch: line.epoch, entry, saved, row, dropped: Vec::new(), marked: false });
             }
             let ticket = self.store.submit_captures(self.head.id, &line, captures).unwrap();
             self.store.ledger.wait(ticket).unwrap();
