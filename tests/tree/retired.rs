@@ -90,7 +90,7 @@ fn a_record_is_renamed_and_removed_as_a_file() {
     assert_eq!(errno(fs::OpenOptions::new().write(true).open(mount.record("a", "t"))), refused);
     run("rm", &[OsStr::new("-f"), mount.record("a", "t").as_os_str()]);
     assert_eq!(errno(fs::metadata(mount.record("a", "t"))), libc::ENOENT);
-    assert!(mount.store.snapshot_info("a", "t").is_err());
+    mount.store.snapshot_info("a", "t").unwrap_err();
     let mut buf = vec![0; before.len()];
     open.read_exact_at(&mut buf, 0).unwrap();
     assert!(buf == before, "an open record outlives its name");
