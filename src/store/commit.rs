@@ -239,10 +239,15 @@ impl Store {
         let Some(epoch) = captures.peek().map(|first| first.epoch) else { return Ok(self.ledger.latest()) };
         let disk = self.tables.read().disk(id)?.clone();
         while size < most
-            && let Some(capture) = captures.next()
+            && let Some(mut capture) = captures.next()
         {
             assert_eq!(capture.epoch, epoch, "captures of one epoch go together");
             let before = rows.len();
+            // What was inherited may have been copied into the branch since the chunk was loaded, see `flatten`.
+            let inherited = capture.row.is_some_and(|row| row.0 != line.branch);
+            if inherited {
+                capture.row = self.resolve((line.branch, capture.epoch), capture.chunk)?.row;
+            }
             self.capture_rows(&disk, line.branch, &capture, &reclaim, &mut sums, &mut rows)?;
             size += rows[before..].iter().map(row_size).sum::<usize>() + 64;
         }

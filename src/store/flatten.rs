@@ -21,8 +21,6 @@ use super::view::Source;
 use crate::error::Result;
 use crate::units::{BranchId, ChunkIndex, Epoch};
 
-/// Branches a look-up goes through at most before they are cut loose.
-pub(super) const DEPTH_MAX: u32 = 32;
 const STEP: usize = 128;
 
 impl Store {
@@ -33,7 +31,7 @@ impl Store {
     pub fn flatten_one(&self) -> Result<bool> {
         let deep = {
             let tables = self.tables.read();
-            let mut deep = tables.branches().filter(|(_, row)| row.inherits && row.depth > DEPTH_MAX);
+            let mut deep = tables.branches().filter(|(_, row)| row.inherits && row.depth > self.options.depth_max);
             deep.next().map(|(id, row)| (id, *row))
         };
         let Some((branch, row)) = deep else { return Ok(false) };

@@ -56,6 +56,8 @@ pub struct OpenOptions {
     pub ballast: u64,
     /// Blocks in a segment at which a snapshot goes on in a new one.
     pub segment_blocks: u64,
+    /// Branches a look-up goes through at most before they are cut loose.
+    pub depth_max: u32,
 }
 
 impl Default for OpenOptions {
@@ -67,6 +69,7 @@ impl Default for OpenOptions {
             low_water: None,
             ballast: BALLAST_SIZE,
             segment_blocks: (4 << 30) / crate::units::BLOCK_SIZE,
+            depth_max: 32,
         }
     }
 }

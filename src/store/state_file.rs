@@ -10,7 +10,7 @@
 //! 3. `<epoch>.seal` is a state whose blocks are all there. It is renamed to `<epoch>.gone`, durably, before the first of
 //!    its blocks is given up; from then on it only says what files based on it mean.
 //!
-//! Bytes: the FORMAT page of `pool`, section Fields. Which files there are is the business of [`super::state_files`].
+//! Bytes: the FORMAT page of `pool`, section Fields. Which files there are is the business of `state_files`.
 
 use uuid::Uuid;
 

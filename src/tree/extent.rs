@@ -7,7 +7,7 @@
 //!
 //! # Rules
 //! 1. Nothing is read but the map: length, time and mapped bytes of all extents come from one walk over it.
-//! 2. What a snapshot shows never changes, so what was found out is kept; [`KNOWN_MAX`] bounds it, not the number or the
+//! 2. What a snapshot shows never changes, so what was found out is kept; `KNOWN_MAX` bounds it, not the number or the
 //!    size of snapshots. A page covers 16 GiB of a disk.
 //! 3. A walk holds its snapshot, so that no row it resolves to is dropped on the way.
 //! 4. An extent that nothing ever touched is known by its place and length alone ([`NEVER`] is its time): it reads as

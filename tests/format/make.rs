@@ -60,6 +60,7 @@ pub fn options() -> OpenOptions {
         low_water: Some(0),
         ballast: 4096,
         segment_blocks: 12,
+        depth_max: 32,
     }
 }
 

@@ -26,6 +26,7 @@ pub fn options() -> OpenOptions {
         low_water: Some(0),
         ballast: 4096,
         segment_blocks: 64,
+        depth_max: 8,
     }
 }
 

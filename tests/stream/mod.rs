@@ -30,6 +30,7 @@ fn options() -> OpenOptions {
         low_water: Some(0),
         ballast: 4096,
         segment_blocks: 300,
+        depth_max: 3,
     }
 }
 

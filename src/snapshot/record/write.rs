@@ -57,7 +57,7 @@ pub fn write(
 /// Puts a copy of a record that was read elsewhere into its place, durably.
 ///
 /// # Errors
-/// As [`write`].
+/// As [`write()`].
 pub fn copy(media: &dyn Media, snapshot: Uuid, from: &dyn File) -> Result<()> {
     replace(media, snapshot, &|file, path| {
         let mut buf = vec![0; 1 << 20];
