@@ -14,6 +14,7 @@
 use std::fs;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -366,7 +367,9 @@ fn serve(store: &Arc<Store>, tree: Tree, mountpoint: &Path, options: &MountOptio
         if let Err(error) = crate::sys::process::set_io_flusher() {
             tracing::debug!("cannot mark the threads as I/O flushers: {error}");
         }
-        let result = super::fuse_split::serve(session, parts);
+        // A panic must end the mount for everybody, not leave them waiting.
+        let served = catch_unwind(AssertUnwindSafe(|| super::fuse_split::serve(session, parts)));
+        let result = served.unwrap_or_else(|_| Err(std::io::Error::other("serving the mount panicked")));
         at_end.1.close();
         tree.release_all();
         drop(tree);

@@ -117,12 +117,16 @@ fn request(opcode: u32, body: &[u8]) -> Vec<u8> {
     out
 }
 
+/// Bytes of read-ahead in the made-up greeting; fuser adds to it, so it is not just the largest number.
+const READ_AHEAD: u32 = 1 << 20;
+
 /// Returns a greeting, as the kernel would send it, that offers everything: the real one has been answered already.
 pub(super) fn greeting() -> Vec<u8> {
     let mut body = [0; 64];
     body[..4].copy_from_slice(&VERSION.0.to_le_bytes());
     body[4..8].copy_from_slice(&VERSION.1.to_le_bytes());
-    body[8..20].fill(0xff);
+    body[8..12].copy_from_slice(&READ_AHEAD.to_le_bytes());
+    body[12..20].fill(0xff);
     request(INIT, &body)
 }
 
