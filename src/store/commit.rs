@@ -302,7 +302,10 @@ impl Store {
         }
         sums.free.extend(capture.dropped.iter().copied());
         let mut stale = None;
-        if (!old.is_empty() || !own_row) && !self.base_holds(disk, reclaim) {
+        // The base has the addresses; but a copy of its entry that `flatten` made in this branch is none of its own.
+        let copy =
+            !own_row && capture.row.is_some_and(|row| row.0 == branch && disk.base.is_some_and(|b| b.0 != branch));
+        if (!old.is_empty() || !own_row) && (copy || !self.base_holds(disk, reclaim)) {
             let answer = self.lost_by_head(disk, capture, old, reclaim)?;
             for piece in &answer.free {
                 *sums.mapped.entry(piece.base.segment()).or_default() -= i64::from(piece.set.count());

@@ -62,14 +62,17 @@ impl Store {
         Ok(true)
     }
 
-    /// Removes the rows above a branch that only it can see: those after the last state before it began.
+    /// Removes the rows above a branch that only it could see: those after the last state before it began that is no ghost,
+    /// as far as nobody on another side of a ghost resolves to them.
     fn drop_private_rows(&self, branch: BranchId) -> Result<()> {
-        let private: Vec<_> = {
+        let (private, near) = {
             let tables = self.tables.read();
             let first = tables.next_state(branch, Epoch(0));
             let head = tables.head_of(branch).map(|(_, disk)| (branch, disk.epoch));
             let Some(node) = first.or(head) else { return Ok(()) };
-            tables.stretches(node).into_iter().filter(|stretch| stretch.branch != branch).collect()
+            let mut private = tables.stretches_to_holder(node);
+            private.retain(|stretch| stretch.branch != branch);
+            (private, tables.neighbours(node, |_| false))
         };
         for stretch in private {
             let chunks: Vec<ChunkIndex> = self.indexed_chunks(&[stretch])?.into_iter().collect();
@@ -78,10 +81,14 @@ impl Store {
                 let mut rows = Vec::new();
                 let mut index = IndexChanges::default();
                 for chunk in batch {
+                    let needed: Vec<_> =
+                        near.iter().map(|other| self.resolve(*other, *chunk)).collect::<Result<_>>()?;
                     let low = Key::map(stretch.branch, *chunk, stretch.after.next());
                     let high = Key::map(stretch.branch, *chunk, stretch.upto);
                     self.ledger.scan(&low, &high, &mut |key, _| {
-                        if let KeyParts::Map(above, chunk, epoch) = key.parts()? {
+                        if let KeyParts::Map(above, chunk, epoch) = key.parts()?
+                            && needed.iter().all(|other| other.row != Some((above, epoch)))
+                        {
                             rows.push(Row::delete(key));
                             index.remove(above, epoch, chunk);
                         }

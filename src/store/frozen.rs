@@ -112,6 +112,9 @@ impl Frozen {
     /// # Errors
     /// When the catalog cannot be read.
     pub fn last_in(&self, low: &Key, high: &Key) -> Result<Option<(Key, Vec<u8>)>> {
+        if low > high {
+            return Ok(None);
+        }
         let mut high = *high;
         loop {
             let top = self.memory.range(*low..=high).next_back();

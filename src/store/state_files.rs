@@ -24,7 +24,7 @@ use super::tables::{StateKey, Tables};
 use super::tree::Stretch;
 use crate::error::{Error, Kind, Result};
 use crate::map::Entry;
-use crate::media::Media;
+use crate::media::{Media, Open};
 use crate::sync::Mutex;
 use crate::units::{ChunkIndex, Epoch};
 
@@ -242,7 +242,11 @@ impl Store {
     fn mark_gone(&self, epoch: Epoch) -> Result<()> {
         let (from, to) = (state_path(epoch, false), state_path(epoch, true));
         let fail = |e| Error::io(format!("cannot rename {from}"), e);
-        self.media.rename(&from, &to).map_err(fail)?;
+        match self.media.rename(&from, &to) {
+            // Renamed by an earlier try, of which the sync failed.
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound && self.media.open(&to, Open::ReadOnly).is_ok() => {}
+            other => other.map_err(fail)?,
+        }
         self.media.sync_dir(STATES_DIR).map_err(fail)?;
         self.state_files.with(&*self.media, |known| known.get_mut(&epoch).into_iter().for_each(|file| file.gone = true))
     }

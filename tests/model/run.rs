@@ -267,6 +267,9 @@ impl Run {
     fn open_and_compare(&mut self, or: Option<Twin>, crashed: bool) {
         let store = open(Arc::new(self.media.clone())).expect("the pool opens after a crash");
         let report = store::check(&store, false, &Silent).expect("check runs");
+        if self.verbose && !report.problems.is_empty() {
+            show_tree(&store);
+        }
         assert!(report.problems.is_empty(), "check found: {:#?}", report.problems);
         self.store = Some(store);
         let first = self.compare(&self.twin);
@@ -561,6 +564,26 @@ impl Run {
         }
         assert!(bytes[at as usize..].iter().all(|b| *b == 0), "data in the last hole");
     }
+}
+
+/// Prints the branches, and what is in them.
+fn show_tree(store: &Store) {
+    let tables = store.tables.read();
+    for (id, row) in tables.branches() {
+        println!("branch {id}: {row:?}");
+    }
+    for (key, row) in tables.states() {
+        println!("state {}/{}: {:?} {:?} of disk {}", key.0, key.1, row.status, row.name, row.disk);
+    }
+    for (_, row) in tables.disks() {
+        println!("disk {:?}: {}/{} on {:?}", row.name, row.branch, row.epoch, row.base);
+    }
+    drop(tables);
+    let every = store.every_entry(&mut |key, chunk, entry| {
+        println!("entry {}/{} chunk {chunk}: {} blocks", key.0, key.1, entry.mapped().count());
+        Ok(())
+    });
+    every.expect("rows are read");
 }
 
 pub(super) fn read_all(device: &dyn BlockDevice) -> Vec<u8> {
