@@ -130,7 +130,8 @@ impl Store {
         for id in ids {
             let there = self.tables.read().segment(*id).is_ok_and(|row| !row.removed);
             if there {
-                self.segment(*id)?.sync_punches()?;
+                // Whatever the error says: which writes a failed sync lost is unknown, and a second one would not tell.
+                self.segment(*id)?.sync_punches().inspect_err(|error| self.ledger.poison(error))?;
             }
         }
         Ok(())

@@ -273,6 +273,9 @@ impl Run {
         assert!(report.problems.is_empty(), "check found: {:#?}", report.problems);
         self.store = Some(store);
         let first = self.compare(&self.twin);
+        if self.verbose && first.is_err() {
+            show_tree(self.store());
+        }
         let second = or.as_ref().map(|twin| self.compare(twin));
         match (first, second) {
             (Ok(()), _) => {}
