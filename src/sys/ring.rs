@@ -22,6 +22,8 @@ use io_uring::{IoUring, opcode, squeue, types};
 
 use super::pages::Pages;
 
+/// Bytes of a job that is done in the ordinary way at most.
+const ALONE_MAX: usize = 64 << 10;
 /// Bits of the user data that number the piece of a job.
 const PIECE_BITS: u32 = 16;
 /// The user data of a watched descriptor.
@@ -73,6 +75,8 @@ pub struct Ring<T> {
     ring: IoUring,
     flights: Vec<Option<Flight<T>>>,
     free: Vec<usize>,
+    /// Jobs that the kernel was not told of yet.
+    queued: Vec<usize>,
     done: VecDeque<Job<T>>,
     in_flight: usize,
     watching: bool,
@@ -96,6 +100,7 @@ impl<T> Ring<T> {
             ring,
             flights: Vec::new(),
             free: Vec::new(),
+            queued: Vec::new(),
             done: VecDeque::new(),
             in_flight: 0,
             watching: false,
@@ -120,28 +125,76 @@ impl<T> Ring<T> {
         if slot == self.flights.len() {
             self.flights.push(None);
         }
-        let left = job.pieces.len();
-        let flight = self.flights[slot].insert(Flight { job, left });
-        let memory = flight.job.pages.as_mut_ptr();
-        let mut entries = Vec::with_capacity(left);
-        for (number, piece) in flight.job.pieces.iter().enumerate() {
+        for piece in &job.pieces {
             let end = piece.at.checked_add(piece.len).expect("lengths are small");
-            assert!(end <= flight.job.pages.len(), "a piece lies inside the memory");
-            let len = u32::try_from(piece.len).expect("requests are small");
-            let file = types::Fd(piece.file.as_raw_fd());
-            let at = memory.wrapping_add(piece.at);
-            let entry = if flight.job.write {
-                opcode::Write::new(file, at, len).offset(piece.offset).build()
-            } else {
-                opcode::Read::new(file, at, len).offset(piece.offset).build()
-            };
-            entries.push(entry.user_data((slot as u64) << PIECE_BITS | number as u64));
+            assert!(end <= job.pages.len(), "a piece lies inside the memory");
         }
+        let left = job.pieces.len();
+        self.flights[slot] = Some(Flight { job, left });
+        self.queued.push(slot);
         self.in_flight += 1;
-        for entry in &entries {
-            self.enqueue(entry)?;
-        }
         Ok(slot)
+    }
+
+    /// Does the one job there is, if it is small, in the ordinary way: the kernel is slower with a job for a ring than with
+    /// pread and pwrite, and only makes up for it when it gets several. Tells whether there was such a job; it is finished
+    /// then.
+    pub fn run_alone(&mut self) -> bool {
+        use std::os::unix::fs::FileExt;
+        if self.in_flight != 1 || self.queued.len() != 1 {
+            return false;
+        }
+        let slot = self.queued[0];
+        let flight = self.flights[slot].as_mut().expect("queued jobs are in flight");
+        let job = &mut flight.job;
+        let [piece] = &mut job.pieces[..] else { return false };
+        if piece.len > ALONE_MAX {
+            return false;
+        }
+        let memory = piece.at..piece.at + piece.len;
+        let result = if job.write {
+            piece.file.write_at(&job.pages[memory], piece.offset)
+        } else {
+            piece.file.read_at(&mut job.pages[memory], piece.offset)
+        };
+        piece.result = match result {
+            Ok(len) => i32::try_from(len).expect("requests are small"),
+            Err(error) => -error.raw_os_error().unwrap_or(libc::EIO),
+        };
+        self.queued.clear();
+        self.finish(slot);
+        true
+    }
+
+    fn finish(&mut self, slot: usize) {
+        let flight = self.flights[slot].take().expect("a job that is finished was in flight");
+        self.free.push(slot);
+        self.in_flight -= 1;
+        self.done.push_back(flight.job);
+    }
+
+    /// Puts what is queued where the kernel finds it.
+    fn enqueue_jobs(&mut self) -> io::Result<()> {
+        for slot in std::mem::take(&mut self.queued) {
+            let flight = self.flights[slot].as_mut().expect("queued jobs are in flight");
+            let memory = flight.job.pages.as_mut_ptr();
+            let mut entries = Vec::with_capacity(flight.left);
+            for (number, piece) in flight.job.pieces.iter().enumerate() {
+                let len = u32::try_from(piece.len).expect("requests are small");
+                let file = types::Fd(piece.file.as_raw_fd());
+                let at = memory.wrapping_add(piece.at);
+                let entry = if flight.job.write {
+                    opcode::Write::new(file, at, len).offset(piece.offset).build()
+                } else {
+                    opcode::Read::new(file, at, len).offset(piece.offset).build()
+                };
+                entries.push(entry.user_data((slot as u64) << PIECE_BITS | number as u64));
+            }
+            for entry in &entries {
+                self.enqueue(entry)?;
+            }
+        }
+        Ok(())
     }
 
     fn enqueue(&mut self, entry: &squeue::Entry) -> io::Result<()> {
@@ -151,7 +204,7 @@ impl<T> Ring<T> {
             if unsafe { self.ring.submission().push(entry) }.is_ok() {
                 return Ok(());
             }
-            self.submit()?;
+            self.enter(0)?;
         }
     }
 
@@ -175,11 +228,13 @@ impl<T> Ring<T> {
 
     /// Gives the kernel what is queued.
     pub fn submit(&mut self) -> io::Result<()> {
+        self.enqueue_jobs()?;
         self.enter(0)
     }
 
     /// Gives the kernel what is queued and waits for a completion or the watched descriptor.
     pub fn wait(&mut self) -> io::Result<()> {
+        self.enqueue_jobs()?;
         self.reap();
         self.enter(usize::from(self.done.is_empty()))?;
         self.reap();
@@ -198,6 +253,7 @@ impl<T> Ring<T> {
     }
 
     fn reap(&mut self) {
+        let mut finished = Vec::new();
         for entry in self.ring.completion() {
             if entry.user_data() == WATCH {
                 self.watching = false;
@@ -209,12 +265,10 @@ impl<T> Ring<T> {
             flight.job.pieces[number].result = entry.result();
             flight.left -= 1;
             if flight.left == 0 {
-                let flight = self.flights[slot].take().expect("seen above");
-                self.free.push(slot);
-                self.in_flight -= 1;
-                self.done.push_back(flight.job);
+                finished.push(slot);
             }
         }
+        finished.into_iter().for_each(|slot| self.finish(slot));
     }
 
     /// Returns a job that is finished.
@@ -225,6 +279,11 @@ impl<T> Ring<T> {
 
 impl<T> Drop for Ring<T> {
     fn drop(&mut self) {
+        // What the kernel was never told of is just dropped.
+        for slot in std::mem::take(&mut self.queued) {
+            self.flights[slot] = None;
+            self.in_flight -= 1;
+        }
         while self.in_flight > 0 {
             if self.enter(1).is_err() {
                 // The kernel may still write into the memory: it is given up, not freed.

@@ -8,7 +8,8 @@
 //! ```
 //!
 //! # Rules
-//! 1. The thread of the loop never waits while it has I/O under way, except for that I/O or a request.
+//! 1. The thread of the loop never waits while it has I/O under way, except for that I/O or a request. A small request
+//!    that comes alone it does itself; what comes meanwhile is then taken together.
 //! 2. A read or write is answered when its I/O is done and, for a write, mapped ([`crate::disk::Writing`]).
 //! 3. What the fast way finds wrong or unusual it does not answer: it is done again in the ordinary way, which knows.
 //! 4. A handler that panics is answered with EIO and takes nothing else with it.
@@ -114,7 +115,9 @@ impl Loop {
                 taken += 1;
                 self.take(ring, pages, len)?;
             }
-            if taken == 0 && ring.in_flight() == 0 && self.spin(ring, &mut vain)? {
+            if ring.run_alone() {
+                // One request at a time is done quickest like that.
+            } else if taken == 0 && ring.in_flight() == 0 && self.spin(ring, &mut vain)? {
                 // Taken.
             } else if taken < BATCH && ring.in_flight() < IN_FLIGHT_MAX {
                 ring.watch(self.device.file().as_fd())?;
