@@ -264,6 +264,8 @@ impl Ledger {
     /// `NoSpace` when the host has no room: the rows stay in memory and in the journal, and a later fold may succeed.
     /// Any other error poisons the pool.
     pub fn fold(&self) -> Result<bool> {
+        // After a failed sync it is not known what the host has: the copies in the journal must not go.
+        self.writable()?;
         let mut catalog = self.catalog.lock();
         let Some(open) = catalog.as_mut() else { return Err(Error::read_only("the pool is closed")) };
         let (folding, mark) = {
