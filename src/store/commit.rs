@@ -302,9 +302,9 @@ impl Store {
         }
         sums.free.extend(capture.dropped.iter().copied());
         let mut stale = None;
-        // The base has the addresses; but a copy of its entry that `flatten` made in this branch is none of its own.
-        let copy =
-            !own_row && capture.row.is_some_and(|row| row.0 == branch && disk.base.is_some_and(|b| b.0 != branch));
+        // The base has the addresses; but a copy of its entry that `flatten` made below it is none of its own.
+        let above = disk.base.map(|base| self.tables.read().lookup_path(base.0, base.1)).unwrap_or_default();
+        let copy = !own_row && capture.row.is_some_and(|row| above.iter().all(|(at, _)| *at != row.0));
         if (!old.is_empty() || !own_row) && (copy || !self.base_holds(disk, reclaim)) {
             let answer = self.lost_by_head(disk, capture, old, reclaim)?;
             for piece in &answer.free {

@@ -6,7 +6,7 @@
 //! # Rules
 //! 1. A copied entry keeps its epoch: it is below every epoch of the branch, no state of the branch has it, and the time
 //!    of extent files follows from it.
-//! 2. An entry is not copied where the branch has one of its own that every look-up finds first.
+//! 2. An entry is not copied where every look-up finds a newer one first.
 //! 3. Entries that only this branch could see in the branches above are removed before it is cut loose, after their
 //!    copies were made; so at every moment a look-up finds the one or the other.
 //!
@@ -16,7 +16,7 @@
 use super::Store;
 use super::commit::IndexChanges;
 use super::rows::{Key, KeyParts, Row, encode_entry};
-use super::tables::Edit;
+use super::tables::{Edit, StateKey};
 use super::view::Source;
 use crate::error::Result;
 use crate::units::{BranchId, ChunkIndex, Epoch};
@@ -65,13 +65,13 @@ impl Store {
     /// Removes the rows above a branch that only it could see: those after the last state before it began that is no ghost,
     /// as far as nobody on another side of a ghost resolves to them.
     fn drop_private_rows(&self, branch: BranchId) -> Result<()> {
+        let Some(node) = self.first_nodes(branch).first().copied() else { return Ok(()) };
         let (private, near) = {
             let tables = self.tables.read();
-            let first = tables.next_state(branch, Epoch(0));
-            let head = tables.head_of(branch).map(|(_, disk)| (branch, disk.epoch));
-            let Some(node) = first.or(head) else { return Ok(()) };
             let mut private = tables.stretches_to_holder(node);
-            private.retain(|stretch| stretch.branch != branch);
+            // Those of branches on the way down to the node keep what they have.
+            let above = private.iter().position(|stretch| stretch.branch == branch).map_or(0, |at| at + 1);
+            private.drain(..above);
             (private, tables.neighbours(node, |_| false))
         };
         for stretch in private {
@@ -102,13 +102,9 @@ impl Store {
         Ok(())
     }
 
-    /// Returns the first epoch of a branch that a look-up begins in: its first state or head, or where a branch began.
-    fn first_epoch_seen(&self, branch: BranchId) -> Epoch {
-        let tables = self.tables.read();
-        let state = tables.next_state(branch, Epoch(0)).map(|key| key.1);
-        let head = tables.head_of(branch).map(|(_, disk)| disk.epoch);
-        let child = tables.offspring(branch, Epoch(0)).next().map(|(epoch, _)| epoch);
-        state.into_iter().chain(head).chain(child).min().unwrap_or_default()
+    /// Returns the first nodes whose look-ups come through a branch, its own or those of branches that began in it.
+    fn first_nodes(&self, branch: BranchId) -> Vec<StateKey> {
+        self.tables.read().children((branch, Epoch(0)))
     }
 
     /// Copies the inherited entries of a batch of chunks; returns where to go on.
@@ -120,7 +116,7 @@ impl Store {
         from: ChunkIndex,
     ) -> Result<Option<ChunkIndex>> {
         let _reclaim = self.reclaim.lock();
-        let first = self.first_epoch_seen(branch);
+        let nodes = self.first_nodes(branch);
         let mut rows = Vec::new();
         let mut index = IndexChanges::default();
         let mut next = Some(from);
@@ -134,9 +130,11 @@ impl Store {
             let page = self.ledger.page(&low, &Key::map(branch, chunk, parent.1), 1)?;
             let copied = page.rows.first().is_some_and(|(key, _)| matches!(key.parts(), Ok(KeyParts::Map(..))));
             let found = self.resolve(parent, chunk)?;
-            let (low, high) = (Key::map(branch, chunk, parent.1.next()), Key::map(branch, chunk, first));
-            let hidden = self.ledger.last_in(&low, &high)?.is_some();
-            if let (false, false, Some((_, epoch))) = (copied, hidden, found.row) {
+            let mut needed = false;
+            for node in &nodes {
+                needed = needed || self.resolve(*node, chunk)?.row == found.row;
+            }
+            if let (false, true, Some((_, epoch))) = (copied, needed, found.row) {
                 rows.push(Row::put(Key::map(branch, chunk, epoch), encode_entry(&found.entry)));
                 index.add(branch, epoch, chunk);
             }
