@@ -89,11 +89,12 @@ pub fn wait_retired(store: &Arc<Store>, progress: &dyn Progress) -> Result<()> {
 
 /// Lets the background of a store write records, and removes what a crash left of them. Whoever opens a pool calls it.
 pub fn attend(store: &Store) {
-    if store.set_recorder(record_one)
-        && let Err(error) = remove_orphans(store)
-    {
-        tracing::warn!("cannot look for records that nothing names: {error}");
-    }
+    // Before the first record is written: one that is in its place and not named yet must not pass for an orphan.
+    store.set_recorder(record_one, || {
+        if let Err(error) = remove_orphans(store) {
+            tracing::warn!("cannot look for records that nothing names: {error}");
+        }
+    });
 }
 
 /// Removes records that the catalog does not name, and half-written ones.

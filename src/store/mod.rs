@@ -223,9 +223,17 @@ impl Store {
     }
 
     /// Says how the records of retired snapshots are written: the format is above this layer, and the background is in it.
-    /// Returns whether nobody had said it before.
-    pub fn set_recorder(&self, recorder: Recorder) -> bool {
-        self.recorder.write().replace(recorder).is_none()
+    /// The first time `before` is run, in turn with the background: nobody writes a record meanwhile.
+    pub fn set_recorder(&self, recorder: Recorder, before: impl FnOnce()) {
+        if self.recorder.read().is_some() {
+            return;
+        }
+        let _turn = self.tidying.lock();
+        let mut place = self.recorder.write();
+        if place.is_none() {
+            before();
+            *place = Some(recorder);
+        }
     }
 
     /// Writes one record of a retired snapshot.
