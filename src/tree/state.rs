@@ -358,7 +358,11 @@ impl Tree {
     /// Opens a snapshot's data.
     pub(super) fn snapshot_device(&self, node: Node) -> Answer<Arc<snapshot::SnapshotDevice>> {
         let Node::Snapshot(id) = node else { return Err(Errno::EISDIR) };
-        snapshot::open_by_id(&self.store, id).map_err(|error| Errno::from(error).stale())
+        let retired = || self.store.snapshot_info_by_id(id).is_ok_and(|info| info.state == SnapshotState::Retired);
+        snapshot::open_by_id(&self.store, id).map_err(|error| {
+            // The kernel may still know a file under its new name in `retired/` by the number it had: it looks again then.
+            if retired() { Errno::ESTALE } else { Errno::from(error).stale() }
+        })
     }
 
     /// Returns the live snapshots of a disk.

@@ -113,7 +113,8 @@ fn a_killed_server_leaves_a_mount_the_next_one_takes_away() {
     }
     server.kill().unwrap();
     server.wait().unwrap();
-    assert_eq!(errno(fs::read_dir(at.path())), libc::ENOTCONN);
+    // The ring of a dead process lets go of the device a moment later: what was asked before that is aborted.
+    assert!([libc::ENOTCONN, libc::ECONNABORTED].contains(&errno(fs::read_dir(at.path()))));
     let store = super::new_pool(&tempfile::tempdir().unwrap());
     let other = MountOptions::of_pool("/another pool".as_ref());
     let refused = mount(&store, at.path(), &other).unwrap_err();
