@@ -1,4 +1,4 @@
-//! Snapshots: one instant of one or more disks; read, cloned, reverted to, deleted in any order.
+//! Snapshots: one instant of one or more disks; read, cloned, reverted to, retired, compared, deleted in any order.
 //!
 //! # Rules
 //! 1. A snapshot contains every write that was acknowledged before it was asked for. Several disks are one instant, all or
@@ -7,6 +7,7 @@
 //!    is synced mostly before the stop and fully after it, before the answer.
 //! 3. A revert moves a pointer. It deletes no snapshot, and nothing that was snapshotted.
 //! 4. A snapshot that somebody reads keeps its data until the last reader lets go, whatever its name has become.
+//! 5. A retired snapshot has no data. Its addresses stay, durable before the first block is freed, for every diff to come.
 //!
 //! # After a crash
 //! A snapshot that was answered is there. One that was not is there whole, for all its disks, or not at all.
