@@ -101,6 +101,15 @@ impl Entry {
         }
     }
 
+    /// Ends with the pieces, in no particular order.
+    #[must_use]
+    pub fn into_pieces(self) -> Vec<Piece> {
+        match self.0 {
+            Form::Pieces(pieces) => pieces,
+            Form::Flat(_) => self.pieces(),
+        }
+    }
+
     fn sorted_pieces(&self) -> Vec<Piece> {
         let mut pieces = self.pieces();
         pieces.sort_by_key(|p| p.base);

@@ -23,6 +23,8 @@ use super::direct::{self, Direct};
 use super::{File, Media, Open, Space};
 use crate::sys::{cow, hole};
 
+/// Bytes of one request to read ahead.
+const READ_AHEAD: usize = 2 << 20;
 const FILE_MODE: Mode = Mode::RUSR.union(Mode::WUSR);
 const DIR_MODE: Mode = Mode::RWXU;
 const DIR_FLAGS: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
@@ -174,6 +176,16 @@ impl File for HostFile {
         // Best effort: without it all is as correct, and slower on some hosts.
         if let Err(error) = cow::write_in_place(&self.file) {
             tracing::debug!("a file could not be marked as written in place: {error}");
+        }
+    }
+
+    fn will_be_read(&self, len: u64) {
+        // A piece at a time: the kernel cuts what it reads ahead at the size of the device's queue, or at 2 MiB.
+        for at in (0..len.min(self.len().unwrap_or(0))).step_by(READ_AHEAD) {
+            let piece = std::num::NonZeroU64::new(READ_AHEAD as u64);
+            if rustix::fs::fadvise(&self.file, at, piece, rustix::fs::Advice::WillNeed).is_err() {
+                return;
+            }
         }
     }
 

@@ -84,6 +84,8 @@ pub trait File: Send + Sync + Debug {
     }
     /// Says, of an empty file, that it will be overwritten in place again and again. The host may make use of that.
     fn will_be_overwritten(&self) {}
+    /// Says that most of the first `len` bytes are about to be read, in no order. The host may read ahead.
+    fn will_be_read(&self, _len: u64) {}
     /// Returns the host file behind it, opened for direct I/O, for those who have many reads and writes under way at once
     /// (`sys::ring`); `None` where there is none, and the other methods have to do. Ranges and memory are whole blocks.
     fn direct(&self) -> Option<Arc<std::fs::File>> {

@@ -52,6 +52,8 @@ struct Overlaid {
 }
 
 const PAGE: usize = 4096;
+/// Bytes of the file that are read ahead at most: the catalog of 8 TiB of disks, or so.
+const EXPECTED_MAX: u64 = 1 << 30;
 
 impl Overlay {
     fn new(file: Arc<dyn File>) -> Result<Self, io::Error> {
@@ -187,6 +189,7 @@ pub struct Catalog {
 pub struct View {
     rows: redb::ReadOnlyTable<&'static [u8], &'static [u8]>,
     mark: Mark,
+    file: Arc<dyn File>,
 }
 
 impl std::fmt::Debug for View {
@@ -339,7 +342,8 @@ impl Catalog {
     /// Any error of the host.
     pub fn view(&self) -> Result<View> {
         let read = self.database()?.begin_read().map_err(|e| fail("read", e))?;
-        Ok(View { mark: Self::mark_in(&read)?, rows: read.open_table(ROWS).map_err(|e| fail("read", e))? })
+        let rows = read.open_table(ROWS).map_err(|e| fail("read", e))?;
+        Ok(View { mark: Self::mark_in(&read)?, rows, file: Arc::clone(&self.file) })
     }
 
     /// Closes the database in order.
@@ -384,15 +388,20 @@ impl View {
     ///
     /// # Errors
     /// Any error of the host; `Corrupt` when a key is damaged.
-    pub fn last_in(&self, low: &Key, high: &Key) -> Result<Option<(Key, Vec<u8>)>> {
+    pub fn last_in(&self, low: &Key, high: &Key) -> Result<Option<(Key, StoredValue)>> {
         let mut range = self.rows.range::<&[u8]>(low.as_bytes()..=high.as_bytes()).map_err(|e| fail("read", e))?;
         match range.next_back() {
             None => Ok(None),
             Some(row) => {
                 let (key, value) = row.map_err(|e| fail("read", e))?;
-                Ok(Some((Key::from_bytes(key.value())?, value.value().to_vec())))
+                Ok(Some((Key::from_bytes(key.value())?, StoredValue(value))))
             }
         }
+    }
+
+    /// Tells the host that most of the file is about to be read, in an order that it cannot guess.
+    pub fn expect_all(&self) {
+        self.file.will_be_read(EXPECTED_MAX);
     }
 
     /// Returns up to `most` rows from `low` to `high`, both included, in order.

@@ -177,7 +177,11 @@ impl Store {
         for stretch in stretches {
             let low = Key::index(stretch.branch, stretch.after.next(), 0);
             let high = Key::index(stretch.branch, stretch.upto, u32::MAX);
-            self.ledger.scan(&low, &high, &mut |key, value| enter_chunks(&key, &value, &mut chunks))?;
+            self.ledger.scan(&low, &high, &mut |key, value| {
+                enter_chunks(&key, &value, &mut |chunk| {
+                    chunks.insert(chunk);
+                })
+            })?;
         }
         Ok(chunks)
     }

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, btree_map};
 use std::iter::Peekable;
 use std::sync::Arc;
 
-use super::frozen::{Frozen, Rows};
+use super::frozen::{Frozen, Rows, Value};
 use super::rows::{Key, KeyParts, checked_chunk, decode_entry};
 use super::tables::{StateKey, Tables};
 use super::{Head, Line, Store};
@@ -63,6 +63,11 @@ impl MapView {
         self.unsaved.keys().copied()
     }
 
+    /// Tells the host that most of the map is about to be read.
+    pub fn expect_all(&self) {
+        self.frozen.expect_all();
+    }
+
     /// Finds the entry of one chunk.
     ///
     /// # Errors
@@ -74,7 +79,7 @@ impl MapView {
         for (branch, upto) in &self.path {
             let (low, high) = (Key::map(*branch, chunk, Epoch(0)), Key::map(*branch, chunk, *upto));
             if let Some((_, value)) = self.frozen.last_in(&low, &high)? {
-                return decode_entry(&value);
+                return decode_entry(value.bytes());
             }
         }
         Ok(Entry::EMPTY)
@@ -85,13 +90,22 @@ impl MapView {
     /// # Errors
     /// When the catalog cannot be read.
     pub fn walk(&self, from: ChunkIndex) -> Result<MapWalk<'_>> {
+        self.walk_between(from, ChunkIndex(u32::MAX))
+    }
+
+    /// As [`MapView::walk`], of the chunks below `end` only.
+    ///
+    /// # Errors
+    /// As [`MapView::walk`].
+    pub fn walk_between(&self, from: ChunkIndex, end: ChunkIndex) -> Result<MapWalk<'_>> {
+        let frozen = &*self.frozen;
         let mut cursors = Vec::with_capacity(self.path.len());
         for (branch, upto) in &self.path {
-            let mut cursor = Cursor { frozen: &self.frozen, branch: *branch, upto: *upto, rows: None, next: None };
+            let mut cursor = Cursor { frozen, branch: *branch, upto: *upto, end, rows: None, next: None };
             cursor.seek(from)?;
             cursors.push(cursor);
         }
-        Ok(MapWalk { cursors, unsaved: self.unsaved.range(from..).peekable() })
+        Ok(MapWalk { cursors, unsaved: self.unsaved.range(from..end.max(from)).peekable() })
     }
 
     /// Returns the epoch that last changed anything in the chunks `first..last`; `None` when nothing ever did.
@@ -139,17 +153,17 @@ impl MapWalk<'_> {
                 return Ok(Some(Found { chunk, epoch: *epoch, entry: entry.clone() }));
             }
             if let Some((epoch, value)) = found {
-                return Ok(Some(Found { chunk, epoch, entry: decode_entry(&value)? }));
+                return Ok(Some(Found { chunk, epoch, entry: decode_entry(value.bytes())? }));
             }
         }
     }
 }
 
 /// A row of the map, read and not used yet.
-struct Version {
+struct Version<'a> {
     chunk: ChunkIndex,
     epoch: Epoch,
-    value: Vec<u8>,
+    value: Value<'a>,
 }
 
 /// The rows of one branch.
@@ -157,14 +171,20 @@ struct Cursor<'a> {
     frozen: &'a Frozen,
     branch: BranchId,
     upto: Epoch,
+    /// Where it ends.
+    end: ChunkIndex,
     rows: Option<Rows<'a>>,
-    next: Option<Version>,
+    next: Option<Version<'a>>,
 }
 
-impl Cursor<'_> {
+impl<'a> Cursor<'a> {
     fn seek(&mut self, chunk: ChunkIndex) -> Result<()> {
+        (self.rows, self.next) = (None, None);
+        if chunk >= self.end {
+            return Ok(());
+        }
         let low = Key::map(self.branch, chunk, Epoch(0));
-        self.rows = Some(self.frozen.rows(&low, &Key::map(self.branch, ChunkIndex(u32::MAX), Epoch(u64::MAX)))?);
+        self.rows = Some(self.frozen.rows(&low, &Key::map(self.branch, self.end, Epoch(0)))?);
         self.advance()
     }
 
@@ -175,14 +195,14 @@ impl Cursor<'_> {
                 let KeyParts::Map(_, chunk, epoch) = key.parts()? else {
                     return Err(Error::corrupt("a map key of the catalog is damaged"));
                 };
-                Some(Version { chunk: checked_chunk(chunk)?, epoch, value: value.bytes().to_vec() })
+                (chunk < self.end).then_some(Version { chunk: checked_chunk(chunk)?, epoch, value })
             }
         };
         Ok(())
     }
 
     /// Goes beyond a chunk, and returns the version of it that holds.
-    fn take(&mut self, chunk: ChunkIndex) -> Result<Option<(Epoch, Vec<u8>)>> {
+    fn take(&mut self, chunk: ChunkIndex) -> Result<Option<(Epoch, Value<'a>)>> {
         let mut holds = None;
         let mut versions = 0;
         while let Some(version) = self.next.take_if(|version| version.chunk == chunk) {

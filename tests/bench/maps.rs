@@ -11,6 +11,7 @@
 
 use std::fs;
 use std::io::Write as _;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -22,7 +23,7 @@ use afterimage::media::{HostMedia, Media, Open};
 use afterimage::pool::segment_path;
 use afterimage::progress::Silent;
 use afterimage::snapshot;
-use afterimage::snapshot::diff::{self, ChunkPieces, Diff, DiffTotal, Sizes, StateName};
+use afterimage::snapshot::diff::{self, Adding, ChunkPieces, Comparable, Diff, DiffTotal, Sizes, StateName};
 use afterimage::snapshot::record::{Record, record_path};
 use afterimage::store::{Capture, Edit, Head, InitOptions, MapView, OpenOptions, StateKey, Store};
 use afterimage::units::{BLOCK_SIZE, CHUNK_BLOCKS, CHUNK_SIZE, ChunkIndex};
@@ -32,6 +33,8 @@ const ROUNDS: usize = 7;
 /// Chunks in one submit.
 const BATCH: usize = 8192;
 const WRITERS: u64 = 16;
+/// Chunks of one part of a comparison.
+const PART: u32 = 1 << 14;
 
 struct Given {
     dir: PathBuf,
@@ -264,33 +267,43 @@ impl Pool {
     }
 }
 
-/// Chunks that are decoded.
-struct Decoded<'a>(std::slice::Iter<'a, (ChunkIndex, Vec<Piece>)>);
+/// Chunks that are decoded: for each where its pieces end.
+struct Decoded {
+    chunks: Vec<(ChunkIndex, usize)>,
+    pieces: Vec<Piece>,
+}
 
-impl ChunkPieces for Decoded<'_> {
-    fn step(&mut self, pieces: &mut Vec<Piece>) -> Result<Option<ChunkIndex>> {
-        pieces.clear();
-        let Some((chunk, found)) = self.0.next() else { return Ok(None) };
-        pieces.extend_from_slice(found);
-        Ok(Some(*chunk))
+impl Comparable for Decoded {
+    fn part(&self, part: Range<u32>) -> Result<Box<dyn ChunkPieces + '_>> {
+        let at = |end: u32| self.chunks.partition_point(|(chunk, _)| chunk.0 < end);
+        let begin = at(part.start).checked_sub(1).map_or(0, |before| self.chunks[before].1);
+        let chunks = self.chunks[at(part.start)..at(part.end)].iter();
+        Ok(Box::new(DecodedWalk { pieces: &self.pieces, chunks, begin }))
     }
 }
 
-struct Recorded<'a>(afterimage::snapshot::record::RecordWalk<'a>);
+struct DecodedWalk<'a> {
+    pieces: &'a [Piece],
+    chunks: std::slice::Iter<'a, (ChunkIndex, usize)>,
+    begin: usize,
+}
 
-impl ChunkPieces for Recorded<'_> {
-    fn step(&mut self, pieces: &mut Vec<Piece>) -> Result<Option<ChunkIndex>> {
-        Ok(self.0.step(pieces))
+impl ChunkPieces for DecodedWalk<'_> {
+    fn step(&mut self) -> Result<Option<(ChunkIndex, &[Piece])>> {
+        let Some((chunk, end)) = self.chunks.next() else { return Ok(None) };
+        let begin = std::mem::replace(&mut self.begin, *end);
+        Ok(Some((*chunk, &self.pieces[begin..*end])))
     }
 }
 
-fn decode(view: &MapView) -> Vec<(ChunkIndex, Vec<Piece>)> {
+fn decode(view: &MapView) -> Decoded {
     let mut walk = view.walk(ChunkIndex(0)).unwrap();
-    let mut all = Vec::new();
+    let mut all = Decoded { chunks: Vec::new(), pieces: Vec::new() };
     while let Some(found) = walk.step().unwrap() {
         let mut pieces = found.entry.pieces();
         pieces.sort_unstable_by_key(|piece| piece.base);
-        all.push((found.chunk, pieces));
+        all.pieces.extend(pieces);
+        all.chunks.push((found.chunk, all.pieces.len()));
     }
     all
 }
@@ -318,21 +331,22 @@ fn diffs(mut pool: Pool) {
         let tables = store.tables.read();
         tables.snapshot(pool.head.id, "changed").unwrap().0
     };
+    let want = |total: DiffTotal, changed: u64| assert_eq!((total.data, total.zero), (changed * BLOCK_SIZE, 0));
+    let pool_chunks = pool.entries.len() as u32;
     let base = Record::open(&**store.media(), uuid).unwrap();
     let decoded = decode(&store.map_of(node));
     let sizes = Sizes { from: blocks * BLOCK_SIZE, to: blocks * BLOCK_SIZE };
     time("1 % changed, both sides decoded in memory", ROUNDS, || {
-        let mut changed = 0;
-        let mut from = Recorded(base.walk());
-        let each = &mut |extent: diff::Extent| {
-            changed += extent.length;
+        let empty = Adding::new(sizes);
+        let mut all = empty.clone();
+        let each = &mut |part: Adding| {
+            all.append(&part);
             Ok(())
         };
-        diff::compare(&mut from, &mut Decoded(decoded.iter()), sizes, each).unwrap();
-        assert_eq!(changed, blocks / 100 * BLOCK_SIZE, "what was written, and nothing else");
+        diff::compare(&base, &decoded, sizes, [pool_chunks, PART], &empty, each).unwrap();
+        want(all.finish(), blocks / 100);
     });
     drop((base, decoded));
-    let want = |total: DiffTotal, changed: u64| assert_eq!((total.data, total.zero), (changed * BLOCK_SIZE, 0));
     time("1 % changed, from a cached catalog", ROUNDS, || {
         want(between(&store, "big@full", "big@changed"), blocks / 100);
     });

@@ -84,10 +84,9 @@ fn read(bytes: &[u8]) -> Result<Record> {
 }
 
 fn blocks(record: &Record) -> Vec<u64> {
-    let mut pieces = Vec::new();
     let mut walk = record.walk();
     let mut all = Vec::new();
-    while let Some(chunk) = walk.step(&mut pieces) {
+    while let Some((chunk, pieces)) = walk.step() {
         let first = u64::from(chunk.0) * 512;
         all.extend(pieces.iter().flat_map(|piece| piece.set.iter()).map(|block| first + block as u64));
     }
@@ -103,6 +102,20 @@ fn a_record_is_golden_and_comes_back() {
     assert_eq!(record.identity.moment, Moment { opening: 4, nonce: 9 });
     assert_eq!(record.identity.row.state.size, 10 << 30);
     assert_eq!(blocks(&record), RECIPE.blocks);
+    // In parts it is the same, wherever they begin.
+    for first in 0..=u32::try_from(RECIPE.blocks.iter().max().unwrap() / 512).unwrap() {
+        let mut walk = record.walk_between(first..first + 1);
+        let mut all = Vec::new();
+        while let Some((chunk, pieces)) = walk.step() {
+            assert_eq!(chunk.0, first);
+            all.extend(
+                pieces.iter().flat_map(|piece| piece.set.iter()).map(|block| u64::from(first) * 512 + block as u64),
+            );
+        }
+        let expected: Vec<u64> =
+            RECIPE.blocks.iter().copied().filter(|block| block / 512 == u64::from(first)).collect();
+        assert_eq!(all, expected);
+    }
     let two = Recipe { reopen: true, ..RECIPE };
     assert_eq!(blocks(&read(&record_of(&two)).unwrap()), RECIPE.blocks);
 }

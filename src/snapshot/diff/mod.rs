@@ -15,21 +15,23 @@ mod compare;
 mod related;
 mod verify;
 
-use std::collections::BTreeSet;
+use std::ops::Range;
 use std::sync::Arc;
 
+use compare::Joining;
+use roaring::RoaringBitmap;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-pub use compare::{ChunkPieces, Sizes, compare};
+pub use compare::{Adding, Changed, ChunkPieces, Comparable, Gather, Sizes, compare};
 pub use verify::{VerifyReport, verify};
 
 use super::record::{Record, RecordWalk};
 use crate::error::{Error, Result};
-use crate::map::Piece;
+use crate::map::{Entry, Piece};
 use crate::store::{Frozen, Head, Line, MapView, MapWalk, StateKey, StateRow, Store, Stretch, Tables, Unsaved};
 use crate::sync::MutexGuard;
-use crate::units::{BranchId, ChunkIndex, SnapshotId};
+use crate::units::{BLOCK_SIZE, BranchId, CHUNK_BLOCKS, ChunkIndex, SnapshotId};
 
 /// A range of bytes that changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -103,8 +105,8 @@ struct Side {
 pub struct Diff {
     from: Side,
     to: Side,
-    /// The chunks that may differ; `None` when it can be any.
-    chunks: Option<BTreeSet<ChunkIndex>>,
+    /// The chunks that may differ, in order; `None` when it can be any, or so many that all are looked at in less time.
+    chunks: Option<Vec<ChunkIndex>>,
 }
 
 /// Fixes two states at one instant.
@@ -138,6 +140,13 @@ pub fn open(store: &Arc<Store>, from: &StateName, to: &StateName) -> Result<Diff
     }
     Err(Error::busy(format!("'{from}' or '{to}' changes all the time")).hint("try again"))
 }
+
+/// From one in so many chunks on, walking over all of them takes less time than looking each up.
+const WALK_FROM: u32 = 8;
+/// Chunks of one part of a comparison of all: a hundredth of a second, and 2 MiB of what differs at most.
+const PART_OF_ALL: u32 = 1 << 14;
+/// Chunks of one part of a comparison of some, each of which is looked up.
+const PART_OF_FEW: u32 = 1 << 8;
 
 /// How often a state that is retired while it is looked at is looked at again.
 const TRIES: usize = 5;
@@ -202,6 +211,12 @@ fn finish(store: &Store, names: [&StateName; 2], sides: [Side; 2], instant: &Ins
         Some(stretches) => Some(related::chunks(&instant.frozen, stretches, &from, &to)?),
         None => None,
     };
+    let span = |found: &RoaringBitmap| found.max().unwrap_or(0) / WALK_FROM;
+    let few = chunks.filter(|found| found.len() < u64::from(span(found)).max(PART_OF_FEW.into()));
+    let chunks = few.map(|found| found.into_iter().map(ChunkIndex).collect());
+    if chunks.is_none() {
+        instant.frozen.expect_all();
+    }
     Ok(Diff { from, to, chunks })
 }
 
@@ -286,13 +301,27 @@ impl Diff {
     /// # Errors
     /// `Corrupt` when rows are damaged; any error of reading the catalog; what `each` returns.
     pub fn each(&self, each: &mut dyn FnMut(Extent) -> Result<()>) -> Result<()> {
-        let sizes = Sizes { from: self.from.size, to: self.to.size };
+        let mut joining = Joining::new(self.sizes(), each);
+        let each = &mut |part: Vec<Changed>| part.iter().try_for_each(|changed| joining.chunk(changed));
+        self.compare(&Vec::new(), each)?;
+        joining.finish()
+    }
+
+    fn sizes(&self) -> Sizes {
+        Sizes { from: self.from.size, to: self.to.size }
+    }
+
+    fn compare<G: Gather + Clone + Sync>(&self, empty: &G, each: &mut dyn FnMut(G) -> Result<()>) -> Result<()> {
         match &self.chunks {
-            None => compare(&mut *self.from.walk()?, &mut *self.to.walk()?, sizes, each),
+            None => {
+                let count = self.from.size.max(self.to.size).div_ceil(BLOCK_SIZE).div_ceil(CHUNK_BLOCKS);
+                let count = u32::try_from(count).expect("a size is checked");
+                compare(&self.from, &self.to, self.sizes(), [count, PART_OF_ALL], empty, each)
+            }
             Some(chunks) => {
-                let mut from = self.from.pick(chunks);
-                let mut to = self.to.pick(chunks);
-                compare(&mut from, &mut to, sizes, each)
+                let count = u32::try_from(chunks.len()).expect("chunks have numbers of 32 bits");
+                let [from, to] = [&self.from, &self.to].map(|side| Picked { side, chunks });
+                compare(&from, &to, self.sizes(), [count, PART_OF_FEW], empty, each)
             }
         }
     }
@@ -315,12 +344,14 @@ impl Diff {
     /// # Errors
     /// As [`Diff::each`].
     pub fn total(&self) -> Result<DiffTotal> {
-        let mut total = DiffTotal { from_size: self.from.size, to_size: self.to.size, ..DiffTotal::default() };
-        self.each(&mut |extent| {
-            total.add(&extent);
+        let empty = Adding::new(self.sizes());
+        let mut all = empty.clone();
+        let each = &mut |part: Adding| {
+            all.append(&part);
             Ok(())
-        })?;
-        Ok(total)
+        };
+        self.compare(&empty, each)?;
+        Ok(all.finish())
     }
 }
 
@@ -348,63 +379,91 @@ impl DiffTotal {
     }
 }
 
-impl Side {
-    fn walk(&self) -> Result<Box<dyn ChunkPieces + '_>> {
+impl Comparable for Side {
+    fn part(&self, part: Range<u32>) -> Result<Box<dyn ChunkPieces + '_>> {
         Ok(match &self.map {
             Map::Nothing => Box::new(NoPieces),
-            Map::View(view) => Box::new(view.walk(ChunkIndex(0))?),
-            Map::Record(record) => Box::new(record.walk()),
+            Map::View(view) => {
+                let walk = view.walk_between(ChunkIndex(part.start), ChunkIndex(part.end))?;
+                Box::new(ViewPieces { walk, pieces: Vec::new() })
+            }
+            Map::Record(record) => return record.part(part),
         })
     }
+}
 
-    fn pick<'a>(&'a self, chunks: &'a BTreeSet<ChunkIndex>) -> Picked<'a> {
-        let record = if let Map::Record(record) = &self.map { Some(record.walk()) } else { None };
-        Picked { map: &self.map, record, chunks: chunks.iter() }
+impl Comparable for Record {
+    fn part(&self, part: Range<u32>) -> Result<Box<dyn ChunkPieces + '_>> {
+        Ok(Box::new(self.walk_between(part)))
     }
 }
 
 struct NoPieces;
 
 impl ChunkPieces for NoPieces {
-    fn step(&mut self, pieces: &mut Vec<Piece>) -> Result<Option<ChunkIndex>> {
-        pieces.clear();
+    fn step(&mut self) -> Result<Option<(ChunkIndex, &[Piece])>> {
         Ok(None)
     }
 }
 
-impl ChunkPieces for MapWalk<'_> {
-    fn step(&mut self, pieces: &mut Vec<Piece>) -> Result<Option<ChunkIndex>> {
-        pieces.clear();
-        let Some(found) = MapWalk::step(self)? else { return Ok(None) };
-        pieces.extend(found.entry.pieces());
-        pieces.sort_unstable_by_key(|piece| piece.base);
-        Ok(Some(found.chunk))
+struct ViewPieces<'a> {
+    walk: MapWalk<'a>,
+    pieces: Vec<Piece>,
+}
+
+impl ChunkPieces for ViewPieces<'_> {
+    fn step(&mut self) -> Result<Option<(ChunkIndex, &[Piece])>> {
+        let Some(found) = self.walk.step()? else { return Ok(None) };
+        self.pieces = sorted(found.entry);
+        Ok(Some((found.chunk, &self.pieces)))
     }
 }
 
+fn sorted(entry: Entry) -> Vec<Piece> {
+    let mut pieces = entry.into_pieces();
+    if !pieces.is_sorted_by_key(|piece| piece.base) {
+        pieces.sort_unstable_by_key(|piece| piece.base);
+    }
+    pieces
+}
+
 impl ChunkPieces for RecordWalk<'_> {
-    fn step(&mut self, pieces: &mut Vec<Piece>) -> Result<Option<ChunkIndex>> {
-        Ok(RecordWalk::step(self, pieces))
+    fn step(&mut self) -> Result<Option<(ChunkIndex, &[Piece])>> {
+        Ok(RecordWalk::step(self))
     }
 }
 
 /// Some chunks of a side.
 struct Picked<'a> {
-    map: &'a Map,
-    record: Option<RecordWalk<'a>>,
-    chunks: std::collections::btree_set::Iter<'a, ChunkIndex>,
+    side: &'a Side,
+    chunks: &'a [ChunkIndex],
 }
 
-impl ChunkPieces for Picked<'_> {
-    fn step(&mut self, pieces: &mut Vec<Piece>) -> Result<Option<ChunkIndex>> {
-        pieces.clear();
+struct PickedWalk<'a> {
+    map: &'a Map,
+    record: Option<RecordWalk<'a>>,
+    chunks: std::slice::Iter<'a, ChunkIndex>,
+    pieces: Vec<Piece>,
+}
+
+impl Comparable for Picked<'_> {
+    fn part(&self, part: Range<u32>) -> Result<Box<dyn ChunkPieces + '_>> {
+        let chunks = &self.chunks[part.start as usize..part.end as usize];
+        let (map, first) = (&self.side.map, chunks.first().map_or(0, |chunk| chunk.0));
+        let record = if let Map::Record(record) = map { Some(record.walk_between(first..u32::MAX)) } else { None };
+        Ok(Box::new(PickedWalk { map, record, chunks: chunks.iter(), pieces: Vec::new() }))
+    }
+}
+
+impl ChunkPieces for PickedWalk<'_> {
+    fn step(&mut self) -> Result<Option<(ChunkIndex, &[Piece])>> {
         let Some(chunk) = self.chunks.next() else { return Ok(None) };
-        match (self.map, &mut self.record) {
-            (Map::View(view), _) => pieces.extend(view.entry(*chunk)?.pieces()),
-            (_, Some(record)) => record.pick(*chunk, pieces),
-            _ => {}
+        if let Some(record) = &mut self.record {
+            return Ok(Some((*chunk, record.pick(*chunk))));
         }
-        pieces.sort_unstable_by_key(|piece| piece.base);
-        Ok(Some(*chunk))
+        if let Map::View(view) = self.map {
+            self.pieces = sorted(view.entry(*chunk)?);
+        }
+        Ok(Some((*chunk, &self.pieces)))
     }
 }

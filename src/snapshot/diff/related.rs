@@ -8,6 +8,8 @@
 
 use std::collections::BTreeSet;
 
+use roaring::RoaringBitmap;
+
 use super::{Map, Side};
 use crate::error::Result;
 use crate::store::{Frozen, StateKey, Stretch, Tables};
@@ -28,11 +30,11 @@ pub(super) fn between(tables: &Tables, from: &Side, to: &Side) -> Option<Vec<Str
 ///
 /// # Errors
 /// `Corrupt` when rows are damaged; any error of reading the catalog.
-pub(super) fn chunks(frozen: &Frozen, stretches: &[Stretch], from: &Side, to: &Side) -> Result<BTreeSet<ChunkIndex>> {
+pub(super) fn chunks(frozen: &Frozen, stretches: &[Stretch], from: &Side, to: &Side) -> Result<RoaringBitmap> {
     let mut chunks = frozen.indexed_chunks(stretches)?;
     for side in [from, to] {
         if let Map::View(view) = &side.map {
-            chunks.extend(view.unsaved_chunks());
+            chunks.extend(view.unsaved_chunks().map(|chunk| chunk.0));
         }
     }
     if let Map::View(view) = &to.map
@@ -42,7 +44,7 @@ pub(super) fn chunks(frozen: &Frozen, stretches: &[Stretch], from: &Side, to: &S
         let first = u32::try_from(from.size / BLOCK_SIZE / CHUNK_BLOCKS).expect("a size is checked");
         let mut walk = view.walk(ChunkIndex(first))?;
         while let Some(found) = walk.step()? {
-            chunks.insert(found.chunk);
+            chunks.insert(found.chunk.0);
         }
     }
     Ok(chunks)

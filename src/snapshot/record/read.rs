@@ -1,5 +1,7 @@
 //! Reading a record: checked whole when it is opened, then walked in the order of chunks.
 
+use std::ops::Range;
+
 use uuid::Uuid;
 
 use super::sets::SlotSet;
@@ -35,6 +37,8 @@ pub struct Record {
     parts: Vec<Part>,
     /// By first chunk.
     runs: Vec<Placed>,
+    /// For each run where it and those before it end, at most: so that a walk finds those that reach into it.
+    ends: Vec<u32>,
 }
 
 impl Record {
@@ -75,7 +79,7 @@ impl Record {
         let identity = RecordIdentity::decode(what, &get(HEADER_LEN as u64, u64::from(header.identity))?)?;
         let directory = get(header.directory, header.directory_len)?;
         let entries = unseal(what, &directory)?;
-        let mut record = Self { identity, parts: Vec::new(), runs: Vec::new() };
+        let mut record = Self { identity, parts: Vec::new(), runs: Vec::new(), ends: Vec::new() };
         let mut blocks = 0;
         for bytes in entries.chunks_exact(ENTRY_LEN) {
             let entry = DirectoryEntry::decode(&mut Reader::new(what, bytes))?;
@@ -86,6 +90,12 @@ impl Record {
             return Err(Error::corrupt(format!("{what} has {blocks} blocks and says that it has another number")));
         }
         record.runs.sort_unstable_by_key(|placed| (placed.run.chunk, placed.part, placed.run.slab));
+        let mut end = 0;
+        let ends = record.runs.iter().map(|placed| {
+            end = end.max(placed.run.chunk + placed.run.len);
+            end
+        });
+        record.ends = ends.collect();
         Ok(record)
     }
 
@@ -151,7 +161,26 @@ impl Record {
     /// Walks over the chunks that have blocks.
     #[must_use]
     pub fn walk(&self) -> RecordWalk<'_> {
-        RecordWalk { record: self, waiting: 0, active: Vec::new(), next: 0 }
+        self.walk_between(0..u32::MAX)
+    }
+
+    /// As [`Record::walk`], of the chunks with these numbers only.
+    #[must_use]
+    pub fn walk_between(&self, chunks: Range<u32>) -> RecordWalk<'_> {
+        let first = self.ends.partition_point(|end| *end <= chunks.start);
+        let waiting = first.max(self.runs.partition_point(|placed| placed.run.chunk < chunks.start));
+        let mut active = Vec::new();
+        for placed in &self.runs[first..waiting] {
+            let mut placed = *placed;
+            let gone = (chunks.start - placed.run.chunk).min(placed.run.len);
+            placed.run.slab += gone;
+            placed.run.chunk += gone;
+            placed.run.len -= gone;
+            if placed.run.len > 0 {
+                active.push(placed);
+            }
+        }
+        RecordWalk { record: self, waiting, active, next: chunks.start, end: chunks.end, pieces: Vec::new() }
     }
 }
 
@@ -163,11 +192,14 @@ pub struct RecordWalk<'a> {
     /// Runs that have `next`.
     active: Vec<Placed>,
     next: u32,
+    end: u32,
+    pieces: Vec<Piece>,
 }
 
 impl RecordWalk<'_> {
-    /// Puts the pieces of one chunk into `pieces`; chunks are picked in growing order.
-    pub fn pick(&mut self, chunk: ChunkIndex, pieces: &mut Vec<Piece>) {
+    /// Returns the pieces of one chunk, in growing order of base; chunks are picked in growing order.
+    pub fn pick(&mut self, chunk: ChunkIndex) -> &[Piece] {
+        self.pieces.clear();
         let runs = &self.record.runs;
         while let Some(placed) = runs.get(self.waiting).filter(|placed| placed.run.chunk <= chunk.0) {
             self.active.push(*placed);
@@ -179,18 +211,22 @@ impl RecordWalk<'_> {
             let slot = (placed.run.slab + chunk.0 - placed.run.chunk) << CHUNK_BLOCKS.trailing_zeros();
             let set = part.set.window(slot);
             if !set.is_empty() {
-                pieces.push(Piece { base: BlockAddress::new(part.segment, slot), set });
+                self.pieces.push(Piece { base: BlockAddress::new(part.segment, slot), set });
             }
         }
+        self.sorted()
     }
 
-    /// Puts the pieces of the next chunk into `pieces`, in growing order of base.
-    pub fn step(&mut self, pieces: &mut Vec<Piece>) -> Option<ChunkIndex> {
-        pieces.clear();
+    /// Returns the next chunk with its pieces, in growing order of base.
+    pub fn step(&mut self) -> Option<(ChunkIndex, &[Piece])> {
+        self.pieces.clear();
         let runs = &self.record.runs;
-        while pieces.is_empty() {
+        while self.pieces.is_empty() {
             if self.active.is_empty() {
                 self.next = runs.get(self.waiting)?.run.chunk;
+            }
+            if self.next >= self.end {
+                return None;
             }
             while let Some(placed) = runs.get(self.waiting).filter(|placed| placed.run.chunk == self.next) {
                 self.active.push(*placed);
@@ -201,7 +237,7 @@ impl RecordWalk<'_> {
                 let slot = placed.run.slab << CHUNK_BLOCKS.trailing_zeros();
                 let set = part.set.window(slot);
                 if !set.is_empty() {
-                    pieces.push(Piece { base: BlockAddress::new(part.segment, slot), set });
+                    self.pieces.push(Piece { base: BlockAddress::new(part.segment, slot), set });
                 }
                 placed.run.slab += 1;
                 placed.run.chunk += 1;
@@ -210,10 +246,15 @@ impl RecordWalk<'_> {
             self.active.retain(|placed| placed.run.len > 0);
             self.next += 1;
         }
-        if pieces.len() > 1 {
-            pieces.sort_unstable_by_key(|piece| piece.base);
+        let chunk = ChunkIndex(self.next - 1);
+        Some((chunk, self.sorted()))
+    }
+
+    fn sorted(&mut self) -> &[Piece] {
+        if self.pieces.len() > 1 {
+            self.pieces.sort_unstable_by_key(|piece| piece.base);
         }
-        Some(ChunkIndex(self.next - 1))
+        &self.pieces
     }
 }
 

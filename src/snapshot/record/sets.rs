@@ -142,6 +142,9 @@ impl SlotSet {
                     (start, start + u16_at(container.at + 4 * n + 2) + 1)
                 };
                 let begin = partition(container.count, |n| run(n).1 <= low);
+                if begin < container.count && run(begin).0 <= low && run(begin).1 >= low + WINDOW {
+                    return BlockSet::FULL;
+                }
                 let mut set = BlockSet::EMPTY;
                 for (start, end) in (begin..container.count).map(run).take_while(|run| run.0 < low + WINDOW) {
                     set = set.or(&BlockSet::range(start.max(low) - low, end.min(low + WINDOW) - low));
