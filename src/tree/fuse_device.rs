@@ -8,7 +8,9 @@
 use std::fs;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use rustix::fs::OFlags;
 
 use super::fuse_wire as wire;
 use crate::sync::Mutex;
@@ -28,6 +30,8 @@ const HUGE_MAX: usize = 4;
 pub(super) struct Device {
     file: fs::File,
     request_max: usize,
+    /// Whether reading waits.
+    waits: AtomicBool,
     spare: Mutex<Vec<Pages>>,
     made: AtomicUsize,
 }
@@ -35,9 +39,14 @@ pub(super) struct Device {
 impl Device {
     /// Takes a descriptor of a mount whose requests have `request_max` bytes of data at most. Reading never waits.
     pub(super) fn new(file: fs::File, request_max: usize) -> io::Result<Arc<Self>> {
-        let flags = rustix::fs::fcntl_getfl(&file)?;
-        rustix::fs::fcntl_setfl(&file, flags | rustix::fs::OFlags::NONBLOCK)?;
-        Ok(Arc::new(Self { file, request_max, spare: Mutex::default(), made: AtomicUsize::new(0) }))
+        rustix::fs::fcntl_setfl(&file, rustix::fs::fcntl_getfl(&file)? | OFlags::NONBLOCK)?;
+        Ok(Arc::new(Self {
+            file,
+            request_max,
+            waits: AtomicBool::new(false),
+            spare: Mutex::default(),
+            made: AtomicUsize::new(0),
+        }))
     }
 
     pub(super) fn file(&self) -> &fs::File {
@@ -67,6 +76,27 @@ impl Device {
     /// # Errors
     /// ENODEV when the file system was unmounted.
     pub(super) fn receive(&self, pages: &mut Pages) -> io::Result<usize> {
+        self.read(pages, false)
+    }
+
+    /// As [`Device::receive`], but waits for one: a system call less than to be told that there is one, and a wake-up of
+    /// less work.
+    ///
+    /// # Errors
+    /// ENODEV when the file system was unmounted.
+    pub(super) fn wait(&self, pages: &mut Pages) -> io::Result<usize> {
+        self.read(pages, true)
+    }
+
+    fn read(&self, pages: &mut Pages, waits: bool) -> io::Result<usize> {
+        // The flag is of the open file. One thread reads it; whoever answers does not care.
+        if self.waits.swap(waits, Ordering::Relaxed) != waits {
+            let flags = rustix::fs::fcntl_getfl(&self.file)?;
+            rustix::fs::fcntl_setfl(
+                &self.file,
+                if waits { flags - OFlags::NONBLOCK } else { flags | OFlags::NONBLOCK },
+            )?;
+        }
         loop {
             match rustix::io::read(&self.file, &mut pages[START..]) {
                 Ok(len) => return Ok(len),

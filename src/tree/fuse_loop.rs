@@ -45,11 +45,10 @@ use crate::sys::ring::{Job, Piece, Ring};
 const IN_FLIGHT_MAX: usize = 64;
 /// Requests that are taken before their I/O is begun.
 const BATCH: usize = 16;
-/// How long the next request is looked for before the thread sleeps.
-const SPIN: Duration = Duration::from_micros(20);
-/// Looking for the next request in vain so many times in a row ends it, but for one time in [`SPIN_AGAIN`].
-const SPIN_VAIN: u32 = 4;
-const SPIN_AGAIN: u32 = 16;
+/// A request that is there so soon after the last answer was there before it.
+const QUICK: Duration = Duration::from_micros(4);
+/// After so many requests that came one at a time the next is expected to be alone.
+const SINGLES: u32 = 8;
 /// Bytes of a write whose checksums are computed while it is on its way.
 const LARGE: usize = 64 << 10;
 
@@ -68,6 +67,24 @@ enum What {
     Write(BegunWrite),
     /// Read before it was asked for, see [`super::fuse_ahead`]; the number says for which stretch.
     Ahead(u64, Located),
+}
+
+/// How requests came lately.
+#[derive(Debug, Default)]
+struct Habit {
+    /// So many times in a row there was one at a time.
+    singles: u32,
+}
+
+impl Habit {
+    /// Tells whether it is not worth a system call to ask for another request before the one job is done.
+    fn alone(&self, ring: &Ring<Flight>) -> bool {
+        self.singles >= SINGLES && ring.in_flight() == 1
+    }
+
+    fn ran_alone(&mut self) {
+        self.singles = self.singles.saturating_add(1);
+    }
 }
 
 /// The loop of one mount.
@@ -102,10 +119,14 @@ impl Loop {
     }
 
     fn serve(&self, ring: &mut Ring<Flight>) -> io::Result<()> {
-        let mut vain = 0;
+        let mut habit = Habit::default();
         loop {
             let mut taken = 0;
-            while taken < BATCH && ring.in_flight() < IN_FLIGHT_MAX {
+            if ring.in_flight() == 0 {
+                self.take_next(ring, &mut habit)?;
+                taken = 1;
+            }
+            while taken < BATCH && ring.in_flight() < IN_FLIGHT_MAX && !habit.alone(ring) {
                 let mut pages = self.device.buffer()?;
                 let len = self.device.receive(&mut pages)?;
                 if len == 0 {
@@ -117,9 +138,11 @@ impl Loop {
             }
             if ring.run_alone() {
                 // One request at a time is done quickest like that.
-            } else if taken == 0 && ring.in_flight() == 0 && self.spin(ring, &mut vain)? {
-                // Taken.
+                habit.ran_alone();
+            } else if ring.in_flight() == 0 {
+                // All answered.
             } else if taken < BATCH && ring.in_flight() < IN_FLIGHT_MAX {
+                habit = Habit::default();
                 ring.watch(self.device.file().as_fd())?;
                 ring.wait()?;
             } else if ring.in_flight() < IN_FLIGHT_MAX {
@@ -131,28 +154,16 @@ impl Loop {
         }
     }
 
-    /// Looks for the next request for a moment before it sleeps, if that was of use lately: who has just got an answer
-    /// often asks for more at once, and to be woken from sleep costs more than the moment. Tells whether one was taken.
-    fn spin(&self, ring: &mut Ring<Flight>, vain: &mut u32) -> io::Result<bool> {
-        *vain = vain.wrapping_add(1);
-        if *vain > SPIN_VAIN && !vain.is_multiple_of(SPIN_AGAIN) {
-            return Ok(false);
-        }
-        let until = clock::now() + SPIN;
+    /// Takes the next request, waiting for it. (To look for it for 20 us before going to sleep gained nothing.)
+    fn take_next(&self, ring: &mut Ring<Flight>, habit: &mut Habit) -> io::Result<()> {
         let mut pages = self.device.buffer()?;
-        loop {
-            let len = self.device.receive(&mut pages)?;
-            if len > 0 {
-                *vain = 0;
-                self.take(ring, pages, len)?;
-                return Ok(true);
-            }
-            if clock::now() >= until {
-                self.device.give_back(pages);
-                return Ok(false);
-            }
-            std::hint::spin_loop();
+        let begun = clock::now();
+        let len = self.device.wait(&mut pages)?;
+        if clock::now() < begun + QUICK {
+            // It was there already: there is more than one at a time.
+            habit.singles = 0;
         }
+        self.take(ring, pages, len)
     }
 
     /// Begins what was asked for.
