@@ -1,15 +1,18 @@
 //! `send` and `receive`: streams on stdout and stdin.
 //!
-//! The bytes go through a pipe whose other end whoever answers opens by its path below /proc. A thread of this process moves
-//! them between that pipe and stdin or stdout; the kernel does the moving, no byte is copied here.
+//! A stream goes straight into stdout where that is a pipe or a device: whoever answers opens it by its path below /proc. Else
+//! it goes through a pipe of this process, as what is received does, and a thread moves the bytes between that pipe and stdin
+//! or stdout; the kernel does the moving, no byte is copied here.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{self, BufReader, IsTerminal, PipeReader, PipeWriter};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::thread::JoinHandle;
 
 use clap::Args;
+use rustix::fs::FileType;
 
 use super::bar::{Bar, Units};
 use super::screen::Screen;
@@ -49,13 +52,19 @@ impl Send {
             return Err(Error::usage("a stream is nothing for a terminal")
                 .hint("send it to a file ('> FILE') or to a command ('| ssh HOST afterimage receive DISK')"));
         }
-        let (reader, writer) = make_pipe()?;
-        let stdout = io::stdout().as_fd().try_clone_to_owned().map_err(|e| Error::io("cannot use stdout", e))?;
-        let relay = relay(OwnedFd::from(reader), stdout)?;
         let Self { snapshot, from, resume, no_compress } = self;
-        let output = path_of(&writer);
-        let request = Request::Send { snapshot, from, resume, no_compress, output };
-        let response = answer(global, screen, Ask::change(request).in_bytes());
+        let ask = |output| Ask::change(Request::Send { snapshot, from, resume, no_compress, output }).in_bytes();
+        let stdout = io::stdout();
+        if can_be_opened(&stdout) {
+            pipe::widen(&stdout, PIPE_SIZE).ok();
+            let response = answer(global, screen, ask(path_of(&stdout)))?;
+            screen.aside(&response);
+            return Ok(0);
+        }
+        let (reader, writer) = make_pipe()?;
+        let stdout = stdout.as_fd().try_clone_to_owned().map_err(|e| Error::io("cannot use stdout", e))?;
+        let relay = relay(OwnedFd::from(reader), stdout)?;
+        let response = answer(global, screen, ask(path_of(&writer)));
         // Our end: the other one is closed by now, so this is the end of the pipe.
         drop(writer);
         let relayed = relay.join().unwrap_or_else(|_| Err(io::Error::other("the thread that moves the bytes ended")));
@@ -161,6 +170,16 @@ fn make_pipe() -> Result<(PipeReader, PipeWriter)> {
     // A smaller one serves as well, if more slowly.
     pipe::widen(&writer, PIPE_SIZE).ok();
     Ok((reader, writer))
+}
+
+/// Tells whether a process of this user can open stdout by its path and write the same as this one would: it is a pipe or a
+/// device. A file has a position, which opening does not give; a socket cannot be opened, and not a pipe of another user.
+fn can_be_opened(stdout: &io::Stdout) -> bool {
+    let Ok(stat) = rustix::fs::fstat(stdout) else { return false };
+    let kind = FileType::from_raw_mode(stat.st_mode);
+    let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+    matches!(kind, FileType::Fifo | FileType::CharacterDevice)
+        && OpenOptions::new().write(true).custom_flags(flags).open(path_of(stdout)).is_ok()
 }
 
 /// Returns the path under which a process of this user opens the same end of a pipe.

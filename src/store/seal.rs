@@ -171,21 +171,27 @@ impl Store {
 
     fn sealed_slab(&self, row: &StateRow, chunk: ChunkIndex, piece: &Piece) -> Result<SealedSlab> {
         let head = self.heads.lock().get(&row.disk).cloned();
-        let mut crcs = Vec::with_capacity(piece.set.count() as usize);
-        let mut block = vec![0; to_usize(BLOCK_SIZE)];
-        for index in piece.set.iter() {
-            let address = piece.base.at(index);
-            let noted = head.as_ref().and_then(|head| head.crcs.get(address));
-            crcs.push(match noted {
-                Some(crc) => crc,
-                None => {
-                    if let Some(head) = &head {
-                        head.crcs.read_back.fetch_add(1, Ordering::Relaxed);
-                    }
-                    self.read_run(&Run { start: index, len: 1, address: Some(address) }, &mut block, 0)?;
-                    crc32(&block)
-                }
-            });
+        let mut missing = BlockSet::EMPTY;
+        let noted = piece.set.iter().map(|index| {
+            let noted = head.as_ref().and_then(|head| head.crcs.get(piece.base.at(index)));
+            noted.unwrap_or_else(|| {
+                missing.add(index);
+                0
+            })
+        });
+        let mut crcs: Vec<u32> = noted.collect();
+        if let Some(head) = &head {
+            head.crcs.read_back.fetch_add(missing.count() as usize, Ordering::Relaxed);
+        }
+        let mut bytes = Vec::new();
+        for (start, end) in missing.runs() {
+            bytes.resize((end - start) * to_usize(BLOCK_SIZE), 0);
+            let address = Some(piece.base.at(start));
+            self.read_run(&Run { start, len: end - start, address }, &mut bytes, 0)?;
+            let first = piece.set.and(&BlockSet::range(0, start)).count() as usize;
+            for (crc, block) in crcs[first..].iter_mut().zip(bytes.chunks_exact(to_usize(BLOCK_SIZE))) {
+                *crc = crc32(block);
+            }
         }
         Ok(SealedSlab::Written { base: piece.base, chunk, set: piece.set, crcs })
     }

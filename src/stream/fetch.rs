@@ -8,17 +8,18 @@
 //!
 //! # Rules
 //! 1. A job is at most 1 MiB of one chunk. Its buffer is aligned, so that the disk writes into it directly.
-//! 2. What bounds memory is the sender: it gives out at most two windows.
+//! 2. What bounds memory is the sender: it gives out a few windows at a time.
 //! 3. A reader that fails hands over the error in the place of its result; nobody waits for what never comes.
 
 use std::collections::{HashMap, VecDeque};
 
 use super::format::{Codec, DATA_MAX};
-use crate::codec::crc32;
+use crate::codec::{crc32, crc32_of_blocks};
 use crate::error::{Error, Kind, Result};
 use crate::map::Run;
 use crate::snapshot::SnapshotDevice;
 use crate::sync::{Condvar, Mutex};
+use crate::sys::pages::Pages;
 use crate::units::{BLOCK_SIZE, BlockAddress, ChunkIndex, to_usize};
 
 /// Reads in flight.
@@ -70,7 +71,7 @@ impl Fetched {
     /// Returns the bytes as they go into the stream.
     pub(super) fn stored(&self) -> &[u8] {
         match &self.bytes {
-            Bytes::Plain(buffer) => &buffer.memory[buffer.skip..buffer.skip + to_usize(self.length)],
+            Bytes::Plain(buffer) => &buffer.bytes()[..to_usize(self.length)],
             Bytes::Packed(bytes) => bytes,
         }
     }
@@ -78,26 +79,42 @@ impl Fetched {
 
 /// Memory that begins at a multiple of 4096.
 #[derive(Debug)]
-struct Buffer {
-    memory: Vec<u8>,
-    skip: usize,
+enum Buffer {
+    /// For a job of full size; half a huge page: in single pages a megabyte is too many pieces for one request to most disks.
+    Full(Pages),
+    /// For a smaller one.
+    Small { memory: Vec<u8>, skip: usize },
 }
 
 impl Buffer {
-    fn new(bytes: u64) -> Self {
+    fn small(bytes: u64) -> Self {
         let memory = vec![0; to_usize(bytes + BLOCK_SIZE)];
         let skip = memory.as_ptr().align_offset(to_usize(BLOCK_SIZE));
-        Self { memory, skip }
+        Self::Small { memory, skip }
     }
 
-    /// Tells whether it is worth keeping: it fits every job.
-    fn is_full_size(&self) -> bool {
-        self.memory.len() as u64 == DATA_MAX + BLOCK_SIZE
+    /// Makes two.
+    fn full() -> Result<[Self; 2]> {
+        let cannot = |e| Error::io("the host has no memory for a stream", e);
+        let mut first = Pages::huge(to_usize(2 * DATA_MAX)).map_err(cannot)?;
+        let second = first.split_off(to_usize(DATA_MAX));
+        Ok([Self::Full(first), Self::Full(second)])
+    }
+
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Full(pages) => pages,
+            Self::Small { memory, skip } => &memory[*skip..],
+        }
     }
 
     fn blocks(&mut self, from: usize, count: usize) -> &mut [u8] {
         let block = to_usize(BLOCK_SIZE);
-        &mut self.memory[self.skip + from * block..self.skip + (from + count) * block]
+        let range = from * block..(from + count) * block;
+        match self {
+            Self::Full(pages) => &mut pages[range],
+            Self::Small { memory, skip } => &mut memory[*skip..][range],
+        }
     }
 }
 
@@ -205,31 +222,41 @@ impl Fetcher<'_> {
     }
 
     fn keep(&self, buffer: Buffer) {
-        if buffer.is_full_size() {
+        if matches!(buffer, Buffer::Full(_)) {
             self.state.lock().free.push(buffer);
         }
+    }
+
+    /// Returns memory for a job. Small jobs are many: they get no more than they need.
+    fn buffer(&self, job: &Job) -> Result<Buffer> {
+        if job.length < DATA_MAX {
+            return Ok(Buffer::small(job.length.next_multiple_of(BLOCK_SIZE)));
+        }
+        if let Some(kept) = self.state.lock().free.pop() {
+            return Ok(kept);
+        }
+        let [first, second] = Buffer::full()?;
+        self.keep(second);
+        Ok(first)
     }
 
     fn read_all(&self) {
         let mut packer = Packer::default();
         loop {
-            let (job, buffer) = {
+            let job = {
                 let mut state = self.state.lock();
                 loop {
                     if state.closed {
                         return;
                     }
                     if let Some(job) = state.todo.pop_front() {
-                        // Small jobs are many: they get no more than they need.
-                        let kept = if job.length == DATA_MAX { state.free.pop() } else { None };
-                        break (job, kept);
+                        break job;
                     }
                     self.work.wait(&mut state);
                 }
             };
             let promise = Promise { fetcher: self, seq: job.seq, kept: false };
-            let buffer = buffer.unwrap_or_else(|| Buffer::new(job.length.next_multiple_of(BLOCK_SIZE)));
-            promise.keep(self.fetch(&job, buffer, &mut packer));
+            promise.keep(self.buffer(&job).and_then(|buffer| self.fetch(&job, buffer, &mut packer)));
         }
     }
 
@@ -243,9 +270,10 @@ impl Fetcher<'_> {
             drop(inside);
             read.map_err(|error| self.name(job, run, &error))?;
         }
-        self.verify(job, &mut buffer)?;
-        let plain = &buffer.memory[buffer.skip..buffer.skip + to_usize(job.length)];
-        let crc = crc32(plain);
+        let crcs = self.verify(job, &mut buffer)?;
+        let plain = &buffer.bytes()[..to_usize(job.length)];
+        let whole = job.length.is_multiple_of(BLOCK_SIZE) && crcs.len() as u64 == job.length / BLOCK_SIZE;
+        let crc = if whole { crc32_of_blocks(crcs) } else { crc32(plain) };
         let packed = if self.compress { packer.pack(plain) } else { None };
         let (codec, bytes) = match packed {
             Some(bytes) => {
@@ -265,7 +293,8 @@ impl Fetcher<'_> {
         error.again().context(format!("cannot send disk '{disk}': byte {offset}, segment {segment}"))
     }
 
-    fn verify(&self, job: &Job, buffer: &mut Buffer) -> Result<()> {
+    /// Compares the blocks whose checksums are known; returns these, as far as there are any from the first block on.
+    fn verify(&self, job: &Job, buffer: &mut Buffer) -> Result<Vec<u32>> {
         let first = job.runs.first().map_or(0, |run| run.start);
         let addresses = job.runs.iter().flat_map(|run| (run.start..run.start + run.len).map(move |index| (run, index)));
         for ((run, index), checksum) in addresses.zip(&job.checksums) {
@@ -282,7 +311,7 @@ impl Fetcher<'_> {
             }
             return Err(self.name(job, &one, &why));
         }
-        Ok(())
+        Ok(job.checksums.iter().map_while(|checksum| *checksum).collect())
     }
 }
 

@@ -1,5 +1,6 @@
 //! Sending: the changes between two states, data read in the order of addresses inside a window, written in that of the disk.
 
+use std::collections::VecDeque;
 use std::io::Write;
 use std::sync::Arc;
 
@@ -17,10 +18,13 @@ use crate::snapshot::diff::Extent;
 use crate::store::Store;
 use crate::units::{BLOCK_SIZE, CHUNK_SIZE, ChunkIndex, to_usize};
 
-/// Bytes of data in a window; two are in memory.
-const WINDOW: u64 = 16 << 20;
+/// Bytes of data in a window.
+const WINDOW: u64 = 8 << 20;
+/// Windows that are being read; what is written is in memory too. With fewer and larger ones the readers run out of work
+/// whenever the slowest of a window is waited for.
+const AHEAD: usize = 3;
 /// Extents in a window.
-const ITEMS_MAX: usize = 4096;
+const ITEMS_MAX: usize = 2048;
 
 /// What to send.
 #[derive(Debug, Clone)]
@@ -130,8 +134,8 @@ struct Sender<'a, 'b> {
     items: Vec<Item>,
     jobs: Vec<Job>,
     bytes: u64,
-    /// The one that is being read.
-    reading: Vec<Item>,
+    /// Those that are being read.
+    reading: VecDeque<Vec<Item>>,
     seq: u64,
     unverified: u64,
 }
@@ -144,7 +148,7 @@ impl<'a, 'b> Sender<'a, 'b> {
         writer: &'a mut StreamWriter<'b>,
         progress: &'a dyn Progress,
     ) -> Self {
-        let (items, jobs, reading) = (Vec::new(), Vec::new(), Vec::new());
+        let (items, jobs, reading) = (Vec::new(), Vec::new(), VecDeque::new());
         Self { source, verifier, fetcher, writer, progress, items, jobs, bytes: 0, reading, seq: 0, unverified: 0 }
     }
 
@@ -183,13 +187,16 @@ impl<'a, 'b> Sender<'a, 'b> {
         if self.bytes >= WINDOW || self.items.len() >= ITEMS_MAX { self.turn() } else { Ok(()) }
     }
 
-    /// Has the window read that was put together, and writes the one before it.
+    /// Has the window read that was put together, and writes the oldest one if there are enough.
     fn turn(&mut self) -> Result<()> {
         self.fetcher.submit(std::mem::take(&mut self.jobs));
         self.bytes = 0;
-        let next = std::mem::take(&mut self.items);
-        let items = std::mem::replace(&mut self.reading, next);
-        for item in items {
+        self.reading.push_back(std::mem::take(&mut self.items));
+        if self.reading.len() > AHEAD { self.write_oldest() } else { Ok(()) }
+    }
+
+    fn write_oldest(&mut self) -> Result<()> {
+        for item in self.reading.pop_front().unwrap_or_default() {
             if self.progress.cancelled() {
                 return Err(Error::failed("the send was cancelled"));
             }
@@ -210,7 +217,9 @@ impl<'a, 'b> Sender<'a, 'b> {
     /// Writes what is left and returns how many bytes could not be verified.
     fn finish(mut self) -> Result<u64> {
         self.turn()?;
-        self.turn()?;
+        while !self.reading.is_empty() {
+            self.write_oldest()?;
+        }
         Ok(self.unverified)
     }
 }

@@ -74,11 +74,13 @@ impl<'a> Verifier<'a> {
                 self.load(first.segment(), chunk)?;
             }
             let slab = self.known.get(&first.slab());
-            out.extend((run.start..run.start + run.len).map(|index| {
-                let (set, crcs) = slab.filter(|(set, _)| set.has(index))?;
-                let place = (0..index).filter(|before| set.has(*before)).count();
-                crcs.get(place).copied()
-            }));
+            let blocks = run.start..run.start + run.len;
+            let Some((set, crcs)) = slab else {
+                out.extend(blocks.map(|_| None));
+                continue;
+            };
+            let mut known = crcs.iter().skip(set.and(&BlockSet::range(0, run.start)).count() as usize);
+            out.extend(blocks.map(|index| if set.has(index) { known.next().copied() } else { None }));
         }
         Ok(out)
     }

@@ -55,6 +55,22 @@ impl Pages {
         (whole.at, whole.len) = (at, len);
         Ok(whole)
     }
+
+    /// Cuts it in two before byte `at`, a multiple of [`PAGE`], and returns the second part.
+    ///
+    /// # Panics
+    /// When a part would be empty or begin in the middle of a page.
+    #[must_use]
+    pub fn split_off(&mut self, at: usize) -> Self {
+        assert!(at.is_multiple_of(PAGE) && at > 0 && at < self.len, "both parts are whole pages");
+        let mapped = self.mapping.0.addr().get() + self.mapping.1;
+        // SAFETY: `at` is below the length, and so many bytes are mapped.
+        let second = unsafe { self.at.add(at) };
+        let rest = Self { at: second, len: self.len - at, mapping: (second, mapped - second.addr().get()) };
+        self.len = at;
+        self.mapping.1 = second.addr().get() - self.mapping.0.addr().get();
+        rest
+    }
 }
 
 impl Deref for Pages {
@@ -94,5 +110,11 @@ mod tests {
         let mut huge = Pages::huge(PAGE).unwrap();
         assert_eq!((huge.as_ptr().align_offset(HUGE_PAGE), huge.len()), (0, HUGE_PAGE));
         huge.fill(1);
+        let mut second = huge.split_off(PAGE);
+        assert_eq!((huge.len(), second.len()), (PAGE, HUGE_PAGE - PAGE));
+        second.fill(2);
+        let third = second.split_off(HUGE_PAGE / 2);
+        drop(second);
+        assert!(huge.iter().all(|byte| *byte == 1) && third.iter().all(|byte| *byte == 2));
     }
 }
