@@ -36,7 +36,7 @@ use crate::tree::{self, MountOptions};
 /// With --export only the extent files of one snapshot are mounted, at a path that stays the same from snapshot to
 /// snapshot, for backup programs that go by the path. A server that runs on the pool mounts them too, and the command
 /// returns at once; without one it serves them itself, as the whole pool. The snapshot keeps its data until it is
-/// unmounted. See afterimage-pool(7).
+/// unmounted. Beside the extents there is snapshot.json, which names disk, snapshot and size. See afterimage-pool(7).
 #[derive(Debug, Args)]
 pub(super) struct Mount {
     /// An empty directory

@@ -11,6 +11,7 @@ use std::ffi::OsStr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::about::ABOUT;
 use super::errno::{Answer, Errno};
 use super::extent::{self, Cut, Known, NEVER, Slot};
 use super::fixed::Fixed;
@@ -112,6 +113,7 @@ impl Tree {
                 Ok(Attr { ino, sort: Sort::Link, size, blocks: 0, mtime: created, perm: 0o777, nlink: 1, keep: false })
             }
             Node::Record(id) => self.record_attr(id).map_err(stale),
+            Node::About => self.about_attr(),
             Node::Increment(number) => self.increment_attr(number),
             Node::Member { increment, index } => self.member_attr(increment, index),
             _ => Err(Errno::ESTALE),
@@ -184,6 +186,7 @@ impl Tree {
                 }
             }
             Node::Member { increment, index } => Ok((self.open_member(increment, index)?, true)),
+            Node::About => Ok((Fixed::Text(self.about_text()?), true)),
             node if node.sort() == Sort::Dir => Err(Errno::EISDIR),
             _ => Err(Errno::ESTALE),
         }
@@ -228,8 +231,12 @@ impl Tree {
             Node::RetiredOf(id) => Ok(self.record_attr(self.retired_named(id, name)?.2)?),
             Node::ExportsOf(id) => self.exported(id, text?),
             Node::Extents(id) => {
-                let cut = self.cut(id)?;
-                self.extent_attr(&cut, cut.named(text?).ok_or(Errno::ENOENT)?)
+                let (cut, text) = (self.cut(id)?, text?);
+                match cut.named(text) {
+                    Some(slot) => self.extent_attr(&cut, slot),
+                    None if text == ABOUT && self.only.is_some() => self.about_attr(),
+                    None => Err(Errno::ENOENT),
+                }
             }
             Node::Increment(number) => self.member_named(number, text?),
             node if node.sort() == Sort::Dir => Err(Errno::ENOENT),
@@ -307,6 +314,6 @@ impl Tree {
 }
 
 /// Returns the attributes of a file that never changes.
-fn fixed_attr(node: Node, size: u64, blocks: u64, mtime: u64) -> Attr {
+pub(super) fn fixed_attr(node: Node, size: u64, blocks: u64, mtime: u64) -> Attr {
     Attr { ino: node.ino(), sort: Sort::File, size, blocks, mtime, perm: 0o400, nlink: 1, keep: true }
 }

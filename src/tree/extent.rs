@@ -127,6 +127,12 @@ impl Cut {
         self.size.div_ceil(1 << self.shift)
     }
 
+    /// Returns the bytes of every extent but the last.
+    #[must_use]
+    pub fn extent_size(&self) -> u64 {
+        1 << self.shift
+    }
+
     /// Returns an extent by its number.
     #[must_use]
     pub fn slot(&self, index: u64) -> Option<Slot> {

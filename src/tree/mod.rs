@@ -28,7 +28,8 @@
 //! (open files), [`begin`] (their fast way), [`copy`] (copy_file_range), [`stale`] (what the kernel must forget),
 //! [`errno`].
 
-pub mod begin;
+mod about;
+mod begin;
 pub mod copy;
 pub mod errno;
 mod exports;

@@ -16,6 +16,7 @@
 use std::ffi::OsStr;
 use std::time::Duration;
 
+use super::about::ABOUT;
 use super::errno::{Answer, Errno};
 use super::extent::{self, Cut};
 use super::node::{self, DISK_NAME_MAX, Node, SNAPSHOT_NAME_MAX, Sort};
@@ -135,7 +136,10 @@ impl Tree {
             (Listing::Extents(cut), 0) => Ok(Some(Entry { node: Node::Extents(cut.id), name: ".".into() })),
             (Listing::Extents(cut), 1) => Ok(Some(Entry { node: self.parent_of(cut), name: "..".into() })),
             (Listing::Extents(cut), place) => {
-                let Some(slot) = cut.slot(place as u64 - 2) else { return Ok(None) };
+                let Some(slot) = cut.slot(place as u64 - 2) else {
+                    let about = self.only.is_some() && (place == 2 || cut.slot(place as u64 - 3).is_some());
+                    return Ok(about.then(|| Entry { node: Node::About, name: ABOUT.into() }));
+                };
                 let node = self.extent_node(cut, slot)?.0;
                 Ok(Some(Entry { node, name: extent::name(slot) }))
             }

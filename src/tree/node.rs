@@ -42,6 +42,7 @@ const DISKS: u64 = 2;
 const SNAPSHOTS: u64 = 3;
 const RETIRED: u64 = 4;
 const EXPORTS: u64 = 5;
+const ABOUT: u64 = 6;
 const KIND_EXTENT: u64 = 4;
 const KIND_UNTOUCHED: u64 = 5;
 const KIND_OF_DISK: u64 = 6;
@@ -113,6 +114,8 @@ pub enum Node {
         /// Its length.
         length: u32,
     },
+    /// `snapshot.json` in a tree of one snapshot.
+    About,
     /// `exports/NAME/OLD..NEW/`
     Increment(u32),
     /// A file in it.
@@ -148,6 +151,7 @@ impl Node {
             Self::SnapshotsOf(id) => (KIND_SNAPSHOTS_OF, id.0),
             Self::Retired => (KIND_FIXED, RETIRED),
             Self::Exports => (KIND_FIXED, EXPORTS),
+            Self::About => (KIND_FIXED, ABOUT),
             Self::RetiredOf(id) => (KIND_OF_DISK, of(RETIRED_OF, id.0)),
             Self::ExportsOf(id) => (KIND_OF_DISK, of(EXPORTS_OF, id.0)),
             Self::Latest(id) => (KIND_OF_DISK, of(LATEST, id.0)),
@@ -175,6 +179,7 @@ impl Node {
             (KIND_FIXED, SNAPSHOTS) => Some(Self::Snapshots),
             (KIND_FIXED, RETIRED) => Some(Self::Retired),
             (KIND_FIXED, EXPORTS) => Some(Self::Exports),
+            (KIND_FIXED, ABOUT) => Some(Self::About),
             (_, 0) => None,
             (KIND_DISK, id) => Some(Self::Disk(DiskId(id))),
             (KIND_SNAPSHOT, id) => Some(Self::Snapshot(SnapshotId(id))),
@@ -216,7 +221,7 @@ impl Node {
     #[must_use]
     pub fn sort(self) -> Sort {
         match self {
-            Self::Disk(_) | Self::Snapshot(_) | Self::Record(_) => Sort::File,
+            Self::Disk(_) | Self::Snapshot(_) | Self::Record(_) | Self::About => Sort::File,
             Self::Extent { .. } | Self::Untouched { .. } | Self::Member { .. } => Sort::File,
             Self::Latest(_) => Sort::Link,
             _ => Sort::Dir,
@@ -227,7 +232,7 @@ impl Node {
     #[must_use]
     pub fn is_exported(self) -> bool {
         matches!(self, Self::Exports | Self::ExportsOf(_) | Self::Latest(_) | Self::Extents(_) | Self::Increment(_))
-            || matches!(self, Self::Extent { .. } | Self::Untouched { .. } | Self::Member { .. })
+            || matches!(self, Self::Extent { .. } | Self::Untouched { .. } | Self::Member { .. } | Self::About)
     }
 }
 
@@ -296,7 +301,7 @@ mod tests {
             assert_eq!(node.ino(), ino);
             assert_eq!(Node::from_ino(ino), Some(node));
         }
-        for nothing in [0, 6, 1 << 60, 2 << 60, 3 << 60, (4 << 60) + 1, u64::MAX] {
+        for nothing in [0, 7, 1 << 60, 2 << 60, 3 << 60, (4 << 60) + 1, u64::MAX] {
             assert_eq!(Node::from_ino(nothing), None, "{nothing:#x}");
         }
     }
@@ -308,6 +313,7 @@ mod tests {
         let all = [
             (Node::Retired, 4),
             (Node::Exports, 5),
+            (Node::About, 6),
             (Node::Extent { epoch: Epoch(9), slot }, 0x4000_0000_2500_0005),
             (Node::Extent { epoch: Epoch((1 << 34) - 1), slot: last }, 0x4fff_ffff_ffff_ffff),
             (Node::Untouched { chunk: 2, length: 4 << 20 }, 0x5000_0001_0040_0000),

@@ -12,6 +12,7 @@ use std::ffi::OsStr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
+use super::about::About;
 use super::errno::{Answer, Errno};
 use super::extent::{Cut, Extents};
 use super::file::{DiskFile, Handle};
@@ -80,6 +81,8 @@ pub struct Tree {
     pub(super) increments: Increments,
     /// The one snapshot whose extent files are the whole tree, if it shows no more.
     pub(super) only: Option<(Arc<Held>, Cut)>,
+    /// What stands in `snapshot.json` then.
+    pub(super) about: Option<About>,
     releases: Mutex<u64>,
     released: Condvar,
 }
@@ -100,6 +103,7 @@ impl Tree {
             extents: Extents::default(),
             increments: Increments::default(),
             only: None,
+            about: None,
             releases: Mutex::new(0),
             released: Condvar::new(),
         }
@@ -111,7 +115,8 @@ impl Tree {
     /// `NotFound` when there is no such live snapshot.
     pub fn of_extents(store: Arc<Store>, owner: Owner, snapshot: SnapshotId) -> Result<Self, Error> {
         let only = Held::new(&store, snapshot)?;
-        Ok(Self { only: Some(only), ..Self::new(store, owner) })
+        let about = Some(About::of(&store, &only.1)?);
+        Ok(Self { only: Some(only), about, ..Self::new(store, owner) })
     }
 
     /// Takes notice of a change of the pool and returns what the kernel has to forget; `ours` when one of this mount's
@@ -162,7 +167,7 @@ impl Tree {
             None => Ok(node),
             Some((_, cut)) => match node {
                 Node::Root => Ok(Node::Extents(cut.id)),
-                Node::Extent { .. } | Node::Untouched { .. } => Ok(node),
+                Node::Extent { .. } | Node::Untouched { .. } | Node::About => Ok(node),
                 _ => Err(Errno::ESTALE),
             },
         }

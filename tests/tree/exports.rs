@@ -281,8 +281,15 @@ fn one_tree_at_a_path_of_its_own_stays_until_it_is_unmounted() {
     let at = tempfile::tempdir().unwrap();
     let options = afterimage::tree::MountOptions::of_pool(&mount.dir);
     let alone = afterimage::tree::mount_extents(&mount.store, id, at.path(), &options).unwrap();
-    let names: Vec<_> = files(at.path());
-    assert_eq!(names.len(), 3);
+    let mut names: Vec<_> = files(at.path());
+    assert_eq!(names.len(), 4);
+    let about = names.pop().unwrap();
+    assert_eq!(about.file_name().unwrap(), "snapshot.json");
+    let told: serde_json::Value = serde_json::from_slice(&fs::read(&about).unwrap()).unwrap();
+    assert_eq!((&told["disk"], &told["snapshot"], &told["size"]), (&"a".into(), &"s".into(), &(9 << 20).into()));
+    // Newer than every extent, so that borg trusts what it knows of them.
+    let newest = names.iter().map(|path| fs::metadata(path).unwrap().mtime()).max().unwrap();
+    assert!(fs::metadata(&about).unwrap().mtime() > newest);
     for path in &names {
         let (here, there) =
             (fs::metadata(path).unwrap(), fs::metadata(mount.dir.join("exports/a/s").join(path.file_name().unwrap())));
