@@ -1,5 +1,6 @@
 //! Retiring, and diffs of any two states.
 
+use afterimage::error::Error;
 use afterimage::snapshot;
 use afterimage::snapshot::diff::{self, Extent, StateName};
 
@@ -7,10 +8,27 @@ use super::run::Run;
 use super::twin::{BLOCK, Frame, NOTHING, UNKNOWN};
 
 /// A state that a diff can have as a side.
-struct Side {
-    name: StateName,
-    frame: Frame,
-    lineage: Option<u64>,
+#[derive(Clone)]
+pub(super) struct Side {
+    pub(super) name: StateName,
+    pub(super) frame: Frame,
+    pub(super) lineage: Option<u64>,
+}
+
+impl Side {
+    pub(super) fn nothing() -> Self {
+        Self { name: StateName::Nothing, frame: Frame::default(), lineage: None }
+    }
+
+    /// Tells whether two states can be compared.
+    pub(super) fn is_akin(&self, other: &Self) -> bool {
+        self.lineage.is_none() || other.lineage.is_none() || self.lineage == other.lineage
+    }
+}
+
+/// Tells whether states were refused because they cannot be compared.
+pub(super) fn says_strangers(error: &Error) -> bool {
+    error.to_string().contains("nothing in common")
 }
 
 impl Run {
@@ -50,8 +68,9 @@ impl Run {
         self.attempt(&format!("rm {name}@{snap} (retired)"), after, |store| snapshot::remove(store, &name, &snap));
     }
 
-    fn any_side(&mut self) -> Option<Side> {
-        let mut all = vec![Side { name: StateName::Nothing, frame: Frame::default(), lineage: None }];
+    /// All states there are.
+    pub(super) fn sides(&self) -> Vec<Side> {
+        let mut all = vec![Side::nothing()];
         for (disk, twin) in &self.twin.disks {
             let lineage = Some(twin.lineage);
             all.push(Side { name: StateName::Disk(disk.clone()), frame: twin.live.frame(), lineage });
@@ -60,24 +79,28 @@ impl Run {
                 all.push(Side { name, frame: frame.clone(), lineage });
             }
         }
-        let n = self.next(all.len() as u64) as usize;
-        Some(all.swap_remove(n))
+        all
+    }
+
+    pub(super) fn any_of(&mut self, mut sides: Vec<Side>) -> Option<Side> {
+        (!sides.is_empty()).then(|| sides.swap_remove(self.next(sides.len() as u64) as usize))
     }
 
     pub(super) fn diff(&mut self) {
-        let (Some(from), Some(to)) = (self.any_side(), self.any_side()) else { return };
+        let (from, to) = (self.sides(), self.sides());
+        let (Some(from), Some(to)) = (self.any_of(from), self.any_of(to)) else { return };
         if self.media.is_down() || to.name == StateName::Nothing {
             return;
         }
         let after = self.twin.clone();
-        let alike = from.lineage.is_none() || to.lineage.is_none() || from.lineage == to.lineage;
+        let akin = from.is_akin(&to);
         let mut found = None;
         let done = self.attempt(&format!("diff {} {}", from.name, to.name), after, |store| {
             match diff::open(store, &from.name, &to.name) {
-                Err(error) if !alike && error.to_string().contains("nothing in common") => Ok(()),
+                Err(error) if !akin && says_strangers(&error) => Ok(()),
                 Err(error) => Err(error),
                 Ok(diff) => {
-                    assert!(alike, "a diff of {} and {}, which are strangers", from.name, to.name);
+                    assert!(akin, "a diff of {} and {}, which are strangers", from.name, to.name);
                     found = Some(diff.extents()?);
                     Ok(())
                 }
@@ -85,14 +108,14 @@ impl Run {
         });
         if let Some(extents) = found.filter(|_| done) {
             self.counts.diffs += 1;
-            check(&from, &to, &extents);
+            check("diff", &from, &to, &extents);
         }
     }
 }
 
 /// Compares the extents with the twin, block by block.
-fn check(from: &Side, to: &Side, extents: &[Extent]) {
-    let what = format!("diff {} {}", from.name, to.name);
+pub(super) fn check(what: &str, from: &Side, to: &Side, extents: &[Extent]) {
+    let what = format!("{what} {} {}", from.name, to.name);
     let size = to.frame.bytes.len();
     let mut told = vec![None; size.div_ceil(BLOCK)];
     let mut end = 0;
