@@ -144,8 +144,8 @@ impl Run {
             75 => self.rename(),
             76..=78 => self.retire(),
             79..=82 => self.diff(),
-            83..=89 => self.tidy(),
-            90..=92 => self.receive(),
+            83..=88 => self.tidy(),
+            89..=92 => self.receive(),
             93..=96 => self.read(),
             97 => self.fold(),
             98 => self.reopen(),
@@ -303,6 +303,9 @@ impl Run {
             for (snap, frame) in &disk.snapshots {
                 let image = &frame.bytes;
                 let found = read_all(&*snapshot::open(self.store(), name, snap).unwrap());
+                if found == **image {
+                    continue;
+                }
                 if let Some(at) = (0..image.len().max(found.len())).find(|i| image.get(*i) != found.get(*i)) {
                     return Err(format!(
                         "snapshot {name}@{snap} differs at byte {at} (block {}): {:?} found, {:?} expected",

@@ -127,7 +127,7 @@ impl Run {
     }
 
     /// Sends, compares what was sent, and returns it; `None` when there is nothing to go on with.
-    fn send_pair(&mut self, from: &Side, to: &Side) -> Option<Vec<u8>> {
+    fn send_pair(&mut self, from: &Side, to: &Side) -> Option<(Vec<u8>, Carried)> {
         if self.media.is_down() {
             return None;
         }
@@ -151,7 +151,7 @@ impl Run {
         let carried = take_apart(&bytes, &mut image);
         assert!(image == *to.frame.bytes, "the stream from {} to {} leads elsewhere", from.name, to.name);
         check("send", from, to, &carried.extents);
-        done.then_some(bytes)
+        done.then_some((bytes, carried))
     }
 
     pub(super) fn export(&mut self) {
@@ -201,7 +201,7 @@ impl Run {
     }
 
     pub(super) fn receive(&mut self) {
-        if self.media.is_down() || self.twin.disks.values().map(|disk| disk.snapshots.len()).sum::<usize>() > 8 {
+        if self.media.is_down() || self.twin.disks.values().map(|disk| disk.snapshots.len()).sum::<usize>() > 10 {
             return;
         }
         let rests = disks_with_a_rest(self.store());
@@ -210,20 +210,16 @@ impl Run {
             return if self.chance(25) { self.abort(&disk) } else { self.resume(&disk) };
         }
         let made = match self.next(4) {
-            0 => self.into_new(),
+            0 if self.twin.disks.len() < 5 => self.into_new(),
             1 => self.by_force(),
             _ => self.onto_base(),
         };
         let Some((disk, from, to, force)) = made else { return };
-        let Some(bytes) = self.send_pair(&from, &to) else { return };
-        let carried = take_apart(&bytes, &mut from.frame.bytes.to_vec());
+        let Some((bytes, carried)) = self.send_pair(&from, &to) else { return };
         self.deliver(Delivery { disk, bytes, force, to: to.frame, carried, rest: false });
     }
 
     fn into_new(&mut self) -> Option<(String, Side, Side, bool)> {
-        if self.twin.disks.len() >= 5 {
-            return None;
-        }
         let (_, to) = self.any_pair()?;
         Some((self.fresh("copy"), Side::nothing(), to, false))
     }
@@ -286,13 +282,8 @@ impl Run {
             sent = Some(bytes);
             Ok(())
         });
-        let Some(bytes) = sent.filter(|_| done) else {
-            // The states of the token may be gone; then it cannot be resumed by anybody.
-            if self.frame_of(token.target).is_some() && self.frame_of(token.base).is_some() {
-                self.say(|| "  both are there".to_owned());
-            }
-            return;
-        };
+        // The states of the token may be gone.
+        let Some(bytes) = sent.filter(|_| done) else { return };
         let (from, to) = (self.frame_of(token.base), self.frame_of(token.target));
         let (from, to) = (from.expect("it was sent"), to.expect("it was sent"));
         let mut image = from.bytes.to_vec();
