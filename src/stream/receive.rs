@@ -240,7 +240,7 @@ fn enter(store: &Arc<Store>, plan: &Plan, header: &Header) -> Result<DiskId> {
     let fresh = Token::of(header, 0);
     if let Some((hidden, note)) = find_hidden(&store.tables.read(), &plan.hidden_name) {
         let fits = read_note(&note).filter(|(mode, token)| *mode == plan.mode && token.same_stream(&fresh));
-        if fits.is_some_and(|(_, token)| header.start <= token.offset) {
+        if fits.is_some_and(|(_, token)| header.start <= token.offset) && is_begun_on(store, hidden, plan)? {
             return Ok(hidden);
         }
     }
@@ -253,6 +253,16 @@ fn enter(store: &Arc<Store>, plan: &Plan, header: &Header) -> Result<DiskId> {
         incoming::abandon(store, hidden)?;
     }
     incoming::begin(store, &plan.hidden_name, &plan.mode.note(&fresh), plan.beginning)
+}
+
+/// Tells whether a hidden disk was begun on its disk as it is now. One that was written to and brought back to its base
+/// since is not: the frame at the end would refuse it.
+fn is_begun_on(store: &Store, hidden: DiskId, plan: &Plan) -> Result<bool> {
+    let tables = store.tables.read();
+    Ok(match plan.target {
+        Some(disk) if plan.mode == Mode::Unchanged => tables.disk(hidden)?.base == tables.disk(disk)?.base,
+        _ => true,
+    })
 }
 
 fn find_hidden(tables: &Tables, name: &str) -> Option<(DiskId, String)> {

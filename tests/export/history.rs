@@ -12,7 +12,7 @@ use afterimage::progress::{Progress, Silent};
 use afterimage::snapshot;
 use afterimage::store::{InitOptions, OpenOptions, Store};
 
-use super::{BLOCK, Bench, Random, shells};
+use super::{BLOCK, Bench, Random, apply_in_memory, shells};
 
 fn pool(bench: &Bench) -> Arc<Store> {
     fs::create_dir(bench.path("pool")).unwrap();
@@ -186,14 +186,9 @@ fn more_extents_than_files() {
     let manifest = fs::read(bench.path("next/manifest.json")).unwrap();
     let manifest: serde_json::Value = serde_json::from_slice(&manifest).unwrap();
     assert_eq!(manifest["joined"], increment.plan.joined);
-    let files = manifest["files"].as_array().unwrap();
-    assert_eq!(files.len(), FILES_MAX);
+    assert_eq!(manifest["files"].as_array().unwrap().len(), FILES_MAX);
     let mut image = vec![0; 1 << 30];
-    for file in files {
-        let data = fs::read(bench.path("next").join(file["name"].as_str().unwrap())).unwrap();
-        let offset = file["offset"].as_u64().unwrap() as usize;
-        image[offset..offset + data.len()].copy_from_slice(&data);
-    }
+    apply_in_memory(&bench.path("next"), &mut image);
     assert!(image == content(&*snapshot::open(&store, "web", "b").unwrap()));
     drop(disk);
     store.close().unwrap();

@@ -15,7 +15,7 @@ const BLOCK: usize = 4096;
 
 /// How the script is run.
 #[derive(Debug, Clone, Copy)]
-struct Shell {
+pub struct Shell {
     words: &'static [&'static str],
     /// The only programs there are; all of the host when empty.
     programs: &'static [&'static str],
@@ -24,7 +24,7 @@ struct Shell {
 const COREUTILS: &[&str] = &["cksum", "dd", "dirname", "head", "mv", "stat", "sync", "truncate", "wc"];
 
 /// The shells to try: every one that is installed, and dash with nothing but coreutils.
-fn shells() -> Vec<Shell> {
+pub fn shells() -> Vec<Shell> {
     let all = [
         Shell { words: &["dash"], programs: &[] },
         Shell { words: &["dash"], programs: COREUTILS },
@@ -45,7 +45,7 @@ fn find(program: &str) -> Option<PathBuf> {
 }
 
 /// A folder with an image to bring from state to state.
-struct Bench {
+pub struct Bench {
     dir: tempfile::TempDir,
 }
 
@@ -55,11 +55,11 @@ impl Bench {
     }
 
     /// Makes one in memory where the host has such a place: on a disk 65,536 files are removed slowly.
-    fn in_memory() -> Self {
+    pub fn in_memory() -> Self {
         tempfile::tempdir_in("/dev/shm").map_or_else(|_| Self::new(), |dir| Self { dir })
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
@@ -85,7 +85,7 @@ impl Bench {
     }
 
     #[track_caller]
-    fn applies(&self, shell: Shell, dir: &str, words: &[&str]) -> String {
+    pub fn applies(&self, shell: Shell, dir: &str, words: &[&str]) -> String {
         let output = self.apply(shell, dir, words);
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success() && said.is_empty(), "{shell:?} {dir} {words:?}: {}: {said}", output.status);
@@ -131,6 +131,22 @@ impl Bench {
             assert_eq!(content.len() as u64, increment.len(member), "{member:?}");
             fs::write(dir.join(member.name()), content).unwrap();
         }
+    }
+}
+
+/// Does what the script does, with an image in memory.
+pub fn apply_in_memory(dir: &Path, image: &mut Vec<u8>) {
+    let manifest: serde_json::Value = serde_json::from_slice(&fs::read(dir.join("manifest.json")).unwrap()).unwrap();
+    image.resize(manifest["to"]["size"].as_u64().unwrap() as usize, 0);
+    for file in manifest["files"].as_array().unwrap() {
+        let data = fs::read(dir.join(file["name"].as_str().unwrap())).unwrap();
+        let offset = file["offset"].as_u64().unwrap() as usize;
+        image[offset..offset + data.len()].copy_from_slice(&data);
+    }
+    for range in fs::read_to_string(dir.join("zeros")).unwrap().lines() {
+        let (offset, length) = range.split_once(' ').unwrap();
+        let (offset, length): (usize, usize) = (offset.parse().unwrap(), length.parse().unwrap());
+        image[offset..offset + length].fill(0);
     }
 }
 

@@ -4,6 +4,10 @@
 //! states, whatever was retired, reverted, cloned, deleted and resized; only where a power cut left open what a block
 //! has, more is allowed.
 //!
+//! A stream and an increment directory must carry exactly that too, and lead from the bytes of one state to those of the
+//! other. What is received, into a new disk, onto its base or by force, is there whole or not at all; a stream that does
+//! not fit or was cut off changes nothing.
+//!
 //! Every I/O can be the last one. After each recovery `check` must find nothing, and every byte of every disk and
 //! snapshot must be what the twin allows: for a snapshot exactly its image, for a live disk each 512-byte sector either
 //! what was last flushed or one of the versions written since.
@@ -15,9 +19,56 @@ mod past;
 mod rebuild;
 mod run;
 mod seals;
+mod streams;
 mod twin;
 
 use run::Run;
+
+/// What a run did.
+#[derive(Debug, Default, Clone, Copy)]
+struct Counts {
+    ops: u64,
+    crashes: u64,
+    faults: u64,
+    reopens: u64,
+    snapshots: u64,
+    reverts: u64,
+    clones: u64,
+    retires: u64,
+    diffs: u64,
+    sends: u64,
+    exports: u64,
+    scripts: u64,
+    received: u64,
+    onto: u64,
+    forced: u64,
+    refused: u64,
+    cut: u64,
+    resumed: u64,
+}
+
+impl Counts {
+    fn add(&mut self, other: &Self) {
+        self.ops += other.ops;
+        self.crashes += other.crashes;
+        self.faults += other.faults;
+        self.reopens += other.reopens;
+        self.snapshots += other.snapshots;
+        self.reverts += other.reverts;
+        self.clones += other.clones;
+        self.retires += other.retires;
+        self.diffs += other.diffs;
+        self.sends += other.sends;
+        self.exports += other.exports;
+        self.scripts += other.scripts;
+        self.received += other.received;
+        self.onto += other.onto;
+        self.forced += other.forced;
+        self.refused += other.refused;
+        self.cut += other.cut;
+        self.resumed += other.resumed;
+    }
+}
 
 fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().map_or(default, |text| text.parse().expect("a number"))
@@ -34,7 +85,7 @@ fn seeds() {
         return;
     }
     let seeds = number("AFTERIMAGE_SEEDS", 24);
-    let mut total = run::Counts::default();
+    let mut total = Counts::default();
     for seed in 1..=seeds {
         let outcome = std::panic::catch_unwind(|| {
             let mut run = Run::new(seed);
@@ -54,6 +105,7 @@ fn seeds() {
         total.crashes > 0 && total.snapshots > 0 && total.reverts > 0 && total.retires > 0 && total.diffs > 0,
         "the histories do something"
     );
+    assert!(total.sends > 0 && total.exports > 0 && total.received > 0 && total.onto > 0, "and so do the streams");
 }
 
 /// The canary: with one kind of sync removed the model must find lost data, or it could not find it at all.

@@ -1,16 +1,35 @@
 //! Retiring, and diffs of any two states.
 
+use afterimage::error::Error;
 use afterimage::snapshot;
 use afterimage::snapshot::diff::{self, Extent, StateName};
+use afterimage::store::SnapshotState;
 
 use super::run::Run;
 use super::twin::{BLOCK, Frame, NOTHING, UNKNOWN};
 
 /// A state that a diff can have as a side.
-struct Side {
-    name: StateName,
-    frame: Frame,
-    lineage: Option<u64>,
+#[derive(Clone)]
+pub(super) struct Side {
+    pub(super) name: StateName,
+    pub(super) frame: Frame,
+    pub(super) lineage: Option<u64>,
+}
+
+impl Side {
+    pub(super) fn nothing() -> Self {
+        Self { name: StateName::Nothing, frame: Frame::default(), lineage: None }
+    }
+
+    /// Tells whether two states can be compared.
+    pub(super) fn is_akin(&self, other: &Self) -> bool {
+        self.lineage.is_none() || other.lineage.is_none() || self.lineage == other.lineage
+    }
+}
+
+/// Tells whether states were refused because they cannot be compared.
+pub(super) fn says_strangers(error: &Error) -> bool {
+    error.to_string().contains("nothing in common")
 }
 
 impl Run {
@@ -35,10 +54,24 @@ impl Run {
         let disk = after.disks.get_mut(&name).unwrap();
         let frame = disk.snapshots.remove(&snap).unwrap();
         disk.retired.insert(snap.clone(), frame);
+        let double = self.same_state_is_retired(&name, &snap);
         let target = vec![(name, snap)];
-        if self.attempt(&format!("retire {target:?}"), after, |store| snapshot::retire(store, &target).map(drop)) {
+        // Records are named after the identity: there is one of each.
+        let refused = |error: &Error| double && error.to_string().contains("is the same state as");
+        if self.attempt_unless(&format!("retire {target:?}"), after, refused, |store| {
+            snapshot::retire(store, &target)?;
+            assert!(!double, "{target:?}: two snapshots of one identity are retired");
+            Ok(())
+        }) {
             self.counts.retires += 1;
         }
+    }
+
+    /// Tells whether another snapshot with the identity of this one is retired: a stream makes such.
+    fn same_state_is_retired(&self, disk: &str, snap: &str) -> bool {
+        let own = self.store().snapshot_info(disk, snap).unwrap();
+        let mut all = self.twin.disks.keys().flat_map(|disk| self.store().snapshots(disk).unwrap());
+        all.any(|info| info.uuid == own.uuid && info.id != own.id && info.state == SnapshotState::Retired)
     }
 
     fn remove_retired(&mut self) {
@@ -50,8 +83,9 @@ impl Run {
         self.attempt(&format!("rm {name}@{snap} (retired)"), after, |store| snapshot::remove(store, &name, &snap));
     }
 
-    fn any_side(&mut self) -> Option<Side> {
-        let mut all = vec![Side { name: StateName::Nothing, frame: Frame::default(), lineage: None }];
+    /// All states there are.
+    pub(super) fn sides(&self) -> Vec<Side> {
+        let mut all = vec![Side::nothing()];
         for (disk, twin) in &self.twin.disks {
             let lineage = Some(twin.lineage);
             all.push(Side { name: StateName::Disk(disk.clone()), frame: twin.live.frame(), lineage });
@@ -60,24 +94,28 @@ impl Run {
                 all.push(Side { name, frame: frame.clone(), lineage });
             }
         }
-        let n = self.next(all.len() as u64) as usize;
-        Some(all.swap_remove(n))
+        all
+    }
+
+    pub(super) fn any_of(&mut self, mut sides: Vec<Side>) -> Option<Side> {
+        (!sides.is_empty()).then(|| sides.swap_remove(self.next(sides.len() as u64) as usize))
     }
 
     pub(super) fn diff(&mut self) {
-        let (Some(from), Some(to)) = (self.any_side(), self.any_side()) else { return };
+        let (from, to) = (self.sides(), self.sides());
+        let (Some(from), Some(to)) = (self.any_of(from), self.any_of(to)) else { return };
         if self.media.is_down() || to.name == StateName::Nothing {
             return;
         }
         let after = self.twin.clone();
-        let alike = from.lineage.is_none() || to.lineage.is_none() || from.lineage == to.lineage;
+        let akin = from.is_akin(&to);
         let mut found = None;
         let done = self.attempt(&format!("diff {} {}", from.name, to.name), after, |store| {
             match diff::open(store, &from.name, &to.name) {
-                Err(error) if !alike && error.to_string().contains("nothing in common") => Ok(()),
+                Err(error) if !akin && says_strangers(&error) => Ok(()),
                 Err(error) => Err(error),
                 Ok(diff) => {
-                    assert!(alike, "a diff of {} and {}, which are strangers", from.name, to.name);
+                    assert!(akin, "a diff of {} and {}, which are strangers", from.name, to.name);
                     found = Some(diff.extents()?);
                     Ok(())
                 }
@@ -85,14 +123,14 @@ impl Run {
         });
         if let Some(extents) = found.filter(|_| done) {
             self.counts.diffs += 1;
-            check(&from, &to, &extents);
+            check("diff", &from, &to, &extents);
         }
     }
 }
 
 /// Compares the extents with the twin, block by block.
-fn check(from: &Side, to: &Side, extents: &[Extent]) {
-    let what = format!("diff {} {}", from.name, to.name);
+pub(super) fn check(what: &str, from: &Side, to: &Side, extents: &[Extent]) {
+    let what = format!("{what} {} {}", from.name, to.name);
     let size = to.frame.bytes.len();
     let mut told = vec![None; size.div_ceil(BLOCK)];
     let mut end = 0;

@@ -10,37 +10,10 @@ use afterimage::progress::Silent;
 use afterimage::snapshot;
 use afterimage::store::{self, InitOptions, OpenOptions, SnapshotState, Store};
 
+use super::Counts;
 use super::twin::{Image, Twin, TwinDisk, Write};
 
 const SIZE_MAX: u64 = 5 << 20;
-
-/// What a run did.
-#[derive(Debug, Default, Clone, Copy)]
-pub struct Counts {
-    pub ops: u64,
-    pub crashes: u64,
-    pub faults: u64,
-    pub reopens: u64,
-    pub snapshots: u64,
-    pub reverts: u64,
-    pub clones: u64,
-    pub retires: u64,
-    pub diffs: u64,
-}
-
-impl Counts {
-    pub fn add(&mut self, other: &Self) {
-        self.ops += other.ops;
-        self.crashes += other.crashes;
-        self.faults += other.faults;
-        self.reopens += other.reopens;
-        self.snapshots += other.snapshots;
-        self.reverts += other.reverts;
-        self.clones += other.clones;
-        self.retires += other.retires;
-        self.diffs += other.diffs;
-    }
-}
 
 pub struct Run {
     pub media: SimMedia,
@@ -48,6 +21,8 @@ pub struct Run {
     pub verbose: bool,
     pub(super) store: Option<Arc<Store>>,
     pub(super) twin: Twin,
+    /// What the snapshot is to be called that keeps the state of a disk which a stream replaces.
+    pub(super) kept_as: Option<String>,
     random: u64,
     names: u64,
     writes: Write,
@@ -85,6 +60,7 @@ impl Run {
             verbose: false,
             store: Some(store),
             twin: Twin::default(),
+            kept_as: None,
             random,
             names: 0,
             writes: 0,
@@ -154,7 +130,9 @@ impl Run {
         }
         match self.next(100) {
             0..=2 => self.create(),
-            3..=35 => self.write(),
+            3..=33 => self.write(),
+            34 => self.send(),
+            35 => self.export(),
             36..=42 => self.unmap(),
             43..=52 => self.flush(),
             53..=60 => self.snapshot(),
@@ -166,7 +144,8 @@ impl Run {
             75 => self.rename(),
             76..=78 => self.retire(),
             79..=82 => self.diff(),
-            83..=92 => self.tidy(),
+            83..=88 => self.tidy(),
+            89..=92 => self.receive(),
             93..=96 => self.read(),
             97 => self.fold(),
             98 => self.reopen(),
@@ -179,6 +158,17 @@ impl Run {
         &mut self,
         what: &str,
         after: Twin,
+        op: impl FnOnce(&Arc<Store>) -> Result<(), Error>,
+    ) -> bool {
+        self.attempt_unless(what, after, |_| false, op)
+    }
+
+    /// As `attempt`; when the pool refuses it with an error that `refused` knows, nothing has happened.
+    pub(super) fn attempt_unless(
+        &mut self,
+        what: &str,
+        after: Twin,
+        refused: impl Fn(&Error) -> bool,
         op: impl FnOnce(&Arc<Store>) -> Result<(), Error>,
     ) -> bool {
         self.say(|| what.to_owned());
@@ -206,7 +196,7 @@ impl Run {
                 let poisoned = self.store().health().is_some();
                 if self.media.is_down() || poisoned || error.kind() == Kind::Io {
                     self.recover(Some(after));
-                } else {
+                } else if !refused(&error) {
                     assert!(
                         matches!(error.kind(), Kind::NoSpace),
                         "'{what}' was refused, and the twin allows it: {error} ({:?})",
@@ -272,6 +262,7 @@ impl Run {
         }
         assert!(report.problems.is_empty(), "check found: {:#?}", report.problems);
         self.store = Some(store);
+        self.name_kept();
         let first = self.compare(&self.twin);
         if self.verbose && first.is_err() {
             show_tree(self.store());
@@ -312,6 +303,9 @@ impl Run {
             for (snap, frame) in &disk.snapshots {
                 let image = &frame.bytes;
                 let found = read_all(&*snapshot::open(self.store(), name, snap).unwrap());
+                if found == **image {
+                    continue;
+                }
                 if let Some(at) = (0..image.len().max(found.len())).find(|i| image.get(*i) != found.get(*i)) {
                     return Err(format!(
                         "snapshot {name}@{snap} differs at byte {at} (block {}): {:?} found, {:?} expected",
@@ -338,7 +332,7 @@ impl Run {
     }
 
     /// A number that nothing else has.
-    fn number(&mut self) -> u64 {
+    pub(super) fn number(&mut self) -> u64 {
         self.writes += 1;
         self.writes
     }
@@ -434,8 +428,7 @@ impl Run {
         let mut after = self.twin.clone();
         for (name, snap) in &targets {
             let disk = after.disks.get_mut(name).unwrap();
-            disk.live.flush();
-            disk.snapshots.insert(snap.clone(), disk.live.frame());
+            disk.snapshots.insert(snap.clone(), disk.live.stop());
         }
         // The flush before the stop may be all that happened to some of them: versions stay until it is answered.
         if self.attempt(&format!("snapshot {targets:?}"), after, |store| snapshot::take(store, &targets).map(drop)) {
@@ -466,15 +459,14 @@ impl Run {
         let mut after = self.twin.clone();
         let disk = after.disks.get_mut(&name).unwrap();
         if let Some(keep) = &keep {
-            disk.snapshots.insert(keep.clone(), disk.live.frame());
+            disk.snapshots.insert(keep.clone(), disk.live.stop());
         }
         disk.live = Image::of(disk.snapshots[&snap].clone());
         if let Some(keep) = keep.clone() {
             // Two frames: a crash may come between them. The first one alone first.
             let mut between = self.twin.clone();
             let disk = between.disks.get_mut(&name).unwrap();
-            disk.live.flush();
-            disk.snapshots.insert(keep.clone(), disk.live.frame());
+            disk.snapshots.insert(keep.clone(), disk.live.stop());
             let target = vec![(name.clone(), keep)];
             if !self.attempt(&format!("keep {target:?}"), between, |store| snapshot::take(store, &target).map(drop)) {
                 return;

@@ -56,6 +56,23 @@ impl Image {
         Frame { bytes: Arc::clone(&self.now), writes: Arc::clone(&self.writes) }
     }
 
+    /// Takes a snapshot. Its list of writes is its own, shared with this disk until something changes it: see
+    /// [`Image::is_still`].
+    pub fn stop(&mut self) -> Frame {
+        self.flush();
+        self.writes = Arc::new(self.writes.to_vec());
+        self.frame()
+    }
+
+    /// Tells whether nothing was done to the disk since it was a snapshot; `None` when that is not known.
+    pub fn is_still(&self, frame: &Frame) -> Option<bool> {
+        match (Arc::ptr_eq(&self.writes, &frame.writes), self.now == frame.bytes) {
+            (_, false) => Some(false),
+            (true, true) => Some(true),
+            (false, true) => None,
+        }
+    }
+
     /// What was found after a power cut: of blocks that were not settled it is not known which write they have.
     pub fn found(&self, bytes: Vec<u8>) -> Self {
         let mut writes = self.writes.to_vec();

@@ -297,3 +297,29 @@ fn a_pipe_that_fails_keeps_what_arrived() {
     to.receive("copy", &from.resume(token).unwrap()).unwrap();
     same("resumed", &to.live("copy"), &from.snapshot("web", "b"));
 }
+
+/// A disk that was written to and brought back to the base takes an increment of which a part had come before.
+#[test]
+fn what_was_left_of_a_stream_does_not_stand_in_the_way_of_it() {
+    let (from, to) = (Pool::new(1), Pool::new(2));
+    disk::create(from.store(), "web", 4 << 20).unwrap();
+    from.write("web", 0, &noise(1, 1 << 20));
+    from.take("web", "a");
+    from.write("web", 4096, &noise(2, 2 << 20));
+    from.take("web", "b");
+    to.receive("copy", &from.send(None, "web@a")).unwrap();
+    let next = from.send(Some("web@a"), "web@b");
+    to.receive("copy", &next[..next.len() * 2 / 3]).unwrap_err();
+    let token = stream::token(to.store(), "copy").unwrap();
+    to.write("copy", 0, &[7; 4096]);
+    snapshot::revert(to.store(), "copy", "a", None).unwrap();
+    // What had arrived is for the disk as it was: the rest does not fit it, all of it does.
+    if token.offset > 0 {
+        to.receive("copy", &from.resume(token).unwrap()).unwrap_err();
+        same("live", &to.live("copy"), &from.snapshot("web", "a"));
+    }
+    to.receive("copy", &next).unwrap();
+    same("b", &to.snapshot("copy", "b"), &from.snapshot("web", "b"));
+    stream::token(to.store(), "copy").unwrap_err();
+    to.check();
+}
