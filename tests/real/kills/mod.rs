@@ -2,8 +2,8 @@
 //! without repair. A few times in an ordinary run; `AFTERIMAGE_KILLS=200 cargo test real::kills` is the long one.
 //!
 //! # Rules
-//! 1. What was written before a sync that ended well must be there. What was written later is there or not, block by
-//!    block: a block is one of those that were written, whole.
+//! 1. What was written before a sync that ended well must be there, whole. What was written later is there or not, block
+//!    by block; nothing else is ever found.
 //! 2. Every test also proves that it would see a loss.
 
 mod fio;
