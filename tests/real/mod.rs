@@ -54,10 +54,11 @@ fn is_installed(program: &str) -> bool {
     std::env::split_paths(&path).any(|dir| dir.join(program).is_file())
 }
 
-/// The search path with the directories of the administrator, which ordinary users often lack.
+/// The search path with the directories of the administrator, which ordinary users often lack, and the one into which
+/// `tests/run` puts what it builds.
 fn search_path() -> std::ffi::OsString {
     let mut path = std::env::var_os("PATH").unwrap_or_default();
-    path.push(":/usr/sbin:/sbin");
+    path.push(concat!(":/usr/sbin:/sbin:", env!("CARGO_TARGET_TMPDIR"), "/../tools/bin"));
     path
 }
 

@@ -1,15 +1,13 @@
-//! The server is killed at any moment under writers that sync: nothing that was synced is lost, and the pool opens without
-//! repair. A few times in an ordinary run; `AFTERIMAGE_KILLS=200 cargo test real::kills` is the long one.
+//! Writers of our own, which sync often and know the version of every block.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
-use std::time::Duration;
+use std::thread::JoinHandle;
 
-use super::Place;
+use super::{BLOCK, Load, Place, kill_under, kills};
 
-const BLOCK: usize = 4096;
 const SECTOR: usize = 512;
 /// Blocks of one writer.
 const REGION: u64 = 512;
@@ -56,7 +54,7 @@ fn write(path: &Path, writer: u64, round: u64, mut known: Known) -> Known {
 }
 
 /// Compares every block, and takes what was found for what is known.
-fn compare(file: &File, known: &mut Known, round: u64) {
+fn compare(file: &File, known: &mut Known) -> Result<(), String> {
     for (block, (synced, tried)) in known {
         let mut found = vec![0; BLOCK];
         file.read_exact_at(&mut found, *block * BLOCK as u64).unwrap();
@@ -65,50 +63,63 @@ fn compare(file: &File, known: &mut Known, round: u64) {
             let version = u64::from_le_bytes(sector[..8].try_into().unwrap());
             let whole = version == 0 && sector.iter().all(|byte| *byte == 0)
                 || sector == &content(*block, version)[n * SECTOR..(n + 1) * SECTOR];
-            assert!(whole, "round {round}: block {block} sector {n} is torn");
-            assert!(
-                (*synced..=*tried).contains(&version),
-                "round {round}: block {block} has version {version}, {synced} was synced and {tried} written"
-            );
+            if !whole {
+                return Err(format!("block {block} sector {n} is torn"));
+            }
+            if !(*synced..=*tried).contains(&version) {
+                return Err(format!("block {block} has version {version}, {synced} was synced and {tried} written"));
+            }
             newest = newest.max(version);
         }
         (*synced, *tried) = (newest, newest);
+    }
+    Ok(())
+}
+
+struct Writers {
+    known: Vec<Known>,
+    running: Vec<JoinHandle<Known>>,
+}
+
+impl Load for Writers {
+    fn begin(&mut self, place: &Place, round: u64) {
+        let path = place.disk("vm");
+        let known = self.known.drain(..).enumerate();
+        let start = |(n, mine)| {
+            let path = path.clone();
+            std::thread::spawn(move || write(&path, n as u64, round, mine))
+        };
+        self.running = known.map(start).collect();
+    }
+
+    fn end(&mut self) {
+        self.known = self.running.drain(..).map(|writer| writer.join().unwrap()).collect();
+    }
+
+    fn compare(&mut self, place: &Place, _: u64) -> Result<(), String> {
+        let file = File::open(place.disk("vm")).unwrap();
+        self.known.iter_mut().try_for_each(|known| compare(&file, known))
     }
 }
 
 #[test]
 fn nothing_that_was_synced_is_lost() {
     let Some(place) = Place::new() else { return };
-    let kills: u64 = std::env::var("AFTERIMAGE_KILLS").map_or(4, |text| text.parse().unwrap());
-    let mut server = place.serve();
+    let kills = kills(4);
+    let server = place.serve();
     place.cli.json(&["create", "vm", "--size", "8M"]);
-    let mut known: Vec<Known> = (0..WRITERS).map(|_| Known::new()).collect();
-    for round in 0..kills {
-        let path = place.disk("vm");
-        let writers: Vec<_> = known
-            .drain(..)
-            .enumerate()
-            .map(|(n, mine)| {
-                let path = path.clone();
-                std::thread::spawn(move || write(&path, n as u64, round, mine))
-            })
-            .collect();
-        std::thread::sleep(Duration::from_millis(30 + round * 37 % 400));
-        if round % 3 == 1 {
-            place.cli.json(&["snapshot", &format!("vm@s{round}")]);
-        }
-        server.kill();
-        known = writers.into_iter().map(|writer| writer.join().unwrap()).collect();
-        if round % 5 == 0 {
-            place.check();
-        }
-        server = place.serve();
-        let file = File::open(place.disk("vm")).unwrap();
-        known.iter_mut().for_each(|known| compare(&file, known, round));
-    }
-    let blocks: usize = known.iter().map(Known::len).sum();
+    let mut writers = Writers { known: (0..WRITERS).map(|_| Known::new()).collect(), running: Vec::new() };
+    let server = kill_under(&place, server, "vm", &mut writers, kills);
+    let blocks: usize = writers.known.iter().map(Known::len).sum();
     println!("{kills} kills, {blocks} blocks written");
     assert!(blocks > 0, "something was written");
+
+    // A block that goes back to what it was, whole, is a loss.
+    let (block, (synced, _)) = writers.known[0].iter().max_by_key(|(_, (synced, _))| *synced).unwrap();
+    let file = OpenOptions::new().write(true).open(place.disk("vm")).unwrap();
+    file.write_all_at(&content(*block, synced - 1), *block * BLOCK as u64).unwrap();
+    drop(file);
+    assert!(writers.compare(&place, kills).is_err_and(|lost| lost.contains("was synced")), "a loss is seen");
     server.stop();
     assert!(!place.check().contains("not closed in order"), "it was closed in order at last");
 }
