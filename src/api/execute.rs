@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use super::answer::{Exported, Imported, Reverted, Status};
 use super::{Keep, Request, Response, Target};
-use crate::disk;
+use crate::disk::{self, BlockDevice as _};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 use crate::snapshot;
@@ -41,9 +41,12 @@ pub fn execute(store: &Arc<Store>, request: Request, progress: &dyn Progress) ->
         Request::Ls { disk: Some(disk) } => Ok(snapshots_answer(store.snapshots(&Target::disk(&disk)?)?)),
         Request::Info { name } => info(store, &name),
         Request::Resize { disk, size, shrink } => {
-            let (disk, size) = (Target::disk(&disk)?, disk::round_size(size)?);
-            disk::open(store, &disk)?.resize(size, shrink)?;
-            store.disk_info(&disk).map(disk_answer)
+            let (name, size) = (Target::disk(&disk)?, disk::round_size(size)?);
+            let disk = disk::open(store, &name)?;
+            // Whoever writes to it would lose what it does not expect to lose.
+            let _lease = if shrink && size < disk.size() { Some(disk.lease("resize --shrink")?) } else { None };
+            disk.resize(size, shrink)?;
+            store.disk_info(&name).map(disk_answer)
         }
         Request::Rename { old, new } => rename(store, &old, &new),
         Request::Rm { name, recursive } => remove(store, name, recursive),

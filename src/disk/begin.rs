@@ -42,7 +42,7 @@ impl Disk {
         }
         let Some(gate) = self.head.gate.try_read_arc() else { return Ok(None) };
         let line = self.head.line();
-        if self.head.refuse_gone().is_err() || offset.checked_add(len as u64).is_none_or(|end| end > line.size) {
+        if self.head.refuse_ended().is_err() || offset.checked_add(len as u64).is_none_or(|end| end > line.size) {
             return Ok(None);
         }
         let mut plan = Plan::default();

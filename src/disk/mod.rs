@@ -149,18 +149,20 @@ impl Disk {
         )))
     }
 
-    /// Changes the size. Growing is online; shrinking drops everything beyond for ever and must be asked for.
+    /// Changes the size. Growing is online; shrinking drops everything beyond for ever and must be asked for. Who shrinks
+    /// has the lease, or has made sure that nobody minds.
     ///
     /// # Errors
-    /// `Failed` for a shrink without `shrink`, `Busy` for a shrink while somebody has the disk for writing.
+    /// `Failed` for a shrink without `shrink`.
     pub fn resize(&self, size: u64, shrink: bool) -> Result<()> {
         if size > DISK_SIZE_MAX {
             return Err(Error::usage(format!("{size} bytes is more than the largest disk, 64 TiB")));
         }
         let now = self.head.line().size;
         if size < now && !shrink {
+            let name = self.store.tables.read().disk(self.head.id)?.name.clone();
             return Err(Error::failed(format!(
-                "the disk has {now} bytes; making it {size} would lose what lies beyond"
+                "disk '{name}' has {now} bytes; making it {size} would lose what lies beyond"
             ))
             .hint("say --shrink if that is what you want"));
         }

@@ -92,7 +92,7 @@ impl Disk {
             let _gate = self.head.gate.read();
             let line = self.head.line();
             // Again: the disk may have been shrunk or removed meanwhile.
-            self.head.refuse_gone()?;
+            self.head.refuse_ended()?;
             inside(&line)?;
             let mut plan = Plan::default();
             let result =

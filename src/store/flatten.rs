@@ -127,8 +127,8 @@ impl Store {
             };
             next = Some(ChunkIndex(chunk.0 + 1));
             let low = Key::map(branch, chunk, Epoch(0));
-            let page = self.ledger.page(&low, &Key::map(branch, chunk, parent.1), 1)?;
-            let copied = page.rows.first().is_some_and(|(key, _)| matches!(key.parts(), Ok(KeyParts::Map(..))));
+            let there = self.ledger.first_rows(&low, &Key::map(branch, chunk, parent.1), 1)?;
+            let copied = there.first().is_some_and(|(key, _)| matches!(key.parts(), Ok(KeyParts::Map(..))));
             let found = self.resolve(parent, chunk)?;
             let mut needed = false;
             for node in &nodes {

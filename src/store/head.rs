@@ -11,6 +11,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::time::Duration;
 
 use super::commit::Capture;
 use super::ledger::Ticket;
@@ -97,6 +98,8 @@ pub struct Head {
     pub tenancy: Mutex<Tenancy>,
     /// Set when the disk was removed; nothing is written or flushed any more.
     gone: AtomicBool,
+    /// Set when the pool is being closed; nothing is written any more.
+    closed: AtomicBool,
     /// The last change of the disk's row that a flush has to wait for.
     pub owed_row: Mutex<Ticket>,
     /// What was written since the last flush, as far as it is little.
@@ -106,6 +109,9 @@ pub struct Head {
     /// How fast users of the disk may be.
     pub limits: super::limits::Limits,
 }
+
+/// How long the writes that are under way are waited for when a pool is closed.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 impl Head {
     pub(super) fn new(id: DiskId, row: &DiskRow, owner: u64) -> Self {
@@ -126,6 +132,7 @@ impl Head {
             referenced: AtomicI64::new(i64::try_from(row.referenced).unwrap_or(i64::MAX)),
             tenancy: Mutex::default(),
             gone: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
             owed_row: Mutex::default(),
             small: super::logged::SmallWrites::default(),
             changes: AtomicU64::new(0),
@@ -145,6 +152,21 @@ impl Head {
     /// `NotFound`.
     pub fn refuse_gone(&self) -> Result<()> {
         if self.gone.load(Ordering::Acquire) { Err(Error::not_found("the disk was removed")) } else { Ok(()) }
+    }
+
+    /// Ends writing for good. Returns whether every write that had begun has ended, too; it does not wait for long.
+    pub fn shut(&self) -> bool {
+        self.closed.store(true, Ordering::Release);
+        self.gate.try_write_for(PATIENCE).is_some()
+    }
+
+    /// Fails when nothing is to be written any more; the caller holds the gate.
+    ///
+    /// # Errors
+    /// `NotFound` when the disk was removed, `ReadOnly` when the pool is being closed.
+    pub fn refuse_ended(&self) -> Result<()> {
+        self.refuse_gone()?;
+        if self.closed.load(Ordering::Acquire) { Err(Error::read_only("the pool is closed")) } else { Ok(()) }
     }
 
     /// Returns the line as of now. Without the gate it may change at any moment.
@@ -374,6 +396,9 @@ impl Store {
             return Ok(Arc::clone(head));
         }
         let head = Arc::new(Head::new(id, self.tables.read().disk(id)?, self.new_owner()));
+        if self.keeper.stopping() {
+            head.shut();
+        }
         heads.insert(id, Arc::clone(&head));
         Ok(head)
     }

@@ -457,6 +457,21 @@ impl Ledger {
         Ok(Page { rows: merged.into_iter().collect(), next: more.then(|| end.after()) })
     }
 
+    /// Returns the first rows from `low` to `high`, both included, in order: at most about `most`, none only when there are
+    /// none. (A page may be empty and not the last: all of its rows may be deleted in memory.)
+    ///
+    /// # Errors
+    /// When the catalog cannot be read.
+    pub fn first_rows(&self, low: &Key, high: &Key, most: usize) -> Result<Vec<(Key, Vec<u8>)>> {
+        let mut page = self.page(low, high, most)?;
+        while page.rows.is_empty()
+            && let Some(next) = page.next.filter(|next| next <= high)
+        {
+            page = self.page(&next, high, most.max(16))?;
+        }
+        Ok(page.rows)
+    }
+
     /// Calls `each` for every row from `low` to `high`, in order, page by page.
     ///
     /// # Errors

@@ -157,6 +157,8 @@ pub struct Store {
     /// Held for one piece of background work, whoever does it: two that seal or reclaim one state would undo each other.
     pub(crate) tidying: Mutex<()>,
     reclaim: Mutex<reclaim::Progressing>,
+    /// The row of the queue that was punched last.
+    punched: Mutex<Option<rows::Key>>,
     holders: Mutex<HashMap<SnapshotId, usize>>,
     bad: RwLock<BTreeMap<BlockAddress, u64>>,
     space: space::SpaceGuard,

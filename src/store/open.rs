@@ -127,7 +127,12 @@ impl Store {
     }
 
     fn open_whole(media: Arc<dyn Media>, options: OpenOptions) -> Result<Arc<Self>> {
-        let superblock = Superblock::read(&*media)?;
+        let superblock = Superblock::read(&*media).map_err(|error| match error.kind() {
+            Kind::Corrupt => {
+                error.hint("put a copy of the file back; it is a short text, the same for as long as the pool lives")
+            }
+            _ => error,
+        })?;
         let existing = |name: &str| {
             media.open(name, Open::Existing).map_err(|e| match e.kind() {
                 std::io::ErrorKind::NotFound => Error::corrupt(format!("the pool has lost its file '{name}'")),
@@ -161,6 +166,7 @@ impl Store {
             owners: AtomicU64::new(1),
             tidying: Mutex::default(),
             reclaim: Mutex::default(),
+            punched: Mutex::default(),
             holders: Mutex::default(),
             bad: RwLock::default(),
             space: space::SpaceGuard::default(),
@@ -194,7 +200,7 @@ impl Store {
                     crate::pool::segment_path(id),
                     row.mapped
                 ))
-                .hint("put the file back from a copy of the pool; other disks are not affected by leaving it out"));
+                .hint("put the file back from a copy of the pool; until then the pool stays closed, so that nothing else is lost"));
             }
         }
         let listed: Vec<SegmentId> = tables.segments().map(|(id, _)| id).collect();
@@ -243,7 +249,8 @@ impl Store {
     }
 
     /// Makes everything durable, folds the journal, and marks the pool as closed in order. Later changes are refused.
-    /// A pool that refuses writes is only let go of.
+    /// A pool that refuses writes is only let go of. Whoever still writes is refused before the last flush: what came
+    /// after it would be blocks that no entry names, in segments that count as swept.
     ///
     /// # Errors
     /// Any error of the host; the pool then opens by replay.
@@ -252,7 +259,13 @@ impl Store {
         if self.ledger.writable().is_err() {
             return Ok(());
         }
+        let quiet = self.open_heads().iter().fold(true, |quiet, head| head.shut() && quiet);
         self.flush_all()?;
+        if !quiet {
+            tracing::warn!("a write did not end while the pool was closed; the next opening looks after it");
+            self.ledger.shut();
+            return Ok(());
+        }
         self.mark_swept()?;
         {
             let mut tables = self.tables.write();

@@ -47,15 +47,14 @@ impl Store {
     /// # Errors
     /// Any error of the host; the rows stay queued.
     pub fn punch_step(&self, pause: bool) -> Result<u64> {
-        let page = self.ledger.page(&Key::first_of(Table::Free), &Key::beyond(Table::Free), STEP)?;
-        if page.rows.is_empty() {
-            return Ok(0);
-        }
+        let queued = self.next_queued()?;
+        let Some((last, _)) = queued.last() else { return Ok(0) };
+        let last = *last;
         self.ledger.wait(self.ledger.latest())?;
         self.fence.wait();
         let mut ranges: Vec<(BlockAddress, u64)> = Vec::new();
-        let mut rows = Vec::with_capacity(page.rows.len());
-        for (key, value) in &page.rows {
+        let mut rows = Vec::with_capacity(queued.len());
+        for (key, value) in &queued {
             let KeyParts::Free(first) = key.parts()? else { return Err(Error::corrupt("a free key is damaged")) };
             let count = decode_count(first, value)?;
             rows.push(Row::delete(*key));
@@ -77,7 +76,20 @@ impl Store {
             segment.sync_punches().inspect_err(|error| self.ledger.poison(error))?;
         }
         let _ticket = self.ledger.submit(rows)?;
+        *self.punched.lock() = Some(last);
         Ok(blocks)
+    }
+
+    /// Returns the next rows of the queue, behind those that were taken last, and from the front again after the end: what
+    /// was taken stays in memory as deleted until the next fold, and is not to be gone over each time.
+    fn next_queued(&self) -> Result<Vec<(Key, Vec<u8>)>> {
+        let (low, high) = (Key::first_of(Table::Free), Key::beyond(Table::Free));
+        let behind = self.punched.lock().take().map(|key| key.after());
+        let rows = match behind {
+            Some(behind) => self.ledger.first_rows(&behind, &high, STEP)?,
+            None => Vec::new(),
+        };
+        if rows.is_empty() { self.ledger.first_rows(&low, &high, STEP) } else { Ok(rows) }
     }
 
     fn punch_range(&self, first: BlockAddress, count: u64, pause: bool) -> Result<Option<Arc<Segment>>> {

@@ -224,15 +224,8 @@ impl Store {
         let mut nearest = unsaved;
         for (branch, _) in path {
             let high = Key::map(branch, nearest.unwrap_or(ChunkIndex(u32::MAX)), Epoch(u64::MAX));
-            let page = self.ledger.page(&Key::map(branch, from, Epoch(0)), &high, 1)?;
-            let mut rows = page;
-            // A page of one may be empty when its row was deleted in memory: go on behind it.
-            while rows.rows.is_empty()
-                && let Some(next) = rows.next
-            {
-                rows = self.ledger.page(&next, &high, 16)?;
-            }
-            if let Some((key, _)) = rows.rows.first()
+            let rows = self.ledger.first_rows(&Key::map(branch, from, Epoch(0)), &high, 1)?;
+            if let Some((key, _)) = rows.first()
                 && let KeyParts::Map(_, chunk, _) = key.parts()?
                 && nearest.is_none_or(|n| chunk < n)
             {

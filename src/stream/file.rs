@@ -20,6 +20,7 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use super::format::Header;
+use super::pace::Pace;
 use super::reader::{Part, StreamReader};
 use super::receive::with_token;
 use super::token::Token;
@@ -29,8 +30,6 @@ use crate::media::device::{is_device, open_device};
 use crate::media::{File, HostMedia, Media, Open};
 use crate::progress::Progress;
 
-/// Bytes after which what arrived is made safe.
-const SAFE_EVERY: u64 = 256 << 20;
 /// Most bytes of one of the small files.
 const SIDE_MAX: usize = 512;
 const HOLDS: (&str, &str) = ("afterimage", "afterimage-state 1");
@@ -312,24 +311,26 @@ fn fill(
     if place.device.is_none() && file.len().map_err(fail)? != header.target.size {
         file.set_len(header.target.size).map_err(fail)?;
     }
-    let mut unsafe_bytes = 0;
+    let mut pace = Pace::new();
     loop {
         if progress.cancelled() {
             return Err(Error::failed("the receive was cancelled"));
         }
-        match reader.next_part()? {
+        let arrived = match reader.next_part()? {
             Some(Part::Data { offset, bytes }) => {
                 file.write_at(bytes, offset).map_err(fail)?;
-                unsafe_bytes += bytes.len() as u64;
                 progress.advance(bytes.len() as u64);
+                bytes.len() as u64
             }
-            Some(Part::Zeros { offset, length }) => file.punch(offset, length).map_err(fail)?,
+            Some(Part::Zeros { offset, length }) => {
+                file.punch(offset, length).map_err(fail)?;
+                0
+            }
             None => break,
-        }
-        if unsafe_bytes >= SAFE_EVERY {
+        };
+        if pace.arrived(arrived) {
             file.sync().map_err(fail)?;
             place.write_side(COMES, &Token::of(&header, reader.position()))?;
-            unsafe_bytes = 0;
         }
     }
     file.sync().map_err(fail)
@@ -340,7 +341,7 @@ fn stop(place: &Place, file: &dyn File, reader: &StreamReader<'_>, error: Error)
     let token = Token::of(&reader.header, reader.applied());
     let safe = file.sync().map_err(|e| place.fail("write", e)).and_then(|()| place.write_side(COMES, &token));
     match safe {
-        Ok(()) => with_token(error, &token, "a full stream and --force"),
+        Ok(()) => with_token(error, &token, "--force"),
         Err(_) => error,
     }
 }

@@ -18,6 +18,7 @@
 mod fetch;
 mod file;
 pub mod format;
+mod pace;
 mod reader;
 mod receive;
 mod send;

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use super::format::Header;
+use super::pace::Pace;
 use super::reader::{Part, StreamReader};
 use super::token::Token;
 use crate::disk::{self, BlockDevice, Disk, Lease, check_disk_name, check_snapshot_name};
@@ -21,8 +22,6 @@ use crate::snapshot::incoming::{self, Beginning, Identity, Place};
 use crate::store::{Status, Store, Tables};
 use crate::units::{DiskId, SnapshotId};
 
-/// Bytes after which what arrived is made safe.
-const SAFE_EVERY: u64 = 256 << 20;
 const PREFIX: &str = ".receive-";
 
 /// How to receive.
@@ -283,23 +282,25 @@ fn fill(
     if arriving.size() != header.target.size {
         arriving.resize(header.target.size, true)?;
     }
-    let mut unsafe_bytes = 0;
+    let mut pace = Pace::new();
     loop {
         if progress.cancelled() {
             return Err(Error::failed("the receive was cancelled"));
         }
-        match reader.next_part()? {
+        let arrived = match reader.next_part()? {
             Some(Part::Data { offset, bytes }) => {
                 arriving.write(bytes, offset)?;
-                unsafe_bytes += bytes.len() as u64;
                 progress.advance(bytes.len() as u64);
+                bytes.len() as u64
             }
-            Some(Part::Zeros { offset, length }) => arriving.write_zeroes(offset, length)?,
+            Some(Part::Zeros { offset, length }) => {
+                arriving.write_zeroes(offset, length)?;
+                0
+            }
             None => break,
-        }
-        if unsafe_bytes >= SAFE_EVERY {
+        };
+        if pace.arrived(arrived) {
             incoming::note(store, arriving.id(), &mode.note(&Token::of(&header, reader.position())))?;
-            unsafe_bytes = 0;
         }
     }
     arriving.flush()

@@ -210,7 +210,7 @@ impl Run {
             return if self.chance(25) { self.abort(&disk) } else { self.resume(&disk) };
         }
         let made = match self.next(4) {
-            0 if self.twin.disks.len() < 5 => self.into_new(),
+            0 if self.twin.disks.len() < 5 => self.onto_new(),
             1 => self.by_force(),
             _ => self.onto_base(),
         };
@@ -219,7 +219,7 @@ impl Run {
         self.deliver(Delivery { disk, bytes, force, to: to.frame, carried, rest: false });
     }
 
-    fn into_new(&mut self) -> Option<(String, Side, Side, bool)> {
+    fn onto_new(&mut self) -> Option<(String, Side, Side, bool)> {
         let (_, to) = self.any_pair()?;
         Some((self.fresh("copy"), Side::nothing(), to, false))
     }

@@ -70,6 +70,28 @@ fn signals_and_unmounts_leave_a_pool_closed_in_order() {
 }
 
 #[test]
+fn a_stop_under_writers_leaves_nothing_behind() {
+    let Some(place) = Place::new() else { return };
+    for round in 0..4 {
+        let server = place.serve();
+        place.cli.json(&["create", &format!("d{round}"), "--size", "1G"]);
+        let path = place.disk(&format!("d{round}"));
+        let writer = std::thread::spawn(move || {
+            let file = fs::OpenOptions::new().write(true).open(path).unwrap();
+            let bytes = noise(1 << 16, round);
+            (0..1 << 14).take_while(|n| file.write_all_at(&bytes, n << 16).is_ok()).count()
+        });
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        server.signal(Signal::TERM);
+        assert_eq!(server.wait().code(), Some(0));
+        writer.join().unwrap();
+        // It fails for blocks that nothing names.
+        let told = place.check();
+        assert!(!told.contains(REPLAYED), "{told}");
+    }
+}
+
+#[test]
 fn a_killed_server_leaves_a_pool_that_opens_without_repair() {
     let killed = |place: &Place, server: super::Server| {
         fs::File::open(place.disk("a")).unwrap().sync_all().unwrap();
