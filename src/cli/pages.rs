@@ -74,6 +74,9 @@ pub(super) fn all() -> Vec<(String, Vec<u8>)> {
     for sub in command.get_subcommands().filter(|sub| !sub.is_hide_set()) {
         let name = format!("afterimage-{}", sub.get_name());
         pages.push((format!("{name}.1"), page(sub.clone())));
+        for inner in sub.get_subcommands().filter(|inner| inner.get_name() != "help") {
+            pages.push((format!("{name}-{}.1", inner.get_name()), page(inner.clone())));
+        }
     }
     pages.extend(WRITTEN.map(|(name, text)| (name.to_owned(), text.as_bytes().to_vec())));
     pages.sort();

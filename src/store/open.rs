@@ -259,7 +259,10 @@ impl Store {
         if self.ledger.writable().is_err() {
             return Ok(());
         }
-        let quiet = self.open_heads().iter().fold(true, |quiet, head| head.shut() && quiet);
+        let mut quiet = true;
+        for head in self.open_heads() {
+            quiet &= head.shut();
+        }
         self.flush_all()?;
         if !quiet {
             tracing::warn!("a write did not end while the pool was closed; the next opening looks after it");

@@ -498,6 +498,8 @@ impl Run {
     fn resize(&mut self) {
         let Some(name) = self.any_disk() else { return };
         let size = (1 + self.next(SIZE_MAX / 512)) * 512;
+        // Zeros behind a cut end come first: they may be all that is left of a resize that a crash ends.
+        self.twin.disks.get_mut(&name).unwrap().live.touch_cut_end(size as usize);
         let mut after = self.twin.clone();
         after.disks.get_mut(&name).unwrap().live.resize(size as usize);
         self.attempt(&format!("resize {name} {size}"), after, |store| disk::open(store, &name)?.resize(size, true));

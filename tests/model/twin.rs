@@ -138,17 +138,22 @@ impl Image {
         self.unsettled = Arc::default();
     }
 
+    /// What a shrink left in the last block is written over with zeros before the disk grows, if there was one.
+    pub fn touch_cut_end(&mut self, size: usize) {
+        let old = self.now.len();
+        if size > old && !old.is_multiple_of(BLOCK) && self.writes[old / BLOCK] != NOTHING {
+            Arc::make_mut(&mut self.writes)[old / BLOCK] = UNKNOWN;
+        }
+    }
+
     /// A resize is durable at once; a shrink flushes.
     pub fn resize(&mut self, size: usize) {
         if size < self.now.len() {
             self.flush();
         }
+        self.touch_cut_end(size);
         let old = self.now.len();
         Arc::make_mut(&mut self.writes).resize(size.div_ceil(BLOCK), NOTHING);
-        if size > old && !old.is_multiple_of(BLOCK) && self.writes[old / BLOCK] != NOTHING {
-            // What a shrink left in the block is written over with zeros, if there was one.
-            Arc::make_mut(&mut self.writes)[old / BLOCK] = UNKNOWN;
-        }
         Arc::make_mut(&mut self.now).resize(size, 0);
         Arc::make_mut(&mut self.durable).resize(size, 0);
         // The versions of a last, short sector get longer with the disk.

@@ -111,9 +111,11 @@ impl Fsx {
         // Reads and writes may end short when the server goes away, and only then: the run without kills shows that.
         let is_wrong = ["miscompare", "ize error", "non-zero"].iter().any(|fault| log.contains(fault));
         assert!(!is_wrong, "fsx found a fault: {log}");
+        // The kernel answers EIO for the request that the server was just fetching when it was killed.
         let told = log.split_once("panicked").map_or("", |(_, told)| told);
-        let is_gone =
-            ["code: 107", "code: 103", "code: 2,", "ENOTCONN", "ECONNABORTED"].iter().any(|e| told.contains(e));
+        let is_gone = ["code: 107", "code: 103", "code: 5,", "code: 2,", "ENOTCONN", "ECONNABORTED", "EIO"]
+            .iter()
+            .any(|e| told.contains(e));
         assert!(told.is_empty() || is_gone, "fsx ended for another reason: {log}");
         let (mut synced, mut last) = (0, (0, ""));
         for line in log.lines().filter_map(|line| line.strip_prefix("[INFO  fsx]")) {
