@@ -29,7 +29,7 @@
 //! [`errno`].
 
 mod about;
-mod begin;
+pub mod begin;
 pub mod copy;
 pub mod errno;
 mod exports;
