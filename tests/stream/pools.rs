@@ -356,3 +356,24 @@ fn a_copy_of_a_disk_that_was_shrunk_takes_the_next_increment() {
     assert_eq!(to.receive("copy", &next).unwrap().base, Some(small.uuid));
     to.check();
 }
+
+/// A pool that received its own stream has two snapshots of one identity, and that of the other lineage is no base.
+#[test]
+fn what_was_cut_off_goes_on_where_the_pool_has_its_base_twice() {
+    let pool = Pool::new(1);
+    // Made first, and so looked at first.
+    disk::create(pool.store(), "copy", 4 << 20).unwrap();
+    disk::create(pool.store(), "web", 4 << 20).unwrap();
+    pool.write("web", 0, &noise(1, 1 << 20));
+    pool.take("web", "a");
+    pool.force("copy", &pool.send(None, "web@a")).unwrap();
+    snapshot::clone(pool.store(), "web", "a", "clone").unwrap();
+    pool.write("clone", 4096, &noise(2, 2 << 20));
+    pool.take("clone", "b");
+    let next = pool.send(Some("web@a"), "clone@b");
+    pool.receive("copy", &next[..next.len() * 2 / 3]).unwrap_err();
+    let token = stream::token(pool.store(), "copy").unwrap();
+    pool.receive("copy", &pool.resume(token).unwrap()).unwrap();
+    same("copy", &pool.snapshot("copy", "b"), &pool.snapshot("clone", "b"));
+    pool.check();
+}
