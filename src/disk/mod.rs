@@ -223,6 +223,14 @@ impl Disk {
         Ok(())
     }
 
+    /// Unmaps at once, and durably, what a shrink left beyond the end.
+    ///
+    /// # Errors
+    /// `ReadOnly`, or any error of the host.
+    pub fn trim(&self) -> Result<()> {
+        self.store.trim(&self.head)
+    }
+
     /// Zeroes what the last block has beyond the end of the disk: bytes that a shrink left, and that nobody can read
     /// before the disk grows.
     fn zero_last_block(&self) -> Result<()> {

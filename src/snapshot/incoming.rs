@@ -18,9 +18,10 @@ use std::sync::atomic::Ordering;
 use uuid::Uuid;
 
 use super::branch::{cloned, fresh_floor, start_branch};
+use super::diff::{self, StateName};
 use crate::clock;
 use crate::disk::{check_disk_name, check_snapshot_name, new_row};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::store::ledger::Ticket;
 use crate::store::rows::BranchRow;
 use crate::store::{
@@ -156,17 +157,40 @@ pub fn newest(tables: &Tables, disk: DiskId) -> Option<(StateKey, &StateRow)> {
     tables.snapshots_of(disk).max_by_key(|(_, row)| row.snapshot)
 }
 
-/// Tells whether a disk may differ from one of its snapshots, live or retired, by the index alone.
+/// Tells whether a disk may differ from one of its snapshots, live or retired.
+///
+/// What a shrink left beyond the end is unmapped first: if that happened later it would look like a write.
 ///
 /// # Errors
 /// `ReadOnly`, or any error of reading the catalog.
 pub fn changed_since(store: &Arc<Store>, disk: DiskId, snapshot: SnapshotId) -> Result<bool> {
     let head = store.head(disk)?;
+    let shrunk = store.tables.read().disk(disk)?.trim;
+    if shrunk {
+        store.trim(&head)?;
+    }
     store.flush(&head)?;
-    differs(store, &head, snapshot)
+    Ok(differs(store, &head, snapshot)? && differs_in_blocks(store, disk, snapshot)?)
 }
 
-/// As [`changed_since`], for a disk that was flushed.
+/// As [`changed_since`], by the blocks and not by the index, in which what was unmapped beyond the end counts too.
+fn differs_in_blocks(store: &Arc<Store>, disk: DiskId, snapshot: SnapshotId) -> Result<bool> {
+    let named = |name: &str| store.tables.read().disk_id(name).is_ok_and(|id| id == disk);
+    let name = store.disk_info_by_id(disk)?.name;
+    let diff = match diff::open(store, &StateName::Hidden(snapshot), &StateName::Disk(name.clone())) {
+        // They have nothing in common, or what is left of a retired one cannot be trusted.
+        Err(error) if error.kind() != Kind::Io => return Ok(true),
+        diff => diff?,
+    };
+    let mut differs = !named(&name) || diff.from_size() != diff.to_size();
+    diff.each(&mut |_| {
+        differs = true;
+        Ok(())
+    })?;
+    Ok(differs)
+}
+
+/// Tells whether a disk that was flushed may differ from one of its snapshots, by the index alone.
 fn differs(store: &Store, head: &Head, snapshot: SnapshotId) -> Result<bool> {
     let stretches = {
         let tables = store.tables.read();

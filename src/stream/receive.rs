@@ -279,8 +279,13 @@ fn fill(
     progress: &dyn Progress,
 ) -> Result<()> {
     let header = reader.header.clone();
-    if arriving.size() != header.target.size {
+    let size = arriving.size();
+    if size != header.target.size {
         arriving.resize(header.target.size, true)?;
+    }
+    if size > header.target.size {
+        // Now, and not some time after it became a snapshot: the next increment would find the disk changed.
+        arriving.trim()?;
     }
     let mut pace = Pace::new();
     loop {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::format::{Header, StateId};
 use super::token::Token;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::snapshot::diff::{self, Diff, Extent, StateName};
 use crate::snapshot::{self, SnapshotDevice};
 use crate::store::{StateRow, Status, Store, Tables};
@@ -62,29 +62,36 @@ impl Source {
         if token.pool != store.uuid() {
             return Err(gone("it came from another pool"));
         }
-        let (from, to) = {
+        let (bases, targets) = {
             let tables = store.tables.read();
-            let find = |uuid, status: &dyn Fn(Status) -> bool| {
-                let mut all: Vec<_> = tables.disks().flat_map(|(id, _)| tables.snapshots_of(id)).collect();
-                // The disk that was sent, if another one has the same state.
-                all.sort_by_key(|(_, row)| tables.disk(row.disk).map_or(true, |disk| disk.uuid != token.disk));
-                let mut fits = all.into_iter().filter(|(_, row)| row.uuid == uuid && status(row.status));
-                fits.next().map(|(_, row)| (tables.disk(row.disk).map(|disk| disk.name.clone()), row.name.clone()))
+            let named = |uuid, fits: &dyn Fn(&StateRow) -> bool| {
+                let all = tables.disks().flat_map(|(id, _)| tables.snapshots_of(id));
+                let fitting = all.filter(|(_, row)| row.uuid == uuid && fits(row));
+                let named = fitting.map(|(_, row)| Ok((tables.disk(row.disk)?.name.clone(), row.name.clone())));
+                named.collect::<Result<Vec<_>>>()
             };
-            let to = find(token.target, &|status| status == Status::Live)
-                .ok_or_else(|| gone("the snapshot it leads to is gone or retired"))?;
-            let from = if token.base.is_nil() {
-                None
-            } else {
-                let from = find(token.base, &|_| true).ok_or_else(|| gone("the snapshot it starts from is gone"))?;
-                Some((from.0?, from.1))
-            };
-            (from, (to.0?, to.1))
+            let sent = |row: &StateRow| tables.disk(row.disk).is_ok_and(|disk| disk.uuid == token.disk);
+            (named(token.base, &|_| true)?, named(token.target, &|row| row.status == Status::Live && sent(row))?)
         };
-        let mut it = Self::open(store, from.as_ref(), &to)?;
-        if !Token::of(&it.header, 0).same_stream(token) || token.offset > it.header.target.size {
-            return Err(gone("the states are not the same any more"));
+        if targets.is_empty() {
+            return Err(gone("the snapshot it leads to is gone or retired"));
         }
+        if bases.is_empty() && !token.base.is_nil() {
+            return Err(gone("the snapshot it starts from is gone"));
+        }
+        // Several may have one identity where a pool has received its own streams.
+        let bases: Vec<_> = if token.base.is_nil() { vec![None] } else { bases.iter().map(Some).collect() };
+        let mut pairs = targets.iter().flat_map(|to| bases.iter().map(move |from| (*from, to)));
+        let found = pairs.find_map(|(from, to)| match Self::open(store, from, to) {
+            Ok(it) if Token::of(&it.header, 0).same_stream(token) && token.offset <= it.header.target.size => {
+                Some(Ok(it))
+            }
+            Ok(_) => None,
+            // A stranger of the same identity, or one whose record cannot be trusted.
+            Err(error) if error.kind() == Kind::Failed => None,
+            Err(error) => Some(Err(error)),
+        });
+        let mut it = found.unwrap_or_else(|| Err(gone("the states are not the same any more")))?;
         it.header.start = token.offset;
         Ok(it)
     }

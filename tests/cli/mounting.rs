@@ -89,6 +89,7 @@ fn one_extent_tree_is_mounted_by_the_server_or_without_one() {
     let whole = |dir: &std::path::Path| -> Vec<u8> {
         let mut paths: Vec<_> = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
         paths.sort();
+        assert!(paths.pop().unwrap().ends_with("snapshot.json"), "it tells what the extents are of");
         paths.iter().flat_map(|path| std::fs::read(path).unwrap()).collect()
     };
     assert!(whole(&alone) == vec![7; 10 << 20]);

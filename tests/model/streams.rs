@@ -331,7 +331,7 @@ impl Run {
         let frame = |info: &SnapshotInfo| frame_in(twin, &info.name).expect("the twin has it");
         let same = newest.map_or(Some(false), |newest| twin.live.is_still(&frame(newest)));
         let kept = if newest.is_some_and(|newest| newest.state == SnapshotState::Live) { same } else { Some(false) };
-        let kept = kept.map(|safe| !safe);
+        let kept = kept.map(|safe| !safe).filter(|kept| *kept || !twin.live.shrunk);
         let live = twin.live.frame();
         let Some(uuid) = carried.base else {
             let fate = if force { Fate::Accepted } else { Fate::Refused };

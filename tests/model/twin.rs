@@ -19,11 +19,13 @@ pub const UNKNOWN: Write = u64::MAX;
 pub struct Frame {
     pub bytes: Arc<Vec<u8>>,
     pub writes: Arc<Vec<Write>>,
+    /// A shrink came before it: what that left may be unmapped at any time, which counts as a change where it may.
+    pub shrunk: bool,
 }
 
 impl Frame {
     pub fn new(bytes: Vec<u8>, writes: Vec<Write>) -> Self {
-        Self { bytes: Arc::new(bytes), writes: Arc::new(writes) }
+        Self { bytes: Arc::new(bytes), writes: Arc::new(writes), shrunk: false }
     }
 }
 
@@ -40,6 +42,8 @@ pub struct Image {
     pub writes: Arc<Vec<Write>>,
     /// Blocks that were written or unmapped since the flush.
     unsettled: Arc<BTreeSet<usize>>,
+    /// As in a frame.
+    pub shrunk: bool,
 }
 
 impl Image {
@@ -48,12 +52,12 @@ impl Image {
     }
 
     pub fn of(frame: Frame) -> Self {
-        let Frame { bytes, writes } = frame;
-        Self { durable: Arc::clone(&bytes), now: bytes, writes, ..Self::default() }
+        let Frame { bytes, writes, shrunk } = frame;
+        Self { durable: Arc::clone(&bytes), now: bytes, writes, shrunk, ..Self::default() }
     }
 
     pub fn frame(&self) -> Frame {
-        Frame { bytes: Arc::clone(&self.now), writes: Arc::clone(&self.writes) }
+        Frame { bytes: Arc::clone(&self.now), writes: Arc::clone(&self.writes), shrunk: self.shrunk }
     }
 
     /// Takes a snapshot. Its list of writes is its own, shared with this disk until something changes it: see
@@ -82,7 +86,7 @@ impl Image {
                 *write = UNKNOWN;
             }
         }
-        Self::of(Frame::new(bytes, writes))
+        Self { shrunk: self.shrunk, ..Self::of(Frame::new(bytes, writes)) }
     }
 
     /// Notes which write blocks have now.
@@ -150,6 +154,7 @@ impl Image {
     pub fn resize(&mut self, size: usize) {
         if size < self.now.len() {
             self.flush();
+            self.shrunk = true;
         }
         self.touch_cut_end(size);
         let old = self.now.len();

@@ -323,3 +323,57 @@ fn what_was_left_of_a_stream_does_not_stand_in_the_way_of_it() {
     stream::token(to.store(), "copy").unwrap_err();
     to.check();
 }
+
+/// What a shrink left beyond the end is unmapped some time later, which is no change of the disk.
+#[test]
+fn a_copy_of_a_disk_that_was_shrunk_takes_the_next_increment() {
+    let (from, to) = (Pool::new(1), Pool::new(2));
+    disk::create(from.store(), "web", 9 << 20).unwrap();
+    from.write("web", 0, &noise(1, 9 << 20));
+    from.take("web", "a");
+    disk::open(from.store(), "web").unwrap().resize((3 << 20) + 512, true).unwrap();
+    from.take("web", "b");
+    from.tidy();
+    from.write("web", 0, &noise(2, 9000));
+    from.take("web", "c");
+    to.receive("copy", &from.send(None, "web@a")).unwrap();
+    to.receive("copy", &from.send(Some("web@a"), "web@b")).unwrap();
+    to.tidy();
+    to.receive("copy", &from.send(Some("web@b"), "web@c")).unwrap();
+    same("c", &to.snapshot("copy", "c"), &from.snapshot("web", "c"));
+    // And one that was shrunk here.
+    disk::open(to.store(), "copy").unwrap().resize(1 << 20, true).unwrap();
+    to.take("copy", "small");
+    to.tidy();
+    let small = to.store().snapshot_info("copy", "small").unwrap();
+    to.write("copy", 0, &[1; 4096]);
+    to.take("copy", "more");
+    let next = to.send(Some("copy@small"), "copy@more");
+    snapshot::remove(to.store(), "copy", "more").unwrap();
+    snapshot::revert(to.store(), "copy", "small", None).unwrap();
+    snapshot::retire(to.store(), &[("copy".into(), "small".into())]).unwrap();
+    to.tidy();
+    assert_eq!(to.receive("copy", &next).unwrap().base, Some(small.uuid));
+    to.check();
+}
+
+/// A pool that received its own stream has two snapshots of one identity, and that of the other lineage is no base.
+#[test]
+fn what_was_cut_off_goes_on_where_the_pool_has_its_base_twice() {
+    let pool = Pool::new(1);
+    // Made first, and so looked at first.
+    disk::create(pool.store(), "copy", 4 << 20).unwrap();
+    disk::create(pool.store(), "web", 4 << 20).unwrap();
+    pool.write("web", 0, &noise(1, 1 << 20));
+    pool.take("web", "a");
+    pool.force("copy", &pool.send(None, "web@a")).unwrap();
+    snapshot::clone(pool.store(), "web", "a", "clone").unwrap();
+    pool.write("clone", 4096, &noise(2, 2 << 20));
+    pool.take("clone", "b");
+    let next = pool.send(Some("web@a"), "clone@b");
+    pool.receive("copy", &next[..next.len() * 2 / 3]).unwrap_err();
+    let token = stream::token(pool.store(), "copy").unwrap();
+    pool.receive("copy", &pool.resume(token).unwrap()).unwrap();
+    same("copy", &pool.snapshot("copy", "b"), &pool.snapshot("clone", "b"));
+    pool.check();
+}

@@ -53,7 +53,7 @@ pub enum StateName {
     Disk(String),
     /// `DISK@SNAPSHOT`, live or retired.
     Snapshot(String, String),
-    /// A snapshot that the program took for itself.
+    /// A snapshot by its id, also one that the program took for itself.
     Hidden(SnapshotId),
 }
 
@@ -157,7 +157,8 @@ fn record(store: &Store, name: &StateName) -> Result<Option<(SnapshotId, Record)
         let tables = store.tables.read();
         let (_, row) = match name {
             StateName::Snapshot(disk, name) => tables.snapshot(tables.disk_id(disk)?, name)?,
-            _ => return Ok(None),
+            StateName::Hidden(id) => tables.snapshot_by_id(*id)?,
+            StateName::Nothing | StateName::Disk(_) => return Ok(None),
         };
         tables.retired(row.snapshot).map(|retired| (row.snapshot, retired.state.uuid))
     };
