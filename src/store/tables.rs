@@ -177,9 +177,10 @@ impl Tables {
     }
 
     fn set_segment(&mut self, id: SegmentId, row: SegmentRow) {
-        let held = self.held.entry(row.disk).or_default();
-        *held += row.mapped;
+        *self.held.entry(row.disk).or_default() += row.mapped;
         if let Some(old) = self.segments.insert(id, row) {
+            // It may have been another disk's: what is received changes hands.
+            let held = self.held.entry(old.disk).or_default();
             *held = held.checked_sub(old.mapped).expect("what was entered before");
         }
     }

@@ -21,6 +21,8 @@ pub struct Run {
     pub verbose: bool,
     pub(super) store: Option<Arc<Store>>,
     pub(super) twin: Twin,
+    /// Whether streams are received.
+    pub receives: bool,
     /// What the snapshot is to be called that keeps the state of a disk which a stream replaces.
     pub(super) kept_as: Option<String>,
     random: u64,
@@ -60,6 +62,7 @@ impl Run {
             verbose: false,
             store: Some(store),
             twin: Twin::default(),
+            receives: true,
             kept_as: None,
             random,
             names: 0,
@@ -145,7 +148,8 @@ impl Run {
             76..=78 => self.retire(),
             79..=82 => self.diff(),
             83..=88 => self.tidy(),
-            89..=92 => self.receive(),
+            89..=92 if self.receives => self.receive(),
+            89..=92 => self.tidy(),
             93..=96 => self.read(),
             97 => self.fold(),
             98 => self.reopen(),
