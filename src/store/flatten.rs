@@ -13,11 +13,11 @@
 //! # After a crash
 //! Copies without the last step are harmless: they say what the look-up would have found anyway. The work starts over.
 
-use super::Store;
 use super::commit::IndexChanges;
 use super::rows::{Key, KeyParts, Row, encode_entry};
 use super::tables::{Edit, StateKey};
 use super::view::Source;
+use super::{Status, Store};
 use crate::error::Result;
 use crate::units::{BranchId, ChunkIndex, Epoch};
 
@@ -107,6 +107,21 @@ impl Store {
         self.tables.read().children((branch, Epoch(0)))
     }
 
+    /// Returns the same without ghosts, which read nothing: what comes below them instead.
+    fn first_readers(&self, branch: BranchId) -> Vec<StateKey> {
+        let tables = self.tables.read();
+        let mut todo = tables.children((branch, Epoch(0)));
+        let mut readers = Vec::new();
+        while let Some(node) = todo.pop() {
+            if tables.state(node).is_some_and(|row| row.status == Status::Ghost) {
+                todo.extend(tables.children(node));
+            } else {
+                readers.push(node);
+            }
+        }
+        readers
+    }
+
     /// Copies the inherited entries of a batch of chunks; returns where to go on.
     fn copy_entries(
         &self,
@@ -116,7 +131,7 @@ impl Store {
         from: ChunkIndex,
     ) -> Result<Option<ChunkIndex>> {
         let _reclaim = self.reclaim.lock();
-        let nodes = self.first_nodes(branch);
+        let nodes = self.first_readers(branch);
         let mut rows = Vec::new();
         let mut index = IndexChanges::default();
         let mut next = Some(from);

@@ -127,3 +127,37 @@ fn three_backups_are_kept_and_a_full_host_is_left_alone() {
     media.set_space(None);
     assert!(store.back_up_on(day + 10).unwrap());
 }
+
+/// A branch that is flattened after its first snapshot became a ghost: what only the ghost would look up is not copied.
+#[test]
+fn a_ghost_needs_no_copies_when_look_ups_are_shortened() {
+    let (media, store) = pool(OpenOptions { depth_max: 8, ..options() });
+    let write = |disk: &str, block: u64| {
+        let disk = disk::open(&store, disk).unwrap();
+        disk.write(&[block as u8; 4096], block * 4096).unwrap();
+        disk.flush().unwrap();
+    };
+    let snap = |disk: &str| snapshot::take(&store, &[(disk.into(), "s".into())]).unwrap();
+    let clone = |disk: &str, new: &str| snapshot::clone(&store, disk, "s", new).unwrap();
+    // `e` lies four deep, and its first snapshot changed nothing.
+    for (disk, new) in [("d", "b"), ("b", "c"), ("c", "e")] {
+        write(disk, disk.as_bytes()[0].into());
+        snap(disk);
+        clone(disk, new);
+    }
+    snap("e");
+    clone("e", "f");
+    write("e", 1);
+    write("f", 2);
+    snapshot::remove(&store, "e", "s").unwrap();
+    tidy(&store);
+    let images = ["d", "b", "c", "e", "f"].map(|name| (name, read_all(&*disk::open(&store, name).unwrap())));
+    store.close().unwrap();
+    drop(store);
+    let store = Store::open(Arc::new(media.clone()), options()).unwrap();
+    tidy(&store);
+    assert_eq!(store::check(&store, false, &Silent).unwrap().problems, []);
+    for (name, image) in images {
+        assert!(read_all(&*disk::open(&store, name).unwrap()) == image, "{name}");
+    }
+}
