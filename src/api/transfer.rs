@@ -1,25 +1,33 @@
 //! Streams in and out: their bytes go through a pipe or file that the request names, not through the socket.
 //!
-//! The command line makes a pipe and names its own end of it (`/proc/PID/fd/N`), so the same request serves a server and a
-//! process that opened the pool itself, and the bytes are copied by nobody in between. A program with other means names a
-//! file or a named pipe.
+//! The command line names its stdout, or its end of a pipe that it makes (`/proc/PID/fd/N`), so the same request serves a
+//! server and a process that opened the pool itself, and the bytes are copied by nobody in between. A program with other
+//! means names a file or a named pipe.
 //!
 //! # Rules
 //! 1. A file that has something in it is not overwritten.
 //! 2. Who goes away closes its end: the stream breaks off, and nothing half-received is ever shown.
+//! 3. Who asked for a stream may go away while somebody else holds the other end and does not read: so a write waits for
+//!    room in a pipe only as long as the answer is waited for.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufReader, BufWriter, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::{Request, Response, Target};
+use crate::clock;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 use crate::store::Store;
 use crate::stream::{self, ReceiveOptions, SendOptions, Token, What};
 
+/// How long something is waited for before it is looked whether anybody still wants it.
+const PATIENCE: Duration = Duration::from_millis(100);
 /// Small records are gathered up to this.
 const BUFFER: usize = 256 << 10;
 
@@ -63,8 +71,8 @@ fn what(snapshot: Option<&str>, from: Option<&str>, resume: Option<&str>) -> Res
 }
 
 fn send(store: &Arc<Store>, options: &SendOptions, output: &str, progress: &dyn Progress) -> Result<Response> {
-    let file = open_output(output)?;
-    let mut out = BufWriter::with_capacity(BUFFER, &file);
+    let file = open_output(output, progress)?;
+    let mut out = BufWriter::with_capacity(BUFFER, Output { file: &file, progress });
     let report = stream::send(store, options, &mut out, progress)?;
     let fail = |e| Error::io(format!("cannot write {output}"), e);
     out.flush().map_err(fail)?;
@@ -89,10 +97,42 @@ fn open_input(path: &str) -> Result<File> {
     OpenOptions::new().read(true).custom_flags(libc::O_NOCTTY).open(absolute(path)?).map_err(cannot)
 }
 
-fn open_output(path: &str) -> Result<File> {
+/// Where a stream goes; opened so that a write never waits.
+struct Output<'a> {
+    file: &'a File,
+    progress: &'a dyn Progress,
+}
+
+impl Write for Output<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        loop {
+            match self.file.write(bytes) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock && !self.progress.cancelled() => {
+                    let mut room = [PollFd::new(self.file, PollFlags::OUT)];
+                    let patience = Timespec::try_from(PATIENCE).expect("it is short");
+                    poll(&mut room, Some(&patience))?;
+                }
+                done => return done,
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
+fn open_output(path: &str, progress: &dyn Progress) -> Result<File> {
     let cannot = |e| Error::io(format!("cannot open {path} for the stream"), e);
     let place = absolute(path)?;
-    match OpenOptions::new().write(true).custom_flags(libc::O_NOCTTY).open(place) {
+    let open = || OpenOptions::new().write(true).custom_flags(libc::O_NOCTTY | libc::O_NONBLOCK).open(place);
+    let mut opened = open();
+    // A named pipe that nobody reads yet.
+    while opened.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::ENXIO)) && !progress.cancelled() {
+        clock::sleep(PATIENCE);
+        opened = open();
+    }
+    match opened {
         Ok(file) => {
             let meta = file.metadata().map_err(cannot)?;
             if meta.is_file() && meta.len() > 0 {

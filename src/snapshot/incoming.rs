@@ -182,12 +182,7 @@ fn differs_in_blocks(store: &Arc<Store>, disk: DiskId, snapshot: SnapshotId) -> 
         Err(error) if error.kind() != Kind::Io => return Ok(true),
         diff => diff?,
     };
-    let mut differs = !named(&name) || diff.from_size() != diff.to_size();
-    diff.each(&mut |_| {
-        differs = true;
-        Ok(())
-    })?;
-    Ok(differs)
+    Ok(!named(&name) || diff.from_size() != diff.to_size() || diff.total()?.extents > 0)
 }
 
 /// Tells whether a disk that was flushed may differ from one of its snapshots, by the index alone.

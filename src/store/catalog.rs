@@ -52,8 +52,10 @@ struct Overlaid {
 }
 
 const PAGE: usize = 4096;
-/// Bytes of the file that are read ahead at most: the catalog of 8 TiB of disks, or so.
+/// Bytes of the file that are read ahead at most.
 const EXPECTED_MAX: u64 = 1 << 30;
+/// Bytes that a row of the map takes in the file, about: a short key and entry, and pages half full.
+const ROW_BYTES: u64 = 128;
 
 impl Overlay {
     fn new(file: Arc<dyn File>) -> Result<Self, io::Error> {
@@ -399,9 +401,12 @@ impl View {
         }
     }
 
-    /// Tells the host that most of the file is about to be read, in an order that it cannot guess.
-    pub fn expect_all(&self) {
-        self.file.will_be_read(EXPECTED_MAX);
+    /// Tells the host that so many rows are about to be read, in an order that it cannot guess; it only matters where that
+    /// is a good part of the file.
+    pub fn expect(&self, rows: u64) {
+        if self.file.len().is_ok_and(|len| rows.saturating_mul(ROW_BYTES) >= len / 4) {
+            self.file.will_be_read(EXPECTED_MAX);
+        }
     }
 
     /// Returns up to `most` rows from `low` to `high`, both included, in order.

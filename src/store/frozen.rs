@@ -99,9 +99,9 @@ impl Frozen {
         Self { memory, view }
     }
 
-    /// Tells the host that much of the catalog is about to be read.
-    pub fn expect_all(&self) {
-        self.view.expect_all();
+    /// Tells the host that so many rows are about to be read.
+    pub fn expect(&self, rows: u64) {
+        self.view.expect(rows);
     }
 
     /// Returns the rows from `low` to `high`, both included.

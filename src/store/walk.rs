@@ -63,11 +63,6 @@ impl MapView {
         self.unsaved.keys().copied()
     }
 
-    /// Tells the host that most of the map is about to be read.
-    pub fn expect_all(&self) {
-        self.frozen.expect_all();
-    }
-
     /// Finds the entry of one chunk.
     ///
     /// # Errors

@@ -30,3 +30,20 @@ impl Pace {
         due
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_is_time_after_many_bytes_or_some_time() {
+        let mut pace = Pace::new();
+        assert!(!pace.arrived(0) && !pace.arrived(BYTES - 1));
+        assert!(pace.arrived(1), "so many bytes");
+        assert!(!pace.arrived(1), "and they count anew");
+        pace.since = clock::now().checked_sub(TIME).unwrap();
+        assert!(pace.arrived(0), "so much time");
+        pace.since = clock::now().checked_sub(TIME).unwrap();
+        assert!(!pace.arrived(0), "nothing has arrived that could be lost");
+    }
+}

@@ -41,8 +41,7 @@ impl About {
             "extent-size": cut.extent_size(),
             "created": cut.created,
         });
-        let mtime = tables.stamp(cut.key.1).max(cut.created) + 1;
-        Ok(Self { text: format!("{about:#}\n").into_bytes().into(), mtime })
+        Ok(Self { text: format!("{about:#}\n").into_bytes().into(), mtime: row.stamp + 1 })
     }
 }
 

@@ -50,6 +50,19 @@ fn the_background_server_answers_until_it_is_unmounted() {
     assert_eq!(std::fs::metadata(mount.join("disks/web.raw")).unwrap().len(), 1 << 30);
     it.json(&["snapshot", "web@a"]);
     assert!(mount.join("snapshots/web/a.raw").exists());
+    {
+        let _writer = std::fs::OpenOptions::new().write(true).open(mount.join("disks/web.raw")).unwrap();
+        let (code, error) = it.error(&["resize", "web", "512M", "--shrink"]);
+        assert_eq!(code, 4, "{error}");
+        it.json(&["resize", "web", "2G"]);
+    }
+    // The kernel tells of a closed file a moment later.
+    let begun = Instant::now();
+    while !it.json(&["info", "web"])["holder"].is_null() {
+        assert!(begun.elapsed() < Duration::from_secs(20), "the disk is let go of");
+    }
+    it.json(&["resize", "web", "1G", "--shrink"]);
+    assert_eq!(std::fs::metadata(mount.join("disks/web.raw")).unwrap().len(), 1 << 30);
     let other = it.path("other");
     let other = other.to_str().unwrap();
     assert_eq!(it.error(&["mount", "--daemon", other]).0, 3, "there is no such directory");
@@ -109,6 +122,42 @@ fn one_extent_tree_is_mounted_by_the_server_or_without_one() {
     assert!(!it.pool().join("control.sock").exists());
     it.json(&["check"]);
     drop((mounted, served));
+}
+
+/// The stream goes straight into the stdout of `send`, which others may hold open: nobody reads, nobody closes it, and the
+/// one who asked is gone.
+#[test]
+fn a_stream_ends_with_the_one_who_asked_for_it() {
+    if !can_mount() {
+        return;
+    }
+    let it = Afterimage::new();
+    let mount = it.path("mnt");
+    let status = it.json(&["mount", "--init", "--daemon", mount.to_str().unwrap()]);
+    let mounted = Mounted(&it);
+    let tasks = std::path::Path::new("/proc").join(status["pid"].to_string()).join("task");
+    let readers = || {
+        let names =
+            std::fs::read_dir(&tasks).unwrap().map(|task| std::fs::read_to_string(task.unwrap().path().join("comm")));
+        names.filter(|name| name.as_ref().is_ok_and(|name| name.starts_with("send-"))).count()
+    };
+    let wait = |what: &str, until: &dyn Fn() -> bool| {
+        let begun = Instant::now();
+        while !until() {
+            assert!(begun.elapsed() < Duration::from_secs(20), "{what}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    };
+    std::fs::write(mount.join("disks/web.raw"), vec![7; 64 << 20]).unwrap();
+    it.json(&["snapshot", "web@a"]);
+    let mut asking = it.command(&["send", "--no-compress", "web@a"]).stdout(Stdio::piped()).spawn().unwrap();
+    wait("the stream begins", &|| readers() > 0);
+    asking.kill().unwrap();
+    asking.wait().unwrap();
+    wait("the server goes on with a stream that nobody wants", &|| readers() == 0);
+    assert!(asking.stdout.is_some(), "it was open all the time");
+    it.json(&["check"]);
+    drop(mounted);
 }
 
 #[test]

@@ -164,8 +164,6 @@ fn one(seed: u64, verbose: bool) -> Tally {
     let mut tally = Tally::default();
     let mut run = Run::new(seed);
     run.verbose = verbose;
-    // Not yet: with them, `check` finds an entry after seed 12 that no state needs.
-    run.streams = std::env::var_os("AFTERIMAGE_STREAMS").is_some();
     for round in 0..2 {
         history(&mut run);
         // Often with everything sealed, as it is a second after a snapshot; sometimes in the middle of that.

@@ -21,8 +21,6 @@ pub struct Run {
     pub verbose: bool,
     pub(super) store: Option<Arc<Store>>,
     pub(super) twin: Twin,
-    /// Whether streams are sent, exported and received.
-    pub streams: bool,
     /// What the snapshot is to be called that keeps the state of a disk which a stream replaces.
     pub(super) kept_as: Option<String>,
     random: u64,
@@ -62,7 +60,6 @@ impl Run {
             verbose: false,
             store: Some(store),
             twin: Twin::default(),
-            streams: true,
             kept_as: None,
             random,
             names: 0,
@@ -134,9 +131,8 @@ impl Run {
         match self.next(100) {
             0..=2 => self.create(),
             3..=33 => self.write(),
-            34 if self.streams => self.send(),
-            35 if self.streams => self.export(),
-            34 | 35 => self.write(),
+            34 => self.send(),
+            35 => self.export(),
             36..=42 => self.unmap(),
             43..=52 => self.flush(),
             53..=60 => self.snapshot(),
@@ -149,8 +145,7 @@ impl Run {
             76..=78 => self.retire(),
             79..=82 => self.diff(),
             83..=88 => self.tidy(),
-            89..=92 if self.streams => self.receive(),
-            89..=92 => self.tidy(),
+            89..=92 => self.receive(),
             93..=96 => self.read(),
             97 => self.fold(),
             98 => self.reopen(),

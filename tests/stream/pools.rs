@@ -377,3 +377,28 @@ fn what_was_cut_off_goes_on_where_the_pool_has_its_base_twice() {
     same("copy", &pool.snapshot("copy", "b"), &pool.snapshot("clone", "b"));
     pool.check();
 }
+
+/// What came with a stream counts for the disk that it became the state of, and goes with it.
+#[test]
+fn what_was_received_is_held_by_its_disk() {
+    let (from, to) = (Pool::new(1), Pool::new(2));
+    disk::create(from.store(), "web", 4 << 20).unwrap();
+    from.write("web", 0, &[1; 4096]);
+    from.take("web", "a");
+    from.write("web", 4096, &noise(1, 3 << 20));
+    from.take("web", "b");
+    to.receive("copy", &from.send(None, "web@a")).unwrap();
+    to.receive("copy", &from.send(Some("web@a"), "web@b")).unwrap();
+    let held = |pool: &Pool| {
+        let tables = pool.store().tables.read();
+        tables.held(tables.disk_id("copy").unwrap())
+    };
+    assert_eq!(held(&to), 1 + (3 << 20) / 4096);
+    let copy = disk::open(to.store(), "copy").unwrap();
+    copy.discard(0, 4 << 20).unwrap();
+    copy.flush().unwrap();
+    snapshot::remove(to.store(), "copy", "b").unwrap();
+    to.tidy();
+    assert_eq!(held(&to), 1);
+    to.check();
+}

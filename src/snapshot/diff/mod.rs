@@ -143,7 +143,7 @@ pub fn open(store: &Arc<Store>, from: &StateName, to: &StateName) -> Result<Diff
 
 /// From one in so many chunks on, walking over all of them takes less time than looking each up.
 const WALK_FROM: u32 = 8;
-/// Chunks of one part of a comparison of all: a hundredth of a second, and 2 MiB of what differs at most.
+/// Chunks of one part of a comparison of all: 2 MiB of what differs at most.
 const PART_OF_ALL: u32 = 1 << 14;
 /// Chunks of one part of a comparison of some, each of which is looked up.
 const PART_OF_FEW: u32 = 1 << 8;
@@ -215,10 +215,11 @@ fn finish(store: &Store, names: [&StateName; 2], sides: [Side; 2], instant: &Ins
     let span = |found: &RoaringBitmap| found.max().unwrap_or(0) / WALK_FROM;
     let few = chunks.filter(|found| found.len() < u64::from(span(found)).max(PART_OF_FEW.into()));
     let chunks = few.map(|found| found.into_iter().map(ChunkIndex).collect());
-    if chunks.is_none() {
-        instant.frozen.expect_all();
+    let diff = Diff { from, to, chunks };
+    if diff.chunks.is_none() {
+        instant.frozen.expect(u64::from(diff.count_chunks()));
     }
-    Ok(Diff { from, to, chunks })
+    Ok(diff)
 }
 
 /// The instant, while it is fixed.
@@ -312,13 +313,15 @@ impl Diff {
         Sizes { from: self.from.size, to: self.to.size }
     }
 
+    /// Returns the chunks of the larger side.
+    fn count_chunks(&self) -> u32 {
+        let count = self.from.size.max(self.to.size).div_ceil(BLOCK_SIZE).div_ceil(CHUNK_BLOCKS);
+        u32::try_from(count).expect("a size is checked")
+    }
+
     fn compare<G: Gather + Clone + Sync>(&self, empty: &G, each: &mut dyn FnMut(G) -> Result<()>) -> Result<()> {
         match &self.chunks {
-            None => {
-                let count = self.from.size.max(self.to.size).div_ceil(BLOCK_SIZE).div_ceil(CHUNK_BLOCKS);
-                let count = u32::try_from(count).expect("a size is checked");
-                compare(&self.from, &self.to, self.sizes(), [count, PART_OF_ALL], empty, each)
-            }
+            None => compare(&self.from, &self.to, self.sizes(), [self.count_chunks(), PART_OF_ALL], empty, each),
             Some(chunks) => {
                 let count = u32::try_from(chunks.len()).expect("chunks have numbers of 32 bits");
                 let [from, to] = [&self.from, &self.to].map(|side| Picked { side, chunks });
