@@ -17,11 +17,12 @@
 //! | [`disk`] | disks: read, write, flush, discard, resize, import, scrub |
 //! | [`stream`], [`mod@export`] | changes as one file, and as a directory of plain files |
 //! | [`tree`] | the mounted tree: names and files, and the FUSE adapter |
+//! | [`nbd`] | disks and snapshots over NBD, with what changed since any snapshot |
 //! | [`api`], [`cli`] | the control socket and the command line: one request type, one function for both |
 //!
 //! # Layers
 //! Lower never names higher: `units codec error clock sync parallel workers progress` < `sys` < `media` < `pool` < `map` < `store` <
-//! `snapshot, disk` < `stream, export` < `tree` < `api` < `cli`. Only `cli` prints and reads the environment; storage is
+//! `snapshot, disk` < `stream, export` < `tree, nbd` < `api` < `cli`. Only `cli` prints and reads the environment; storage is
 //! synchronous and knows nothing of FUSE and HTTP. A tidy test holds this.
 //!
 //! # What must always hold
@@ -48,6 +49,7 @@ pub mod error;
 pub mod export;
 pub mod map;
 pub mod media;
+pub mod nbd;
 pub mod parallel;
 pub mod pool;
 pub mod progress;
