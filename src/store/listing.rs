@@ -218,6 +218,7 @@ impl Store {
         put("punches_total", "counter", "Hole punching calls.", load(&c.punches));
         put("map_cache_bytes", "gauge", "Bytes of the map cache.", self.cache.used() as u64);
         put("pool_poisoned", "gauge", "1 when the pool refuses writes.", u64::from(self.health().is_some()));
+        put("segments_missing", "gauge", "Segment files that are not there.", self.missing_segments().len() as u64);
         if let Ok(space) = self.space() {
             put("host_free_bytes", "gauge", "Free bytes of the host file system.", space.free);
         }
