@@ -145,6 +145,9 @@ pub struct Disk {
     pub snapshots: u64,
     /// `DISK@SNAPSHOT` it was cloned from.
     pub origin: Option<String>,
+    /// Whether that is not there any more.
+    #[serde(default)]
+    pub origin_gone: bool,
     /// Who has it open for writing.
     pub holder: Option<String>,
     /// Its settings.
@@ -480,7 +483,8 @@ impl From<DiskInfo> for Disk {
             created: info.created,
             modified: info.modified,
             snapshots: info.snapshots as u64,
-            origin: info.origin,
+            origin_gone: info.origin.as_ref().is_some_and(|origin| origin.gone),
+            origin: info.origin.map(|origin| origin.name),
             holder: info.holder,
         }
     }

@@ -78,6 +78,11 @@ fn received(report: &Received) -> String {
     text + "\n"
 }
 
+fn origin(disk: &Disk) -> Option<String> {
+    let gone = if disk.origin_gone { " (gone)" } else { "" };
+    Some(format!("{}{gone}", disk.origin.as_ref()?))
+}
+
 fn disk_table(disks: &[Disk], health: Option<&str>, damage: Option<&str>) -> String {
     let mut table = Table::new(&[
         Head::Left("DISK"),
@@ -96,7 +101,7 @@ fn disk_table(disks: &[Disk], health: Option<&str>, damage: Option<&str>) -> Str
             show_size(disk.written),
             disk.snapshots.to_string(),
             clock::show(disk.created),
-            disk.origin.clone().unwrap_or_else(|| "-".to_owned()),
+            origin(disk).unwrap_or_else(|| "-".to_owned()),
         ]);
     }
     let health = health.map(|why| format!("the pool refuses writes: {why}\n")).unwrap_or_default();
@@ -151,8 +156,8 @@ fn disk_sheet(disk: &Disk) -> String {
     lines.push(("snapshots", disk.snapshots.to_string()));
     lines.push(("created", time(disk.created)));
     lines.push(("modified", time(disk.modified)));
-    if let Some(origin) = &disk.origin {
-        lines.push(("origin", origin.clone()));
+    if let Some(origin) = origin(disk) {
+        lines.push(("origin", origin));
     }
     if let Some(holder) = &disk.holder {
         lines.push(("open for writing", holder.clone()));
