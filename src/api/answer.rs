@@ -27,6 +27,8 @@ pub enum Response {
         disks: Vec<Disk>,
         /// Why the pool refuses writes; `null` when it does not.
         health: Option<String>,
+        /// What of it is lost; `null` when nothing is.
+        damage: Option<String>,
     },
     /// One snapshot.
     Snapshot(Snapshot),
@@ -143,6 +145,9 @@ pub struct Disk {
     pub snapshots: u64,
     /// `DISK@SNAPSHOT` it was cloned from.
     pub origin: Option<String>,
+    /// Whether that is not there any more.
+    #[serde(default)]
+    pub origin_gone: bool,
     /// Who has it open for writing.
     pub holder: Option<String>,
     /// Its settings.
@@ -327,8 +332,11 @@ pub struct Scrubbed {
     pub bytes: u64,
     /// Blocks that have no checksum yet.
     pub unverified: u64,
-    /// Blocks that are not what was written.
+    /// Blocks that are not what was written, the first thousand of them.
     pub damaged: Vec<Damage>,
+    /// How many more there are.
+    #[serde(default)]
+    pub more: u64,
 }
 
 /// A block that is not what was written.
@@ -437,6 +445,8 @@ pub struct Status {
     pub mount: Option<String>,
     /// Why the pool refuses writes; `null` when it does not.
     pub health: Option<String>,
+    /// What of it is lost; `null` when nothing is.
+    pub damage: Option<String>,
     /// Bytes still free on the host file system.
     pub free: u64,
     /// Size of the host file system.
@@ -473,7 +483,8 @@ impl From<DiskInfo> for Disk {
             created: info.created,
             modified: info.modified,
             snapshots: info.snapshots as u64,
-            origin: info.origin,
+            origin_gone: info.origin.as_ref().is_some_and(|origin| origin.gone),
+            origin: info.origin.map(|origin| origin.name),
             holder: info.holder,
         }
     }
@@ -579,6 +590,7 @@ impl From<ScrubReport> for Scrubbed {
             bytes: report.bytes,
             unverified: report.unverified,
             damaged: report.damaged.into_iter().map(damage).collect(),
+            more: report.more,
         }
     }
 }

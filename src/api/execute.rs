@@ -36,7 +36,7 @@ pub fn execute(store: &Arc<Store>, request: Request, progress: &dyn Progress) ->
         }
         Request::Ls { disk: None } => {
             let disks = store.disks().into_iter().map(Into::into).collect();
-            Ok(Response::Disks { disks, health: store.health() })
+            Ok(Response::Disks { disks, health: store.health(), damage: store.damage() })
         }
         Request::Ls { disk: Some(disk) } => Ok(snapshots_answer(store.snapshots(&Target::disk(&disk)?)?)),
         Request::Info { name } => info(store, &name),
@@ -278,6 +278,7 @@ fn status(store: &Arc<Store>) -> Result<Response> {
         uuid: store.uuid(),
         mount: None,
         health: store.health(),
+        damage: store.damage(),
         free: space.free,
         total: space.total,
     }))

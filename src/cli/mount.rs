@@ -80,14 +80,16 @@ impl Mount {
             return Ok(0);
         }
         if !daemon::is_child() {
-            let served = Served::start(&pool, &mount, &show)?;
+            let served = Served::start(take_lock(&pool)?, &pool, &mount, &show)?;
             screen.answer(&served.status()?, Style::Brief);
             screen.note("serving in the foreground; Ctrl-C unmounts");
             return served.wait().map(|()| 0);
         }
         daemon::detach()?;
         let served = daemon::report(screen, || {
-            let served = Served::start(&pool, &mount, &show)?;
+            let lock = take_lock(&pool)?;
+            daemon::begin_log(&pool, &lock)?;
+            let served = Served::start(lock, &pool, &mount, &show)?;
             served.status().map(|status| (served, status))
         })?;
         served.wait().map(|()| 0)
@@ -171,11 +173,7 @@ struct Served {
 }
 
 impl Served {
-    fn start(pool: &Path, mount: &Path, show: &Show) -> Result<Self> {
-        let lock = match enter(pool)? {
-            Entry::Lock(lock) => lock,
-            Entry::Server(client) => return Err(already_served(pool, &client)),
-        };
+    fn start(lock: PoolLock, pool: &Path, mount: &Path, show: &Show) -> Result<Self> {
         if let Err(error) = crate::sys::process::raise_open_files() {
             tracing::debug!("the limit of open files stays as it is: {error}");
         }
@@ -242,6 +240,13 @@ fn spawn_unmounter(asked: Receiver<()>, unmount: Box<dyn Fn() + Send + Sync>) ->
         .spawn(body)
         .map_err(|e| Error::io("cannot start a thread", e))?;
     Ok(())
+}
+
+fn take_lock(pool: &Path) -> Result<PoolLock> {
+    match enter(pool)? {
+        Entry::Lock(lock) => Ok(lock),
+        Entry::Server(client) => Err(already_served(pool, &client)),
+    }
 }
 
 fn already_served(pool: &Path, client: &Client) -> Error {

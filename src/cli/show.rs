@@ -23,7 +23,7 @@ pub(super) fn show(response: &Response, style: Style) -> String {
     match response {
         Response::Disk(disk) if style == Style::Full => disk_sheet(disk),
         Response::Disk(disk) => format!("disk {}, {}\n", disk.name, show_size(disk.size)),
-        Response::Disks { disks, health } => disk_table(disks, health.as_deref()),
+        Response::Disks { disks, health, damage } => disk_table(disks, health.as_deref(), damage.as_deref()),
         Response::Snapshot(snapshot) if style == Style::Full => snapshot_sheet(snapshot),
         Response::Snapshot(snapshot) => snapshot_line(snapshot),
         Response::Snapshots { snapshots } if style == Style::Full => snapshot_table(snapshots),
@@ -78,7 +78,12 @@ fn received(report: &Received) -> String {
     text + "\n"
 }
 
-fn disk_table(disks: &[Disk], health: Option<&str>) -> String {
+fn origin(disk: &Disk) -> Option<String> {
+    let gone = if disk.origin_gone { " (gone)" } else { "" };
+    Some(format!("{}{gone}", disk.origin.as_ref()?))
+}
+
+fn disk_table(disks: &[Disk], health: Option<&str>, damage: Option<&str>) -> String {
     let mut table = Table::new(&[
         Head::Left("DISK"),
         Head::Right("SIZE"),
@@ -96,11 +101,12 @@ fn disk_table(disks: &[Disk], health: Option<&str>) -> String {
             show_size(disk.written),
             disk.snapshots.to_string(),
             clock::show(disk.created),
-            disk.origin.clone().unwrap_or_else(|| "-".to_owned()),
+            origin(disk).unwrap_or_else(|| "-".to_owned()),
         ]);
     }
     let health = health.map(|why| format!("the pool refuses writes: {why}\n")).unwrap_or_default();
-    table.render() + &health
+    let damage = damage.map(|what| format!("the pool is damaged: {what}\n")).unwrap_or_default();
+    table.render() + &health + &damage
 }
 
 fn snapshot_table(snapshots: &[Snapshot]) -> String {
@@ -150,8 +156,8 @@ fn disk_sheet(disk: &Disk) -> String {
     lines.push(("snapshots", disk.snapshots.to_string()));
     lines.push(("created", time(disk.created)));
     lines.push(("modified", time(disk.modified)));
-    if let Some(origin) = &disk.origin {
-        lines.push(("origin", origin.clone()));
+    if let Some(origin) = origin(disk) {
+        lines.push(("origin", origin));
     }
     if let Some(holder) = &disk.holder {
         lines.push(("open for writing", holder.clone()));
@@ -299,12 +305,18 @@ fn scrubbed(report: &Scrubbed) -> String {
         let (disk, offset, segment) = (&damage.disk, damage.offset, damage.segment);
         text.push_str(&format!("damaged: {disk}{snapshot} at {offset} (segment {segment}): {}\n", damage.why));
     }
+    if report.more > 0 {
+        text.push_str(&format!("and {} more\n", report.more));
+    }
     text.push_str(&format!(
         "{} blocks, {} read, {} not yet sealed; {}\n",
         report.blocks,
         show_size(report.bytes),
         report.unverified,
-        if report.damaged.is_empty() { "sound".to_owned() } else { format!("{} damaged", report.damaged.len()) },
+        match report.damaged.len() as u64 + report.more {
+            0 => "sound".to_owned(),
+            n => format!("{n} damaged"),
+        },
     ));
     text
 }
@@ -337,7 +349,7 @@ fn status_sheet(status: &Status) -> String {
         ("process", status.pid.to_string()),
         ("version", status.version.clone()),
         ("mounted at", status.mount.clone().unwrap_or_else(|| "-".to_owned())),
-        ("health", status.health.clone().unwrap_or_else(|| "good".to_owned())),
+        ("health", status.health.clone().or(status.damage.clone()).unwrap_or_else(|| "good".to_owned())),
         ("free", format!("{} of {}", show_size(status.free), show_size(status.total))),
     ])
 }

@@ -30,7 +30,7 @@ pub use import::{ImportReport, import};
 pub use lease::Lease;
 pub(crate) use manage::new_row;
 pub use manage::{check_disk_name, check_snapshot_name, create, create_empty, remove, rename, round_size, set, unique};
-pub use scrub::{Damage, ScrubReport, scrub};
+pub use scrub::{Damage, LISTED_MAX, ScrubReport, scrub};
 
 use crate::error::{Error, Result};
 use crate::store::{DiskRow, Edit, EnospcPolicy, Head, Line, Located, Store};
@@ -247,6 +247,14 @@ impl Disk {
         self.store.trim(&self.head)
     }
 
+    /// Says of data that could not be had which disk it is of.
+    fn name(&self, error: Error) -> Error {
+        match self.store.tables.read().disk(self.head.id) {
+            Ok(row) if error.is_of_data() => error.context(format_args!("disk '{}'", row.name)),
+            _ => error,
+        }
+    }
+
     /// Zeroes what the last block has beyond the end of the disk: bytes that a shrink left, and that nobody can read
     /// before the disk grows.
     fn zero_last_block(&self) -> Result<()> {
@@ -303,7 +311,7 @@ impl BlockDevice for Disk {
     fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         self.head.refuse_gone()?;
         self.head.limits.take(&self.store, self.head.id, buf.len() as u64);
-        self.store.read(&self.head.line().source(), buf, offset)
+        self.store.read(&self.head.line().source(), buf, offset).map_err(|error| self.name(error))
     }
 
     fn begin_read(&self, len: usize, offset: u64) -> Result<Option<Located>> {

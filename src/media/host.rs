@@ -21,7 +21,7 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 
 use super::direct::{self, Direct};
 use super::{File, Media, Open, Space};
-use crate::sys::{cow, hole};
+use crate::sys::{cow, hole, lock};
 
 /// Bytes of one request to read ahead.
 const READ_AHEAD: usize = 2 << 20;
@@ -221,6 +221,14 @@ impl File for HostFile {
     fn allocated(&self) -> io::Result<u64> {
         hole::allocated(&self.file)
     }
+
+    fn modified(&self) -> io::Result<Option<u64>> {
+        Ok(u64::try_from(rustix::fs::fstat(&self.file)?.st_mtime).ok())
+    }
+
+    fn try_lock(&self) -> io::Result<bool> {
+        lock::try_exclusive(&self.file)
+    }
 }
 
 #[cfg(test)]
@@ -228,7 +236,6 @@ mod tests {
     use std::os::unix::fs::{PermissionsExt, symlink};
 
     use super::*;
-    use crate::sys::lock;
 
     #[test]
     fn the_root_may_move_and_modes_are_private() {

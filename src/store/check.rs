@@ -322,7 +322,8 @@ impl Checker<'_> {
         let segment = match self.store.segment(id) {
             Ok(segment) => segment,
             Err(error) => {
-                self.wrong(error.to_string());
+                let mapped = self.tables.segment(id).map_or(0, |row| row.mapped);
+                self.wrong(format!("{error}; {mapped} blocks of disks or snapshots were in it"));
                 return Ok(());
             }
         };

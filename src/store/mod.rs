@@ -43,6 +43,7 @@ mod listing;
 mod locate;
 mod logged;
 mod open;
+pub mod origin;
 mod past;
 mod punch;
 mod rebuild;
@@ -75,6 +76,7 @@ pub use journal::{JOURNAL_MIN, Journal, Mark, encode_row};
 pub use listing::{DiskInfo, SnapshotInfo, SnapshotState};
 pub use locate::{Extent, Located};
 pub use open::{InitOptions, OpenOptions};
+pub use origin::Origin;
 pub use past::{Moment, OpeningRow, RetiredRow, decode_stamp, encode_stamp};
 pub use punch::ReclaimReport;
 pub use rebuild::{RebuildReport, RebuiltDisk, rebuild};
@@ -87,6 +89,7 @@ pub use walk::{Found, MapView, MapWalk, Unsaved};
 
 use std::collections::{BTreeMap, HashMap};
 
+use roaring::RoaringTreemap;
 use uuid::Uuid;
 
 use crate::error::Result;
@@ -94,7 +97,7 @@ use crate::map::Cache;
 use crate::media::Media;
 use crate::pool::{Segments, Superblock};
 use crate::sync::{Fence, Mutex, RwLock};
-use crate::units::{BlockAddress, DiskId, SnapshotId};
+use crate::units::{DiskId, SegmentId, SnapshotId};
 
 /// A change that others may have cached.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -160,7 +163,10 @@ pub struct Store {
     /// The row of the queue that was punched last.
     punched: Mutex<Option<rows::Key>>,
     holders: Mutex<HashMap<SnapshotId, usize>>,
-    bad: RwLock<BTreeMap<BlockAddress, u64>>,
+    /// Addresses of blocks that do not match their checksum.
+    bad: RwLock<RoaringTreemap>,
+    /// Snapshots whose epochs cannot be sealed in this opening, and why.
+    unsealable: Mutex<BTreeMap<SnapshotId, String>>,
     space: space::SpaceGuard,
     opening: u64,
     hooks: RwLock<Vec<Hook>>,
@@ -217,6 +223,25 @@ impl Store {
     #[must_use]
     pub fn health(&self) -> Option<String> {
         self.ledger.poisoned()
+    }
+
+    /// Returns what of the pool is lost, if anything is: the segment files that were missing when it was opened.
+    #[must_use]
+    pub fn damage(&self) -> Option<String> {
+        let lost = self.missing_segments();
+        let first = crate::pool::segment_path(*lost.first()?);
+        let what = match lost.len() {
+            1 => format!("segment file {first} is missing"),
+            n => format!("{n} segment files are missing, {first} the first of them"),
+        };
+        Some(format!("{what}; put back what you have a copy of while the pool is closed, `check` names them all"))
+    }
+
+    /// Returns the segments of which the files were missing when the pool was opened, and which have something mapped.
+    #[must_use]
+    pub fn missing_segments(&self) -> Vec<SegmentId> {
+        let (lost, tables) = (self.segments.lost(), self.tables.read());
+        lost.into_iter().filter(|id| tables.segment(*id).is_ok_and(|row| row.mapped > 0)).collect()
     }
 
     /// Returns the host directory.
