@@ -23,8 +23,8 @@ pub use write::{copy, write};
 
 use crate::codec::{Reader, Writer, unseal};
 use crate::error::{Error, Result};
-use crate::store::{Moment, RetiredRow, StateRow, Status};
-use crate::units::{BranchId, DISK_SIZE_MAX, DiskId, Epoch, SnapshotId};
+use crate::store::{Moment, RetiredRow, StateRow};
+use crate::units::{BranchId, DiskId, Epoch, SnapshotId};
 
 const MAGIC: [u8; 8] = *b"\x89AFTAI\r\n";
 const VERSION: u32 = 1;
@@ -63,8 +63,7 @@ impl RecordIdentity {
         out.u64(self.moment.opening).u64(self.moment.nonce);
         out.u64(state.disk.0).raw(self.disk_uuid.as_bytes()).text(&self.disk_name);
         out.u64(state.snapshot.0).raw(state.uuid.as_bytes()).text(&state.name);
-        out.u64(state.size).u8(u8::from(state.trim)).u64(state.created).u64(state.stamp);
-        out.u64(state.referenced).u64(state.written).u64(state.floor);
+        state.write_figures(&mut out);
         out.sealed()
     }
 
@@ -76,25 +75,8 @@ impl RecordIdentity {
         let moment = Moment { opening: from.u64()?, nonce: from.u64()? };
         let disk = DiskId(from.u64()?);
         let (disk_uuid, disk_name) = (uuid(&mut from)?, from.text()?);
-        let state = StateRow {
-            status: Status::Retired,
-            disk,
-            snapshot: SnapshotId(from.u64()?),
-            uuid: uuid(&mut from)?,
-            name: from.text()?,
-            size: from.u64()?,
-            trim: from.flag()?,
-            created: from.u64()?,
-            stamp: from.u64()?,
-            referenced: from.u64()?,
-            written: from.u64()?,
-            floor: from.u64()?,
-            sealed: true,
-            holds: Vec::new(),
-        };
-        if state.size > DISK_SIZE_MAX {
-            return Err(from.corrupt("its size is beyond 64 TiB"));
-        }
+        let (snapshot, snapshot_uuid, name) = (SnapshotId(from.u64()?), uuid(&mut from)?, from.text()?);
+        let state = StateRow::read_figures(&mut from, snapshot, disk, name, snapshot_uuid)?;
         from.end()?;
         Ok(Self { pool, moment, disk_uuid, disk_name, row: RetiredRow { branch, epoch, lineage, state } })
     }

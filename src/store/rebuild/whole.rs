@@ -16,7 +16,7 @@ use crate::media::Media;
 use crate::pool::{CATALOG, SegmentHeader, Segments};
 use crate::store::journal::{Mark, Survey};
 use crate::store::rows::{Key, KeyParts, Meta, Row, Table};
-use crate::units::{CHUNK_SIZE, DiskId, SegmentId};
+use crate::units::{BLOCK_SIZE, CHUNK_SIZE, DiskId, SegmentId};
 
 /// What there is to begin from.
 pub(super) enum Found {
@@ -164,8 +164,8 @@ fn tell_disks(work: &mut Work<'_>, source: Option<&Source>, start: Mark) -> Resu
             KeyParts::Disk(id) => {
                 let row = crate::store::DiskRow::decode(value)?;
                 let disk = disks.entry(id).or_default();
-                disk.name = row.name;
-                disk.blocks = row.referenced;
+                disk.disk = row.name;
+                disk.referenced = row.referenced * BLOCK_SIZE;
             }
             KeyParts::State(..) => {
                 let row = crate::store::StateRow::decode(value)?;
