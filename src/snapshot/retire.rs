@@ -19,9 +19,10 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-use super::record::{self, RETIRED_DIR, Record, RecordIdentity, record_path};
+use super::record::{self, Record, RecordIdentity, record_path};
 use crate::error::{Error, Kind, Result};
 use crate::media::File;
+use crate::pool::RETIRED_DIR;
 use crate::progress::Progress;
 use crate::store::{Change, Edit, RetiredRow, SnapshotInfo, StateKey, StateRow, Status, Store, Tables};
 

@@ -23,6 +23,7 @@ pub use write::{copy, write};
 
 use crate::codec::{Reader, Writer, unseal};
 use crate::error::{Error, Result};
+use crate::pool::RETIRED_DIR;
 use crate::store::{Moment, RetiredRow, StateRow};
 use crate::units::{BranchId, DiskId, Epoch, SnapshotId};
 
@@ -31,8 +32,6 @@ const VERSION: u32 = 1;
 const HEADER_LEN: usize = 64;
 const IDENTITY_MAX: usize = 4096;
 const ENTRY_LEN: usize = 60;
-/// Folder of the records in a pool.
-pub const RETIRED_DIR: &str = "retired";
 
 /// Returns the path of a record below the pool.
 #[must_use]

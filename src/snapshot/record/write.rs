@@ -9,10 +9,11 @@ use roaring::RoaringBitmap;
 use uuid::Uuid;
 
 use super::slabs::{self, gather};
-use super::{DirectoryEntry, HEADER_LEN, Header, RETIRED_DIR, RecordIdentity, record_path};
+use super::{DirectoryEntry, HEADER_LEN, Header, RecordIdentity, record_path};
 use crate::codec::{Writer, seal};
 use crate::error::{Error, Result};
 use crate::media::{File, Media, Open};
+use crate::pool::RETIRED_DIR;
 use crate::store::MapView;
 use crate::units::{CHUNK_BLOCKS, ChunkIndex, SegmentId};
 
