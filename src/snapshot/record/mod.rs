@@ -4,7 +4,7 @@
 //! 1. A record is made from the map entries of the snapshot as of one instant, and is durable before they go.
 //! 2. A record is believed by the pool that made it only, and there only if its snapshot lies in the past of that pool as
 //!    it is now: in a copy, or a pool taken back to an earlier day, the same addresses may hold other bytes.
-//! 3. Every byte of a file is checked when it is opened; nothing in it can fail later.
+//! 3. Every byte of a file is checked when it is opened; later only reading it again can fail, if it is a large one.
 //!
 //! # After a crash
 //! A record is whole or not there; until the catalog names it, the map entries are the record.
@@ -14,11 +14,13 @@
 mod read;
 mod sets;
 mod slabs;
+#[cfg(test)]
+mod tests;
 mod write;
 
 use uuid::Uuid;
 
-pub use read::{Record, RecordWalk};
+pub use read::{Memory, Record, RecordWalk};
 pub use write::{copy, write};
 
 use crate::codec::{Reader, Writer, unseal};

@@ -37,9 +37,10 @@ impl Share {
 
 /// What is gathered of a segment.
 #[derive(Debug, Default)]
-struct Gathered {
-    slabs: Vec<(u32, u32)>,
-    set: RoaringBitmap,
+pub(super) struct Gathered {
+    /// Number and chunk of each slab.
+    pub(super) slabs: Vec<(u32, u32)>,
+    pub(super) set: RoaringBitmap,
 }
 
 /// Writes the record of a snapshot durably; one that is there is replaced. `nonce` tells the nonce of a segment.
@@ -180,12 +181,18 @@ fn gather_segments(map: &MapView, first: SegmentId, last: SegmentId) -> Result<B
 }
 
 /// Appends bytes; returns where they are and how many.
-type Put<'a> = &'a mut dyn FnMut(&[u8]) -> Result<(u64, u64)>;
+pub(super) type Put<'a> = &'a mut dyn FnMut(&[u8]) -> Result<(u64, u64)>;
 
 const SLAB: u32 = 512;
 const _: () = assert!(SLAB as u64 == CHUNK_BLOCKS);
 
-fn put_segment(segment: SegmentId, nonce: u64, mut gathered: Gathered, put: Put<'_>) -> Result<DirectoryEntry> {
+/// Appends the parts of one segment; returns where they are.
+pub(super) fn put_segment(
+    segment: SegmentId,
+    nonce: u64,
+    mut gathered: Gathered,
+    put: Put<'_>,
+) -> Result<DirectoryEntry> {
     gathered.slabs.sort_unstable();
     let slab_count = u32::try_from(gathered.slabs.len()).expect("a segment has fewer than 2^19 slabs");
     let mut table = Writer::new();
