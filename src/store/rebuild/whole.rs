@@ -3,7 +3,8 @@
 //! # Rules
 //! 1. The frames must be an unbroken line from the one after the catalog's mark to the newest in the ring.
 //! 2. Frames up to the last fold that the journal tells of go into the new catalog; the rest stays in the journal, and the
-//!    next opening replays it as always. Copies of blocks in folded frames are out of date and are left out.
+//!    next opening replays it as always. Copies of blocks in folded frames are out of date and are left out; what deletes
+//!    them is not, for the catalog may have some of a segment whose file was missing.
 //! 3. A segment with data that the rows do not know contradicts rule 1, whatever the numbers say: opening the pool would
 //!    remove it. Then this way is not gone.
 
@@ -127,7 +128,7 @@ pub(super) fn write(work: &mut Work<'_>, source: Option<&Source>) -> Result<()> 
     }
     for lsn in start.lsn + 1..=upto {
         for row in survey.rows(lsn)? {
-            if !row.key.is_of(Table::Data) {
+            if !row.key.is_of(Table::Data) || row.value.is_none() {
                 output.put(row)?;
             }
         }
