@@ -7,10 +7,10 @@
 //!    business of the store.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::Arc;
 
 use super::answer::{Exported, Imported, Reverted, Status};
+use super::name::absolute;
 use super::{Keep, Request, Response, Target};
 use crate::disk::{self, BlockDevice as _};
 use crate::error::{Error, Result};
@@ -103,8 +103,8 @@ fn execute_on_pool(store: &Arc<Store>, request: &Request, progress: &dyn Progres
     match request {
         Request::Check { rebuild: true, .. } => Err(Error::busy("a pool that is in use cannot be rebuilt")
             .hint("end the server with 'afterimage umount', then run 'afterimage check --rebuild'")),
-        Request::Check { repair, .. } => Ok(Response::Checked(check(store, *repair, progress)?.into())),
-        Request::Scrub {} => Ok(Response::Scrubbed(disk::scrub(store, progress)?.into())),
+        Request::Check { repair, .. } => Ok(Response::Checked(check(store, *repair, progress)?)),
+        Request::Scrub {} => Ok(Response::Scrubbed(disk::scrub(store, progress)?)),
         Request::Reclaim { wait: true } => {
             Ok(Response::Reclaimed { freed: store.reclaim_wait(progress)?.freed, complete: true })
         }
@@ -257,16 +257,6 @@ fn export(
         joined: increment.plan.joined,
         zeros: increment.zeros(),
     }))
-}
-
-/// Refuses a path that would mean something else in another working directory.
-fn absolute(path: &str) -> Result<&Path> {
-    let path = Path::new(path);
-    if path.is_absolute() {
-        return Ok(path);
-    }
-    Err(Error::usage(format!("the path '{}' is not absolute", path.display()))
-        .hint("the server has a working directory of its own: give the whole path"))
 }
 
 fn status(store: &Arc<Store>) -> Result<Response> {

@@ -98,5 +98,5 @@ fn import(store: &Arc<Store>, path: &str) -> Result<Response> {
     let media = HostMedia::new(folder).map_err(fail)?;
     let name = name.to_str().ok_or_else(|| Error::usage("the name of the record is not UTF-8"))?;
     let file = media.open(name, Open::ReadOnly).map_err(fail)?;
-    snapshot::import_record(store, &path.display().to_string(), &*file).map(|info| Response::Snapshot(info.into()))
+    snapshot::import_record(store, &path.display().to_string(), &file).map(|info| Response::Snapshot(info.into()))
 }

@@ -19,6 +19,7 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use super::name::absolute;
 use super::{Request, Response, Target};
 use crate::clock;
 use crate::error::{Error, Result};
@@ -42,7 +43,7 @@ pub(super) fn execute(store: &Arc<Store>, request: Request, progress: &dyn Progr
             let options = ReceiveOptions { disk: Target::disk(&disk)?, force, name };
             let file = open_input(&input)?;
             let mut input = BufReader::with_capacity(BUFFER, Input { file: &file, progress });
-            Ok(Response::Received(stream::receive(store, &options, &mut input, progress)?.into()))
+            Ok(Response::Received(stream::receive(store, &options, &mut input, progress)?))
         }
         Request::ReceiveToken { disk } => {
             let token = stream::token(store, &Target::disk(&disk)?)?;
@@ -81,16 +82,7 @@ fn send(store: &Arc<Store>, options: &SendOptions, output: &str, progress: &dyn 
     if file.metadata().is_ok_and(|meta| meta.is_file()) {
         file.sync_all().map_err(fail)?;
     }
-    Ok(Response::Sent(report.into()))
-}
-
-fn absolute(path: &str) -> Result<&Path> {
-    let path = Path::new(path);
-    if path.is_absolute() {
-        return Ok(path);
-    }
-    Err(Error::usage(format!("the path '{}' is not absolute", path.display()))
-        .hint("the server has a working directory of its own: give the whole path"))
+    Ok(Response::Sent(report))
 }
 
 fn open_input(path: &str) -> Result<File> {

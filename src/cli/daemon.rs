@@ -55,7 +55,8 @@ pub(super) fn start(pool: &Path, mount: &Path, show: &Show, global: &Global) -> 
     let mut line = String::new();
     BufReader::new(pipe).read_line(&mut line).map_err(cannot)?;
     let log = pool.join(LOG_NAME);
-    let silent = || Error::failed("the server ended before it was ready").hint(format!("{} may say more", log.display()));
+    let silent =
+        || Error::failed("the server ended before it was ready").hint(format!("{} may say more", log.display()));
     match serde_json::from_str(&line).map_err(|e| silent().because(e))? {
         Line::Result(response) => Ok(response),
         Line::Error(failure) => Err(failure.into()),

@@ -2,11 +2,12 @@
 
 use super::table::{Head, Table, sheet};
 use crate::api::Response;
-use crate::api::answer::{
-    Checked, Disk, Exported, Imported, Pruned, Rebuilt, Received, Reverted, Scrubbed, Sent, Settings, Snapshot, Status,
-};
+use crate::api::answer::{Disk, Exported, Imported, Pruned, Reverted, Settings, Snapshot, Status};
 use crate::clock;
+use crate::disk::ScrubReport;
 use crate::error::{Error, Result};
+use crate::store::{CheckReport, RebuildReport};
+use crate::stream::{ReceiveReport, SendReport};
 use crate::units::show_size;
 
 /// How much to say.
@@ -54,8 +55,8 @@ pub(super) fn show(response: &Response, style: Style) -> String {
     }
 }
 
-fn sent(report: &Sent) -> String {
-    let Sent { disk, snapshot, data, zeros, stream, unverified, .. } = report;
+fn sent(report: &SendReport) -> String {
+    let SendReport { disk, snapshot, data, zeros, stream, unverified, .. } = report;
     let mut text = format!(
         "sent {disk}@{snapshot}: {} of data and {} of zeros in a stream of {}",
         show_size(*data),
@@ -68,8 +69,8 @@ fn sent(report: &Sent) -> String {
     text + "\n"
 }
 
-fn received(report: &Received) -> String {
-    let Received { disk, snapshot, data, zeros, kept, .. } = report;
+fn received(report: &ReceiveReport) -> String {
+    let ReceiveReport { disk, snapshot, data, zeros, kept, .. } = report;
     let mut text =
         format!("received {disk}@{snapshot}: {} of data and {} of zeros", show_size(*data), show_size(*zeros));
     if let Some(kept) = kept {
@@ -238,7 +239,7 @@ fn settings_lines(settings: &Settings) -> String {
     KEYS.iter().map(|key| format!("{key}={}\n", setting(settings, key).expect("the key is from the list"))).collect()
 }
 
-fn checked(report: &Checked) -> String {
+fn checked(report: &CheckReport) -> String {
     let mut text = String::new();
     for problem in &report.problems {
         text.push_str(&format!("{}: {}\n", if problem.fixed { "mended" } else { "problem" }, problem.what));
@@ -262,7 +263,7 @@ fn checked(report: &Checked) -> String {
     text
 }
 
-fn rebuilt(report: &Rebuilt) -> String {
+fn rebuilt(report: &RebuildReport) -> String {
     if !report.rebuilt {
         return "the catalog is sound: nothing was changed\n".to_owned();
     }
@@ -298,7 +299,7 @@ fn rebuilt(report: &Rebuilt) -> String {
     text
 }
 
-fn scrubbed(report: &Scrubbed) -> String {
+fn scrubbed(report: &ScrubReport) -> String {
     let mut text = String::new();
     for damage in &report.damaged {
         let snapshot = damage.snapshot.as_ref().map(|name| format!("@{name}")).unwrap_or_default();

@@ -48,6 +48,7 @@ pub struct ScrubReport {
     /// What is damaged: the first [`LISTED_MAX`] of it.
     pub damaged: Vec<Damage>,
     /// How many more there are.
+    #[serde(default)]
     pub more: u64,
 }
 

@@ -96,9 +96,8 @@ impl Disk {
             inside(&line)?;
             let mut plan = Plan::default();
             let planned = self.plan(&line, &Bytes { data, offset }, &mut plan);
-            let result = planned.and_then(|()| {
-                self.carry_out(&plan, data).inspect_err(|error| self.store.poison_unless_full(error))
-            });
+            let result = planned
+                .and_then(|()| self.carry_out(&plan, data).inspect_err(|error| self.store.poison_unless_full(error)));
             self.enter(&line, plan, result.is_ok());
             result.map_err(|error| self.name(error))?;
         }

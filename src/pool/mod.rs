@@ -24,6 +24,8 @@ pub use superblock::{FORMAT_VERSION, SUPERBLOCK, Superblock};
 
 /// The directory of segments.
 pub const SEGMENTS_DIR: &str = "segments";
+/// The directory of the records of retired snapshots.
+pub const RETIRED_DIR: &str = "retired";
 /// The preallocated journal.
 pub const JOURNAL: &str = "journal";
 /// The catalog that the journal is folded into.

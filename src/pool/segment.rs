@@ -296,9 +296,8 @@ impl Segments {
         }
         let path = segment_path(id);
         let missing = || {
-            Error::corrupt(format!("segment file {path} is missing")).hint(
-                "put it back from a copy of the pool, with the pool closed; until then nothing in it can be read",
-            )
+            Error::corrupt(format!("segment file {path} is missing"))
+                .hint("put it back from a copy of the pool, with the pool closed; until then nothing in it can be read")
         };
         if self.is_lost(id) {
             return Err(missing());

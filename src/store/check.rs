@@ -52,6 +52,7 @@ pub struct CheckReport {
     /// Bytes on the host that nothing names.
     pub leaked: u64,
     /// Of them, bytes that a rebuild keeps; they are no problem.
+    #[serde(default)]
     pub kept: u64,
 }
 

@@ -63,7 +63,7 @@ impl Store {
                 _ => ranges.push((first, count)),
             }
         }
-        self.sweep_later(ranges.iter().map(|(first, _)| first.segment()), &mut rows)?;
+        self.sweep_later(ranges.iter().map(|(first, _)| first.segment()))?;
         let mut blocks = 0;
         let mut punched = BTreeMap::new();
         for (first, count) in ranges {
@@ -83,8 +83,11 @@ impl Store {
 
     /// Notes that segments whose files are missing are to be swept when they are there again: their queued blocks are not
     /// waited for.
-    fn sweep_later(&self, segments: impl Iterator<Item = SegmentId>, rows: &mut Vec<Row>) -> Result<()> {
+    fn sweep_later(&self, segments: impl Iterator<Item = SegmentId>) -> Result<()> {
         let lost: BTreeSet<_> = segments.filter(|id| self.segments.is_lost(*id)).collect();
+        if lost.is_empty() {
+            return Ok(());
+        }
         let mut tables = self.tables.write();
         let mut edit = Edit::new(&mut tables);
         for id in lost {
@@ -92,7 +95,8 @@ impl Store {
                 edit.change_segment(id, |row| row.swept = false)?;
             }
         }
-        rows.extend(edit.finish());
+        // While the tables are locked, as every row of theirs: in the order in which they changed.
+        let _ticket = self.ledger.submit(edit.finish())?;
         Ok(())
     }
 

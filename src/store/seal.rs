@@ -97,9 +97,7 @@ impl Store {
         let next = {
             let tables = self.tables.read();
             let unsealable = self.unsealable.lock();
-            let open = |row: &StateRow| {
-                !row.sealed && row.status.readable() && !unsealable.contains_key(&row.snapshot)
-            };
+            let open = |row: &StateRow| !row.sealed && row.status.readable() && !unsealable.contains_key(&row.snapshot);
             tables.states().find(|(_, row)| open(row)).map(|(key, row)| (key, row.snapshot, row.name.clone()))
         };
         let Some((key, id, name)) = next else { return Ok(false) };

@@ -268,7 +268,8 @@ pub fn file_token(options: &FileOptions) -> Result<Token> {
     let place = Place::of(options)?;
     let (comes, holds) = (place.read_side(COMES)?, place.read_side(HOLDS)?);
     let open = comes.filter(|comes| holds.is_none_or(|holds| !holds.token.same_stream(&comes.token)));
-    open.map(|note| note.token).ok_or_else(|| Error::not_found(format!("no stream into {} was interrupted", place.name)))
+    open.map(|note| note.token)
+        .ok_or_else(|| Error::not_found(format!("no stream into {} was interrupted", place.name)))
 }
 
 /// Checks that the stream fits, and notes that it is on its way.
@@ -302,7 +303,8 @@ fn enter(place: &Place, force: bool, header: &Header) -> Result<Arc<dyn File>> {
                 .hint("the stream is an increment: receive a full one first (`afterimage send` without --from)"));
         }
         (Some(base), Some(len)) if !force => {
-            let modified = there.as_ref().map(|file| file.modified()).transpose().map_err(|e| place.fail("look at", e))?;
+            let modified =
+                there.as_ref().map(|file| file.modified()).transpose().map_err(|e| place.fail("look at", e))?;
             check_base(place, base, holds.as_ref(), (len, modified.flatten()))?;
         }
         (None, Some(len)) if !force && (len > 0 || place.device.is_some()) => {
@@ -388,7 +390,8 @@ fn fill(
 /// Makes what arrived safe, as far as that is possible, and says how to go on.
 fn stop(place: &Place, file: &dyn File, reader: &StreamReader<'_>, error: Error) -> Error {
     let token = Token::of(&reader.header, reader.applied());
-    let safe = file.sync().map_err(|e| place.fail("write", e)).and_then(|()| place.write_side(COMES, &Note::coming(token)));
+    let safe =
+        file.sync().map_err(|e| place.fail("write", e)).and_then(|()| place.write_side(COMES, &Note::coming(token)));
     match safe {
         Ok(()) => with_token(error, &token, "--force"),
         Err(_) => error,

@@ -2,7 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use afterimage::api::{Keep, Request};
+use afterimage::api::{Keep, Request, Response};
+use afterimage::disk::{Damage, ScrubReport};
+use afterimage::store::{CheckReport, Problem, RebuildReport, RebuiltDisk};
+use afterimage::stream::{ReceiveReport, SendReport};
 
 fn golden() -> Vec<(Request, &'static str)> {
     let web = || "web".to_owned();
@@ -102,6 +105,76 @@ fn requests_are_written_and_read_as_ever() {
     for (request, json) in golden() {
         assert_eq!(serde_json::to_string(&request).unwrap(), json);
         assert_eq!(serde_json::from_str::<Request>(json).unwrap(), request);
+    }
+}
+
+/// The structs of the core that are answers as they are: their fields are what programs read.
+#[test]
+fn reports_are_written_as_ever() {
+    let uuid = uuid::Uuid::from_u128(7);
+    let damage = Damage { disk: "d".into(), snapshot: None, offset: 1, segment: 2, why: "w".into() };
+    let rebuilt = RebuiltDisk { disk: "d".into(), snapshots: 1, referenced: 2, live: None, lost: vec!["l".into()] };
+    let golden = [
+        (
+            Response::Checked(CheckReport {
+                problems: vec![Problem { what: "w".into(), fixed: true }],
+                disks: 1,
+                snapshots: 2,
+                segments: 3,
+                blocks: 4,
+                leaked: 5,
+                kept: 6,
+            }),
+            r#"{"answer":"checked","problems":[{"what":"w","fixed":true}],"disks":1,"snapshots":2,"segments":3,"blocks":4,"leaked":5,"kept":6}"#,
+        ),
+        (
+            Response::Scrubbed(ScrubReport { blocks: 1, bytes: 2, unverified: 3, damaged: vec![damage], more: 4 }),
+            r#"{"answer":"scrubbed","blocks":1,"bytes":2,"unverified":3,"damaged":[{"disk":"d","snapshot":null,"offset":1,"segment":2,"why":"w"}],"more":4}"#,
+        ),
+        (
+            Response::Rebuilt(RebuildReport {
+                rebuilt: true,
+                complete: false,
+                source: Some("s".into()),
+                frames: 1,
+                kept: None,
+                unnamed: 2,
+                disks: vec![rebuilt],
+                notes: vec!["n".into()],
+            }),
+            r#"{"answer":"rebuilt","rebuilt":true,"complete":false,"source":"s","frames":1,"kept":null,"unnamed":2,"disks":[{"disk":"d","snapshots":1,"referenced":2,"live":null,"lost":["l"]}],"notes":["n"]}"#,
+        ),
+        (
+            Response::Sent(SendReport {
+                disk: "d".into(),
+                snapshot: "s".into(),
+                uuid,
+                base: None,
+                start: 1,
+                data: 2,
+                zeros: 3,
+                stream: 4,
+                unverified: 5,
+            }),
+            r#"{"answer":"sent","disk":"d","snapshot":"s","uuid":"00000000-0000-0000-0000-000000000007","base":null,"start":1,"data":2,"zeros":3,"stream":4,"unverified":5}"#,
+        ),
+        (
+            Response::Received(ReceiveReport {
+                disk: "d".into(),
+                snapshot: "s".into(),
+                uuid,
+                base: Some(uuid),
+                start: 1,
+                data: 2,
+                zeros: 3,
+                kept: None,
+            }),
+            r#"{"answer":"received","disk":"d","snapshot":"s","uuid":"00000000-0000-0000-0000-000000000007","base":"00000000-0000-0000-0000-000000000007","start":1,"data":2,"zeros":3,"kept":null}"#,
+        ),
+    ];
+    for (answer, json) in golden {
+        assert_eq!(serde_json::to_string(&answer).unwrap(), json);
+        assert_eq!(serde_json::from_str::<Response>(json).unwrap(), answer);
     }
 }
 

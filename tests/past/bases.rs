@@ -98,11 +98,11 @@ fn a_lost_record_is_named_and_comes_back_from_a_copy() {
     let error = diff::open(&pool.store, &names[0], &names[1]).unwrap_err();
     assert_eq!(error.kind(), Kind::NotFound, "{error}");
     assert!(error.next_step().is_some_and(|hint| hint.contains("record import")));
-    snapshot::import_record(&pool.store, "copy", &*copy).unwrap();
+    snapshot::import_record(&pool.store, "copy", &copy).unwrap();
     assert_eq!(pool.diff("d@a", "d"), [data(0, BLOCK)]);
     // Also one that was deleted: it is a base again.
     snapshot::remove(&pool.store, "d", "a").unwrap();
-    snapshot::import_record(&pool.store, "copy", &*copy).unwrap();
+    snapshot::import_record(&pool.store, "copy", &copy).unwrap();
     assert_eq!(pool.diff("d@a", "d"), [data(0, BLOCK)]);
     pool.sound();
     // Damage is an error, not a smaller diff.
@@ -110,7 +110,7 @@ fn a_lost_record_is_named_and_comes_back_from_a_copy() {
     pool.media.remove("copy").unwrap();
     let copy = pool.media.open("copy", Open::New).unwrap();
     copy.write_at(&bytes, 0).unwrap();
-    let error = snapshot::import_record(&pool.store, "copy", &*copy).unwrap_err();
+    let error = snapshot::import_record(&pool.store, "copy", &copy).unwrap_err();
     assert_eq!(error.kind(), Kind::Corrupt, "{error}");
 }
 
@@ -155,11 +155,11 @@ fn pool_directory_rolled_back_to_an_older_copy() {
     fill(&disk::open(&store, "d").unwrap(), BLOCK, 2 * BLOCK, 3);
     let folder = HostMedia::new(dir.path()).unwrap();
     let file = folder.open("saved.aimg", Open::ReadOnly).unwrap();
-    let error = snapshot::import_record(&store, "saved.aimg", &*file).unwrap_err();
+    let error = snapshot::import_record(&store, "saved.aimg", &file).unwrap_err();
     assert!(error.to_string().contains("taken back to an earlier day"), "{error}");
     // Also once the new course has used the same numbers itself.
     snapshot::take(&store, &[("d".into(), "other".into())]).unwrap();
-    let error = snapshot::import_record(&store, "saved.aimg", &*file).unwrap_err();
+    let error = snapshot::import_record(&store, "saved.aimg", &file).unwrap_err();
     assert!(error.to_string().contains("taken back to an earlier day"), "{error}");
     // Its own retired snapshots are good, over openings too.
     snapshot::retire(&store, &[("d".into(), "other".into())]).unwrap();

@@ -402,7 +402,7 @@ impl Comparable for Side {
 
 impl Comparable for Record {
     fn part(&self, part: Range<u32>) -> Result<Box<dyn ChunkPieces + '_>> {
-        Ok(Box::new(self.walk_between(part)))
+        Ok(Box::new(self.walk_between(part)?))
     }
 }
 
@@ -437,7 +437,7 @@ fn sorted(entry: Entry) -> Vec<Piece> {
 
 impl ChunkPieces for RecordWalk<'_> {
     fn step(&mut self) -> Result<Option<(ChunkIndex, &[Piece])>> {
-        Ok(RecordWalk::step(self))
+        RecordWalk::step(self)
     }
 }
 
@@ -458,7 +458,10 @@ impl Comparable for Picked<'_> {
     fn part(&self, part: Range<u32>) -> Result<Box<dyn ChunkPieces + '_>> {
         let chunks = &self.chunks[part.start as usize..part.end as usize];
         let (map, first) = (&self.side.map, chunks.first().map_or(0, |chunk| chunk.0));
-        let record = if let Map::Record(record) = map { Some(record.walk_between(first..u32::MAX)) } else { None };
+        let record = match map {
+            Map::Record(record) => Some(record.walk_between(first..u32::MAX)?),
+            _ => None,
+        };
         Ok(Box::new(PickedWalk { map, record, chunks: chunks.iter(), pieces: Vec::new() }))
     }
 }
@@ -467,7 +470,7 @@ impl ChunkPieces for PickedWalk<'_> {
     fn step(&mut self) -> Result<Option<(ChunkIndex, &[Piece])>> {
         let Some(chunk) = self.chunks.next() else { return Ok(None) };
         if let Some(record) = &mut self.record {
-            return Ok(Some((*chunk, record.pick(*chunk))));
+            return Ok(Some((*chunk, record.pick(*chunk)?)));
         }
         if let Map::View(view) = self.map {
             self.pieces = sorted(view.entry(*chunk)?);
