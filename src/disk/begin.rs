@@ -107,8 +107,8 @@ impl Disk {
         slab.segment.direct().is_some()
     }
 
-    /// Maps what was written, if all of it was; tells whether the disk should be flushed now, as a writer has to when
-    /// there are many changes. `written` says for each extent how many bytes the host took.
+    /// Maps what was written, if all of it was; tells whether the disk must be flushed before the write is
+    /// answered, as a writer has to when there are many changes, or a mount has cached what changed. `written` says for each extent how many bytes the host took.
     ///
     /// # Errors
     /// Any error of the host; the pool refuses writes then, unless it is full.
@@ -142,7 +142,8 @@ impl Disk {
             self.store.poison_unless_full(&error);
             return Err(error);
         }
-        Ok(self.head.dirty_chunks() >= FLUSH_AT)
+        // A flush also makes the mount forget what it has cached, which takes too long here.
+        Ok(self.head.dirty_chunks() >= FLUSH_AT || self.head.tenancy.is_watched())
     }
 }
 

@@ -117,7 +117,7 @@ impl Store {
             snapshots: tables.snapshot_count(id),
             origin: row.origin.clone(),
             settings: row.settings.clone(),
-            holder: head.and_then(|head| head.tenancy.lock().holder.clone()),
+            holder: head.as_ref().and_then(|head| head.tenancy.holder()),
         })
     }
 
