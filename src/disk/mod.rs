@@ -14,6 +14,7 @@ mod begin;
 pub mod import;
 mod lease;
 mod manage;
+mod read_only;
 mod scrub;
 mod write;
 
@@ -25,6 +26,7 @@ pub use import::{ImportReport, import};
 pub use lease::{Attached, Lease, MOUNT};
 pub(crate) use manage::new_row;
 pub use manage::{check_disk_name, check_snapshot_name, create, create_empty, remove, rename, round_size, set, unique};
+pub use read_only::ReadOnly;
 pub use scrub::{Damage, ScrubReport, scrub};
 
 use crate::error::{Error, Result};
