@@ -64,14 +64,14 @@ impl What {
     }
 }
 
-/// Reads a request to attach as the row of an export with this number; `persist` is not in it.
-pub(super) fn read(store: &Arc<Store>, request: &Request, id: u64) -> Result<ExportRow> {
+/// Reads a request to attach as the row of an export, which has no number yet; `persist` is not in it.
+pub(super) fn read(store: &Arc<Store>, request: &Request) -> Result<ExportRow> {
     let Request::Attach { kind, disks, socket, listen, tls_cert, tls_key, tls_ca, read_only, queues, .. } = request
     else {
         return Err(Error::failed("this request attaches nothing"));
     };
     let mut row = ExportRow {
-        id,
+        id: 0,
         kind: *kind,
         disks: Vec::new(),
         snapshots: Vec::new(),
