@@ -10,6 +10,7 @@ mod export;
 mod format;
 mod import;
 mod model;
+mod nbd;
 mod past;
 mod real;
 mod serve;
