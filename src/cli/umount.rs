@@ -81,7 +81,7 @@ impl Served {
     /// Fails while somebody uses what the server has attached: it would end with the mount.
     fn refuse_used(&self) -> Result<()> {
         let Response::Exports { exports } = self.client.ask(&Request::Exports {}, &Silent)? else { return Ok(()) };
-        let Some(used) = exports.iter().find(|export| export.clients > 0 || !export.writing.is_empty()) else {
+        let Some(used) = exports.iter().find(|export| export.clients > 0) else {
             return Ok(());
         };
         let (id, disks, kind) = (used.id, used.disks.join(", "), &used.kind);

@@ -97,6 +97,12 @@ impl Server {
         self.shared.tell_changed();
     }
 
+    /// Tells whether a front end is connected.
+    #[must_use]
+    pub fn connected(&self) -> bool {
+        self.shared.connected()
+    }
+
     /// Finishes what is in flight and stops.
     pub fn stop(self) {
         drop(self);

@@ -68,6 +68,11 @@ impl Shared {
         }
     }
 
+    /// Tells whether a front end is connected.
+    pub(super) fn connected(&self) -> bool {
+        self.connection.lock().is_some()
+    }
+
     /// Ends the connection and takes no other.
     pub(super) fn stop(&self) {
         self.stopping.store(true, Ordering::SeqCst);

@@ -445,7 +445,10 @@ fn purge_later(book: &Arc<Book>) {
 
 impl Running {
     fn clients(&self) -> usize {
-        self.clients.load(Ordering::Acquire)
+        match &self.front {
+            Front::Vhost(server) => usize::from(server.connected()),
+            Front::Nbd(_) | Front::Failed(_) => self.clients.load(Ordering::Acquire),
+        }
     }
 
     /// Finishes what is in flight and stops.
