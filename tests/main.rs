@@ -14,3 +14,4 @@ mod real;
 mod stream;
 mod tidy;
 mod tree;
+mod vhost;
