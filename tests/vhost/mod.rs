@@ -3,6 +3,7 @@
 
 mod guest;
 mod hostile;
+mod qemu;
 mod reconnect;
 mod requests;
 
