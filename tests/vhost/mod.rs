@@ -19,7 +19,7 @@ use parking_lot::{Condvar, Mutex};
 use guest::Guest;
 
 /// A disk in memory that can be made to wait and to fail.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub(crate) struct Ram {
     data: Mutex<Vec<u8>>,
     /// Writes and flushes wait while this is set.
@@ -27,17 +27,12 @@ pub(crate) struct Ram {
     opened: Condvar,
     /// What was done, in order.
     pub(crate) log: Mutex<Vec<(&'static str, u64, u64)>>,
-    read_only: bool,
     fails: Mutex<bool>,
 }
 
 impl Ram {
     pub(crate) fn new(size: usize) -> Arc<Self> {
         Arc::new(Self { data: Mutex::new(vec![0; size]), ..Self::default() })
-    }
-
-    pub(crate) fn read_only(size: usize) -> Arc<Self> {
-        Arc::new(Self { data: Mutex::new(vec![3; size]), read_only: true, ..Self::default() })
     }
 
     pub(crate) fn close(&self, closed: bool) {
@@ -51,10 +46,6 @@ impl Ram {
 
     pub(crate) fn grow(&self, size: usize) {
         self.data.lock().resize(size, 0);
-    }
-
-    pub(crate) fn content(&self) -> Vec<u8> {
-        self.data.lock().clone()
     }
 
     fn note(&self, what: &'static str, offset: u64, len: u64) -> Result<()> {
@@ -109,7 +100,7 @@ impl BlockDevice for Ram {
     }
 
     fn read_only(&self) -> bool {
-        self.read_only
+        false
     }
 }
 
