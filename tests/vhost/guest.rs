@@ -21,7 +21,7 @@ pub(crate) const INDIRECT: u16 = 4;
 /// Entries of each queue.
 pub(crate) const SIZE: u16 = 64;
 /// How long an answer may take on a machine that is busy.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 /// Bytes of each of the two regions; the second begins at 4 GiB.
 const REGION: u64 = 16 << 20;
 const HIGH: u64 = 4 << 30;

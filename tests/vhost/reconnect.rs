@@ -1,6 +1,7 @@
 //! Front ends and servers that go and come again.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use vhost::VhostBackend;
@@ -95,7 +96,9 @@ fn what_a_killed_server_had_taken_the_next_one_does_again_in_order() {
     let mut guest = served.guest(1);
     let reads: Vec<_> = (0..2).map(|_| guest.send(0, IN, 0, &[], 512)).collect();
     guest.kick(0);
-    reads.iter().for_each(|_| drop(guest.answer(0)));
+    for _ in &reads {
+        guest.answer(0);
+    }
     let sent: Vec<_> = (0..10_u8).map(|i| guest.send(0, OUT, u64::from(i), &[i + 1; 512], 0)).collect();
     guest.kick(0);
     while !killed.log.lock().iter().any(|(what, ..)| *what == "write") {
@@ -159,14 +162,20 @@ fn a_server_ends_while_requests_come_without_end() {
     guest.kick(0);
     guest.answer(0);
     let memory = guest.memory.clone();
-    let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let stop = Arc::new(AtomicBool::new(false));
     let flood = std::thread::spawn({
         let stop = Arc::clone(&stop);
         move || {
             // The ring says that there is always one more.
-            while !stop.load(std::sync::atomic::Ordering::Acquire) {
-                let used: u16 = memory.load(GuestAddress(0x8002), std::sync::atomic::Ordering::Acquire).unwrap();
-                memory.store(used.wrapping_add(60), GuestAddress(0x4002), std::sync::atomic::Ordering::Release).unwrap();
+            let mut said = 1_u16;
+            while !stop.load(Ordering::Acquire) {
+                let used: u16 = memory.load(GuestAddress(0x8002), Ordering::Acquire).unwrap();
+                let more = used.wrapping_add(60);
+                // It never goes back.
+                if more.wrapping_sub(said) < 0x8000 {
+                    said = more;
+                    memory.store(said, GuestAddress(0x4002), Ordering::Release).unwrap();
+                }
             }
         }
     });
@@ -174,10 +183,12 @@ fn a_server_ends_while_requests_come_without_end() {
         guest.memory.write_obj(sent.head, GuestAddress(0x4004 + at * 2)).unwrap();
     }
     guest.kick(0);
+    let begun = std::time::Instant::now();
     while guest.used(0) < 1000 {
+        assert!(begun.elapsed() < super::guest::PATIENCE, "it goes on and on");
         std::thread::yield_now();
     }
     served.server.take().unwrap().stop();
-    stop.store(true, std::sync::atomic::Ordering::Release);
+    stop.store(true, Ordering::Release);
     flood.join().unwrap();
 }
