@@ -24,6 +24,7 @@
 mod bell;
 pub mod chain;
 mod config;
+mod flight;
 mod inflight;
 mod queue;
 pub mod request;

@@ -12,7 +12,7 @@
 
 use std::fs::File;
 use std::io;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -23,15 +23,18 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::bell::{self, Bell};
 use super::config::QUEUE_SIZE_MAX;
+use super::flight::Flights;
 use super::inflight::Track;
-use super::request::{Bounds, Request, SERIAL, Status, What};
+use super::request::{Bounds, Request, SERIAL};
 use crate::disk::BlockDevice;
 
 /// The memory of a guest.
 pub(super) type Memory = GuestMemoryMmap<()>;
 
-/// Bytes that are read or written at a time.
-const PIECE: usize = 1 << 20;
+/// Requests under way at most; more stay in their ring.
+const IN_FLIGHT_MAX: usize = 256;
+/// Bytes of their data at most, or of one request.
+const BYTES_MAX: usize = 32 << 20;
 
 /// What the queues of a device share.
 pub(super) struct Target {
@@ -92,22 +95,17 @@ impl Worker {
             Ok(())
         })
         .map_err(bad)?;
-        let mut work = Loop {
-            queue,
-            again,
-            track,
-            memory: setup.memory,
-            flushes: setup.flushes,
-            bell: setup.bell,
-            target,
-            done: Vec::new(),
-            buffer: vec![0; PIECE],
-        };
-        let kick = setup.kick;
+        let mut work =
+            Loop { queue, again, track, memory: setup.memory, bell: setup.bell, target: Arc::clone(&target) };
+        let (kick, durable) = (setup.kick, !setup.flushes);
         let thread = std::thread::Builder::new().name("vhost-queue".into()).spawn({
             let stop = Arc::clone(&stop);
             move || {
-                if let Err(reason) = work.serve(&kick, &stop) {
+                // Made here: the ring of an engine belongs to one thread.
+                let served = Flights::new(target, durable)
+                    .map_err(text)
+                    .and_then(|mut flights| work.serve(&mut flights, &kick, &stop));
+                if let Err(reason) = served {
                     tracing::error!("a queue of a guest cannot be used any more: {reason}");
                     error.iter().for_each(|error| bell::ring(error));
                 }
@@ -133,12 +131,12 @@ fn prepare(
     memory: &Memory,
     set: impl FnOnce(&mut Queue) -> Result<(), virtio_queue::Error>,
 ) -> Result<Prepared, String> {
-    let mut queue = Queue::new(QUEUE_SIZE_MAX).map_err(|e| e.to_string())?;
-    set(&mut queue).map_err(|e| e.to_string())?;
+    let mut queue = Queue::new(QUEUE_SIZE_MAX).map_err(text)?;
+    set(&mut queue).map_err(text)?;
     if !queue.is_valid(memory) {
         return Err("the rings do not lie in the memory of the guest".into());
     }
-    let used = queue.used_idx(memory, Ordering::Acquire).map_err(|e| e.to_string())?.0;
+    let used = queue.used_idx(memory, Ordering::Acquire).map_err(text)?.0;
     queue.set_next_used(used);
     let mut again = Vec::new();
     if let Some(track) = &mut track
@@ -157,91 +155,100 @@ struct Loop {
     /// What the last server has not answered.
     again: Vec<u16>,
     track: Option<Track>,
-    flushes: bool,
     bell: Arc<Bell>,
     target: Arc<Target>,
-    /// Answered and not yet in the used ring: heads, and how many bytes were written.
-    done: Vec<(u16, u32)>,
-    buffer: Vec<u8>,
+}
+
+fn text(error: impl std::fmt::Display) -> String {
+    error.to_string()
 }
 
 impl Loop {
-    fn serve(&mut self, kick: &File, stop: &Stop) -> Result<(), String> {
+    fn serve(&mut self, flights: &mut Flights, kick: &File, stop: &Stop) -> Result<(), String> {
         for head in std::mem::take(&mut self.again) {
-            self.run(head)?;
+            self.begin(flights, head);
         }
+        let served = self.go_round(flights, kick, stop);
+        // What was taken is finished, whatever happened.
+        while flights.count() > 0 {
+            flights.engine().wait(None).map_err(text)?;
+            flights.collect(&self.memory);
+        }
+        self.publish(flights).map_err(text)?;
+        served
+    }
+
+    fn go_round(&mut self, flights: &mut Flights, kick: &File, stop: &Stop) -> Result<(), String> {
         loop {
-            self.queue.disable_notification(&*self.memory).map_err(|e| e.to_string())?;
-            while !stop.asked.load(Ordering::Acquire) {
-                let Some(head) = self.next()? else { break };
-                if let Some(track) = &mut self.track {
-                    track.begin(head);
-                }
-                self.run(head)?;
-            }
+            self.queue.disable_notification(&*self.memory).map_err(text)?;
+            let mut busy = self.take(flights)?;
+            flights.engine().submit().map_err(text)?;
+            busy |= flights.collect(&self.memory);
+            self.publish(flights).map_err(text)?;
             if stop.asked.load(Ordering::Acquire) {
                 return Ok(());
             }
-            if self.queue.enable_notification(&*self.memory).map_err(|e| e.to_string())? {
+            if busy && flights.count() == 0 {
+                // Look again before going to sleep: that costs less than being woken.
                 continue;
             }
-            if bell::wait(kick, &stop.event).map_err(|e| e.to_string())? {
+            if full(flights) {
+                flights.engine().wait(None).map_err(text)?;
+            } else if self.queue.enable_notification(&*self.memory).map_err(text)? {
+                // There is more already.
+            } else if flights.count() > 0 {
+                flights.engine().wait(Some(kick.as_fd())).map_err(text)?;
+                bell::silence(kick);
+            } else if bell::wait(kick, &stop.event).map_err(text)? {
                 bell::silence(kick);
             }
+            flights.collect(&self.memory);
         }
     }
 
-    /// Takes the next request.
-    fn next(&mut self) -> Result<Option<u16>, String> {
-        let mut chains = self.queue.iter(&*self.memory).map_err(|e| e.to_string())?;
-        let Some(head) = chains.next().map(|chain| chain.head_index()) else { return Ok(None) };
-        if head >= self.queue.size() {
-            return Err(format!("it has no descriptor {head}"));
+    /// Takes what is available, as far as there is room; tells whether there was anything.
+    fn take(&mut self, flights: &mut Flights) -> Result<bool, String> {
+        let mut any = false;
+        while !full(flights) {
+            let mut chains = self.queue.iter(&*self.memory).map_err(text)?;
+            let Some(head) = chains.next().map(|chain| chain.head_index()) else { break };
+            if head >= self.queue.size() {
+                return Err(format!("it has no descriptor {head}"));
+            }
+            if let Some(track) = &mut self.track {
+                track.begin(head);
+            }
+            self.begin(flights, head);
+            any = true;
         }
-        Ok(Some(head))
+        Ok(any)
     }
 
-    fn run(&mut self, head: u16) -> Result<(), String> {
-        let (memory, target) = (&*self.memory, &*self.target);
-        let bounds = Bounds::of(&*target.device, target.read_only);
+    fn begin(&self, flights: &mut Flights, head: u16) {
+        let bounds = Bounds::of(&*self.target.device, self.target.read_only);
         let table = GuestAddress(self.queue.desc_table());
-        let request = Request::take(memory, table, self.queue.size(), head, bounds);
-        let ran = catch_unwind(AssertUnwindSafe(|| {
-            let ran = request.run(memory, &*target.device, &target.serial, &mut self.buffer)?;
-            if !self.flushes && matches!(request.what, What::Write(_) | What::Discard(_) | What::WriteZeroes(_)) {
-                target.device.flush()?;
-            }
-            Ok(ran)
-        }));
-        let (status, data) = match ran {
-            Ok(Ok(ran)) => ran,
-            Ok(Err(error)) => {
-                target.failed(&error);
-                (Status::Failed, 0)
-            }
-            Err(_) => {
-                tracing::error!("a request failed on a mistake in this program; the guest was told so");
-                (Status::Failed, 0)
-            }
-        };
-        self.done.push((head, request.answer(memory, status, data)));
-        self.publish().map_err(|e| e.to_string())
+        let request = Request::take(&*self.memory, table, self.queue.size(), head, bounds);
+        flights.begin(&self.memory, head, request);
     }
 
-    /// Puts what is done into the used ring.
-    fn publish(&mut self) -> Result<(), virtio_queue::Error> {
+    /// Puts what is answered into the used ring, all of it at once.
+    fn publish(&mut self, flights: &mut Flights) -> Result<(), virtio_queue::Error> {
+        let answered = flights.answered();
+        if answered.is_empty() {
+            return Ok(());
+        }
         let memory = &*self.memory;
-        let heads = || self.done.iter().map(|(head, _)| *head);
+        let heads = || answered.iter().map(|(head, _)| *head);
         if let Some(track) = &self.track {
             track.ending(heads());
         }
-        for (head, len) in &self.done {
+        for (head, len) in &*answered {
             self.queue.add_used(memory, *head, *len)?;
         }
         if let Some(track) = &self.track {
             track.ended(heads(), self.queue.next_used());
         }
-        self.done.clear();
+        answered.clear();
         let wanted = self.queue.needs_notification(memory)?;
         // Without an index there is a flag, which the crate leaves to us.
         let flag = || memory.read_obj::<u16>(GuestAddress(self.queue.avail_ring()));
@@ -253,9 +260,14 @@ impl Loop {
     }
 }
 
+/// Tells whether nothing more should be taken before something is finished.
+fn full(flights: &Flights) -> bool {
+    flights.count() >= IN_FLIGHT_MAX || flights.bytes() >= BYTES_MAX || flights.answered_len() >= IN_FLIGHT_MAX
+}
+
 impl Target {
     /// Says in the log that the disk failed a request, if not too often.
-    fn failed(&self, error: &crate::error::Error) {
+    pub(super) fn failed(&self, error: &crate::error::Error) {
         let before = self.failures.fetch_add(1, Ordering::Relaxed);
         if (before + 1).is_power_of_two() {
             tracing::warn!("a request of a guest failed ({} so far): {error}", before + 1);
