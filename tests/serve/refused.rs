@@ -26,7 +26,7 @@ fn requests_that_make_no_sense_are_refused_before_anything_begins() {
         ("attach nbd web --listen [::]:0", 2, "whoever reaches [::]:0"),
         ("attach nbd web --listen localhost:10809", 2, "no address"),
         ("attach nbd web --listen 127.0.0.1", 2, "no address"),
-        ("attach nbd web --listen 127.0.0.1:0 --tls-cert DIR/file --tls-key DIR/none", 3, "none"),
+        ("attach nbd web --listen 127.0.0.1:0 --tls-cert DIR/none --tls-key DIR/file", 3, "none"),
         ("attach nbd web --socket DIR/b --tls-cert DIR/file --tls-key DIR/file", 2, "--listen"),
         ("attach nbd web --socket SOCK", 4, "somebody listens"),
         ("attach nbd web --socket DIR/file", 1, "is no socket"),
