@@ -68,15 +68,12 @@ impl Disk {
         Ok(Lease { head: Arc::clone(head), closing: AtomicBool::new(false) })
     }
 
-    /// Fails when `holder` would not get the lease now.
+    /// Fails when `holder` would not get the lease; waits as [`Disk::lease`] does, and does not take it.
     ///
     /// # Errors
     /// `Busy` with the name of who has it.
     pub fn refuse_others(&self, holder: &str) -> Result<()> {
-        match self.head.tenancy.refusal(Some(holder)) {
-            Some(refusal) => Err(self.store.refused(self.head.id, refusal)),
-            None => Ok(()),
-        }
+        self.head.tenancy.wait_vacant(Some(holder)).map_err(|refusal| self.store.refused(self.head.id, refusal))
     }
 
     /// Keeps the lease for `holder` for so long, unless somebody has it: nobody else gets it meanwhile.

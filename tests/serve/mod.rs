@@ -112,7 +112,9 @@ impl Server {
         let lock = || afterimage::pool::PoolLock::take(&self.it.pool());
         wait_until("the server ends", || lock().is_ok());
         let mount = self.it.path("mnt");
-        wait_until("the mount is dead or gone", || !mount.join("disks").is_dir());
+        // Listed: names the kernel may still have.
+        let shows = || std::fs::read_dir(&mount).is_ok_and(|mut names| names.next().is_some());
+        wait_until("the mount is dead or gone", || !shows());
     }
 }
 

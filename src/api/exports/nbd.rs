@@ -32,7 +32,8 @@ pub(super) struct Shown {
 /// A client: counted, and the holder of a lease, until its connection ends.
 struct Client {
     clients: Arc<AtomicUsize>,
-    writer: Option<(Lease, Claim)>,
+    /// In this order: once the lease is free, nothing says any more that it should be kept.
+    writer: Option<(Claim, Lease)>,
 }
 
 /// The note that somebody writes.
@@ -52,7 +53,6 @@ impl Drop for Claim {
 
 impl Drop for Client {
     fn drop(&mut self) {
-        // First the lease, then the note that there is one.
         self.writer = None;
         self.clients.fetch_sub(1, Ordering::AcqRel);
     }
@@ -77,7 +77,7 @@ impl Shown {
         if let Some(book) = &self.book {
             book.came(id, &self.holder);
         }
-        client.writer = Some((lease, claim));
+        client.writer = Some((claim, lease));
         Ok(disk)
     }
 }
