@@ -3,17 +3,18 @@
 //! # Rules
 //! 1. Every answer says which it is: `{"answer":"disk", ...}`. Names are never changed, fields only added.
 //! 2. Sizes and amounts are bytes, times are seconds since 1970 in UTC, what is not known or not set is `null`.
-//! 3. These types carry nothing but data. What a disk, a snapshot or a setting is inside is turned into what it is here, and
-//!    nowhere else. A report (check, rebuild, scrub, streams, verify) is nothing but its fields from the start: the struct of
+//! 3. These types carry nothing but data. What a disk, a snapshot or a setting is inside is turned into what it is here in
+//!    `from_core` and nowhere else. A report (check, rebuild, scrub, streams, verify) is nothing but its fields from the start: the struct of
 //!    the module that makes it is the answer, and a test pins how each is written.
+
+mod from_core;
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::disk::ScrubReport;
 use crate::snapshot::diff::{Extent, VerifyReport};
-use crate::snapshot::{PruneLine, RevertReport};
-use crate::store::{self, CheckReport, DiskInfo, EnospcPolicy, RebuildReport, SnapshotInfo, SnapshotState};
+use crate::store::{CheckReport, RebuildReport};
 use crate::stream::{ReceiveReport, SendReport};
 
 /// An answer.
@@ -94,6 +95,18 @@ pub enum Response {
         /// Where.
         mount: String,
     },
+    /// A disk or snapshot is served.
+    Attached(Export),
+    /// What was served is served no longer.
+    Detached {
+        /// The exports that ended.
+        exports: Vec<Export>,
+    },
+    /// What is served, by number.
+    Exports {
+        /// The exports.
+        exports: Vec<Export>,
+    },
     /// An increment directory was written.
     Exported(Exported),
     /// A stream was written.
@@ -151,6 +164,9 @@ pub struct Disk {
     pub origin_gone: bool,
     /// Who has it open for writing.
     pub holder: Option<String>,
+    /// Who had it open for writing before a restart, and nobody else gets it for a minute.
+    #[serde(default)]
+    pub reserved: Option<String>,
     /// Its settings.
     pub settings: Settings,
 }
@@ -272,6 +288,37 @@ pub struct Imported {
     pub bytes_written: u64,
 }
 
+/// Something that is served on a socket or a port.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Export {
+    /// Its number; kept over restarts if it persists.
+    pub id: u64,
+    /// `nbd` or `vhost-user`.
+    pub kind: String,
+    /// `DISK` or `DISK@SNAPSHOT`, as they are called now.
+    pub disks: Vec<String>,
+    /// Path of its Unix socket.
+    pub socket: Option<String>,
+    /// Address and port it listens on instead.
+    pub listen: Option<String>,
+    /// Whether clients must use TLS.
+    pub tls: bool,
+    /// Whether nobody can write through it.
+    pub read_only: bool,
+    /// Queues of a vhost-user device.
+    pub queues: Option<u16>,
+    /// Whether it is served again after a restart.
+    pub persist: bool,
+    /// Connections there are now.
+    pub clients: u64,
+    /// Disks it has open for writing.
+    pub writing: Vec<String>,
+    /// `on`; `failed` when it could not be started again; `off` when no server is running.
+    pub state: String,
+    /// Why it failed.
+    pub error: Option<String>,
+}
+
 /// What an increment directory holds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Exported {
@@ -312,76 +359,4 @@ pub struct Status {
     pub free: u64,
     /// Size of the host file system.
     pub total: u64,
-}
-
-impl From<&store::Settings> for Settings {
-    fn from(settings: &store::Settings) -> Self {
-        let enospc = match settings.enospc {
-            EnospcPolicy::Fail => "fail",
-            EnospcPolicy::Wait => "wait",
-        };
-        Self {
-            enospc: enospc.to_owned(),
-            quota: settings.quota,
-            iops: settings.iops,
-            bandwidth: settings.bandwidth,
-            extent_size: settings.extent_size,
-        }
-    }
-}
-
-impl From<DiskInfo> for Disk {
-    fn from(info: DiskInfo) -> Self {
-        Self {
-            id: info.id.0,
-            settings: Settings::from(&info.settings),
-            name: info.name,
-            uuid: info.uuid,
-            size: info.size,
-            referenced: info.referenced,
-            written: info.written,
-            unique: None,
-            created: info.created,
-            modified: info.modified,
-            snapshots: info.snapshots as u64,
-            origin_gone: info.origin.as_ref().is_some_and(|origin| origin.gone),
-            origin: info.origin.map(|origin| origin.name),
-            holder: info.holder,
-        }
-    }
-}
-
-impl From<SnapshotInfo> for Snapshot {
-    fn from(info: SnapshotInfo) -> Self {
-        let state = match info.state {
-            SnapshotState::Live => "live",
-            SnapshotState::Retired => "retired",
-        };
-        Self {
-            id: info.id.0,
-            disk: info.disk,
-            disk_id: info.disk_id.0,
-            name: info.name,
-            uuid: info.uuid,
-            size: info.size,
-            referenced: info.referenced,
-            written: info.written,
-            unique: None,
-            created: info.created,
-            state: state.to_owned(),
-            holds: info.holds,
-        }
-    }
-}
-
-impl Reverted {
-    pub(super) fn new(disk: String, snapshot: String, report: RevertReport) -> Self {
-        Self { disk, snapshot, dropped: report.dropped, kept: report.kept }
-    }
-}
-
-impl From<PruneLine> for Pruned {
-    fn from(line: PruneLine) -> Self {
-        Self { name: line.snapshot, kept: line.kept, why: line.why }
-    }
 }
