@@ -22,7 +22,8 @@ struct Target {
 
 impl Target {
     fn new() -> Self {
-        let rig = Rig::new();
+        // Clients are gone long before the server has done with them.
+        let rig = Rig::with(400);
         let disk = rig.disk("a", MIB);
         disk.write(&noise(MIB as usize, 1), 0).unwrap();
         rig.take("a", "s");
