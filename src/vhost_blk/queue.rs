@@ -1,4 +1,8 @@
-//! One queue at work: a thread that takes requests out of guest memory, does them and answers them.
+//! One queue at work: a thread that takes requests out of guest memory, has them done and answers them.
+//!
+//! ```text
+//!   available ring --take, many--> flights --> engine --collect, many--> used ring --one notification--> guest
+//! ```
 //!
 //! # Rules
 //! 1. A queue works from the moment its front end has said all there is to say, until it says stop, goes away or changes
@@ -179,15 +183,12 @@ impl Loop {
     }
 
     fn go_round(&mut self, flights: &mut Flights, kick: &File, stop: &Stop) -> Result<(), String> {
-        loop {
+        while !stop.asked.load(Ordering::Acquire) {
             self.queue.disable_notification(&*self.memory).map_err(text)?;
             let mut busy = self.take(flights)?;
             flights.engine().submit().map_err(text)?;
             busy |= flights.collect(&self.memory);
             self.publish(flights).map_err(text)?;
-            if stop.asked.load(Ordering::Acquire) {
-                return Ok(());
-            }
             if busy && flights.count() == 0 {
                 // Look again before going to sleep: that costs less than being woken.
                 continue;
@@ -204,6 +205,7 @@ impl Loop {
             }
             flights.collect(&self.memory);
         }
+        Ok(())
     }
 
     /// Takes what is available, as far as there is room; tells whether there was anything.
