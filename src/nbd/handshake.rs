@@ -151,8 +151,7 @@ impl<'a> Handshake<'a> {
     fn answer(&mut self, kind: u32, answer: Answer) -> io::Result<Next> {
         let bytes = answer.unwrap_or_else(|(error, text)| {
             tracing::debug!("NBD option {kind} is refused: {text}");
-            let end = text.floor_char_boundary(TEXT_MAX);
-            option::option_reply(kind, error, &text.as_bytes()[..end])
+            option::option_reply(kind, error, shortened(&text).as_bytes())
         });
         self.link.send_all(&bytes, deadline())?;
         Ok(Next::Option)
@@ -208,8 +207,7 @@ impl<'a> Handshake<'a> {
             tell(&option::text_info(info::NAME, &export.name));
         }
         if choice.infos.contains(&info::DESCRIPTION) && !export.description.is_empty() {
-            let end = export.description.floor_char_boundary(TEXT_MAX);
-            tell(&option::text_info(info::DESCRIPTION, &export.description[..end]));
+            tell(&option::text_info(info::DESCRIPTION, shortened(&export.description)));
         }
         let preferred = u32::try_from(BLOCK_SIZE).expect("a block is small");
         tell(&option::block_size_info(1, preferred, PAYLOAD_MAX));
@@ -318,6 +316,15 @@ fn acknowledged(kind: u32) -> Vec<u8> {
 
 fn senseless() -> (u32, String) {
     (reply::ERR_INVALID, "the data of the option makes no sense".into())
+}
+
+/// Returns as much of a text as the wire takes.
+fn shortened(text: &str) -> &str {
+    let mut end = text.len().min(TEXT_MAX);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    &text[..end]
 }
 
 /// Returns the message and what to do next.

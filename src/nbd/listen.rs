@@ -12,6 +12,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rustix::fs::Mode;
@@ -55,6 +56,8 @@ struct SocketFile {
     path: PathBuf,
     /// Device and inode.
     identity: (u64, u64),
+    /// It was removed: the next one there may have the same inode.
+    removed: AtomicBool,
 }
 
 impl Listener {
@@ -80,7 +83,7 @@ impl Listener {
                 let meta = fs::symlink_metadata(path).map_err(fail)?;
                 let path = path.clone();
                 let address = path.display().to_string();
-                let file = SocketFile { path, identity: (meta.dev(), meta.ino()) };
+                let file = SocketFile { path, identity: (meta.dev(), meta.ino()), removed: AtomicBool::new(false) };
                 Ok(Self { socket, address, file: Some(file) })
             }
         }
@@ -104,23 +107,29 @@ impl Listener {
         Ok(socket)
     }
 
-    /// Ends all waiting for connections, for ever.
+    /// Ends all waiting for connections, for ever, and removes the socket file.
     pub(super) fn close(&self) {
         if let Err(error) = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both) {
             tracing::warn!("cannot close the listening socket {}: {error}", self.address);
+        }
+        self.remove();
+    }
+
+    fn remove(&self) {
+        let Some(SocketFile { path, identity, removed }) = &self.file else { return };
+        // Somebody may have put another one there.
+        if !removed.swap(true, Ordering::Relaxed)
+            && fs::symlink_metadata(path).is_ok_and(|meta| (meta.dev(), meta.ino()) == *identity)
+            && let Err(error) = fs::remove_file(path)
+        {
+            tracing::warn!("cannot remove {}: {error}", path.display());
         }
     }
 }
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        let Some(SocketFile { path, identity }) = &self.file else { return };
-        // Somebody may have put another one there.
-        if fs::symlink_metadata(path).is_ok_and(|meta| (meta.dev(), meta.ino()) == *identity)
-            && let Err(error) = fs::remove_file(path)
-        {
-            tracing::warn!("cannot remove {}: {error}", path.display());
-        }
+        self.remove();
     }
 }
 

@@ -4,7 +4,7 @@
 //! 1. What is received first goes to a stage; a payload is copied from there as far as it is there already, and the rest
 //!    of it goes to its pages at once. So small writes cost no system call each, and large ones no copy.
 //! 2. Nothing is allocated for a payload before its length is checked. One that is too long is skipped and its request
-//!    refused; the connection goes on.
+//!    refused then, not before: a client that is still sending a request does not expect the reply to it.
 //! 3. A request that does not begin as one ends the connection: nobody knows where the next begins.
 
 use std::io::{self, IoSliceMut};
@@ -25,7 +25,7 @@ const BEYOND: usize = 8 * REQUEST;
 #[derive(Debug)]
 pub(super) struct Incoming {
     pub(super) request: Request,
-    /// The payload of a write; `None` when it was too long and is being skipped.
+    /// The payload of a write; `None` when it was too long and was skipped.
     pub(super) payload: Option<Pages>,
 }
 
@@ -44,13 +44,14 @@ pub(super) struct Receiver {
     start: usize,
     end: usize,
     partial: Option<Partial>,
-    /// Bytes of a payload that nobody wants.
-    skip: u64,
+    /// A request with a payload that nobody wants, and how many bytes of that are still to come.
+    refused: Option<Request>,
+    skip: usize,
 }
 
 impl Receiver {
     pub(super) fn new() -> Self {
-        Self { stage: vec![0; STAGE].into(), start: 0, end: 0, partial: None, skip: 0 }
+        Self { stage: vec![0; STAGE].into(), start: 0, end: 0, partial: None, refused: None, skip: 0 }
     }
 
     /// Receives once; `None` when nothing is there, `Some(false)` at the end.
@@ -78,10 +79,14 @@ impl Receiver {
         };
         let Some(got) = got else { return Ok(None) };
         self.end += got - have;
-        let skipped = self.skip.min((self.end - self.start) as u64);
-        self.skip -= skipped;
-        self.start += usize::try_from(skipped).expect("no more than the stage has");
+        self.skip_staged();
         Ok(Some(got > 0))
+    }
+
+    fn skip_staged(&mut self) {
+        let skipped = self.skip.min(self.end - self.start);
+        self.skip -= skipped;
+        self.start += skipped;
     }
 
     /// Takes the next request that is there in full.
@@ -91,6 +96,11 @@ impl Receiver {
     pub(super) fn next(&mut self, buffers: &mut Buffers) -> io::Result<Option<Incoming>> {
         if let Some(partial) = self.partial.take_if(|partial| partial.have == partial.len) {
             return Ok(Some(Incoming { request: partial.request, payload: Some(partial.pages) }));
+        }
+        if self.skip == 0
+            && let Some(request) = self.refused.take()
+        {
+            return Ok(Some(Incoming { request, payload: None }));
         }
         if self.partial.is_some() || self.skip > 0 || self.end - self.start < REQUEST {
             return Ok(None);
@@ -103,10 +113,9 @@ impl Receiver {
         }
         let staged = self.end - self.start;
         if request.length > PAYLOAD_MAX {
-            let here = staged.min(request.length as usize);
-            self.start += here;
-            self.skip = u64::from(request.length) - here as u64;
-            return Ok(Some(Incoming { request, payload: None }));
+            (self.refused, self.skip) = (Some(request), request.length as usize);
+            self.skip_staged();
+            return self.next(buffers);
         }
         let len = request.length as usize;
         let mut pages = buffers.take(len)?;

@@ -10,6 +10,7 @@ use std::io::{self, IoSlice};
 use std::ops::Range;
 
 use super::link::Link;
+use super::status::Extents;
 use super::wire::{Errno, Reply, chunk};
 use crate::disk::Buffers;
 use crate::sys::pages::{PAGE, Pages};
@@ -112,8 +113,8 @@ impl Outbox {
         self.put(heads, Vec::new(), None);
     }
 
-    /// Answers with the extents of contexts: pairs of length and flags.
-    pub(super) fn extents(&mut self, cookie: u64, contexts: &[(u32, Vec<(u32, u32)>)]) {
+    /// Answers with the extents of contexts.
+    pub(super) fn extents(&mut self, cookie: u64, contexts: &[(u32, Extents)]) {
         let mut heads = Vec::new();
         let last = contexts.len().saturating_sub(1);
         for (number, (context, extents)) in contexts.iter().enumerate() {

@@ -26,7 +26,7 @@ use super::handshake::Terms;
 use super::link::{Link, Watch};
 use super::receive::{Incoming, Receiver};
 use super::send::Outbox;
-use super::status::Context;
+use super::status::{Context, Extents};
 use super::wire::{Command, Errno, PAYLOAD_MAX, Request, command};
 use crate::disk::engine::{self, Done, Engine, Op};
 use crate::disk::{BlockDevice, Buffers};
@@ -49,7 +49,7 @@ struct Tag {
     command: Command,
     step: Step,
     /// What a BLOCK_STATUS found.
-    extents: Vec<(u32, Vec<(u32, u32)>)>,
+    extents: Vec<(u32, Extents)>,
 }
 
 /// Where a request is that takes several steps.
@@ -327,11 +327,7 @@ impl<'a> Session<'a> {
 }
 
 /// Finds the extents of all contexts.
-fn extents(
-    contexts: &[(u32, Context)],
-    device: &dyn BlockDevice,
-    request: &Request,
-) -> Result<Vec<(u32, Vec<(u32, u32)>)>> {
+fn extents(contexts: &[(u32, Context)], device: &dyn BlockDevice, request: &Request) -> Result<Vec<(u32, Extents)>> {
     let one = request.flags & command::REQ_ONE != 0;
     let of = |(id, context): &(u32, Context)| Ok((*id, context.extents(device, request.offset, request.length, one)?));
     contexts.iter().map(of).collect()

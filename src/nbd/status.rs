@@ -22,6 +22,9 @@ const DIRTY: u32 = 1;
 /// Extents of one context at most: 64 KiB of them.
 const EXTENTS_MAX: usize = 8192;
 
+/// Extents one after the other: length and flags.
+pub(super) type Extents = Vec<(u32, u32)>;
+
 /// A context that was chosen.
 #[derive(Debug, Clone)]
 pub(super) enum Context {
@@ -30,20 +33,14 @@ pub(super) enum Context {
 }
 
 impl Context {
-    /// Returns extents from `offset` on, `length` bytes at most, as length and flags.
+    /// Returns extents from `offset` on, `length` bytes at most.
     ///
     /// # Errors
     /// When the map cannot be read.
-    pub(super) fn extents(
-        &self,
-        device: &dyn BlockDevice,
-        offset: u64,
-        length: u32,
-        one: bool,
-    ) -> Result<Vec<(u32, u32)>> {
+    pub(super) fn extents(&self, device: &dyn BlockDevice, offset: u64, length: u32, one: bool) -> Result<Extents> {
         let end = offset + u64::from(length);
         let most = if one { 1 } else { EXTENTS_MAX };
-        let mut extents: Vec<(u32, u32)> = Vec::new();
+        let mut extents = Extents::new();
         let mut at = offset;
         // The next data that is known of; everything before it is a hole.
         let mut data = (0, 0);

@@ -214,7 +214,7 @@ mod tests {
     }
 
     fn read(descriptors: &[(u64, u32, u16, u16)]) -> Result<Chain, Broken> {
-        let size = descriptors.len() as u16;
+        let size = u16::try_from(descriptors.len()).unwrap();
         Chain::read(&memory(descriptors), GuestAddress(0), size, 0)
     }
 
@@ -245,8 +245,8 @@ mod tests {
             assert!(read(descriptors).is_err(), "chain {number} is broken");
         }
         let fine = memory(&[(0, 1, 0, 0)]);
-        assert!(Chain::read(&fine, GuestAddress(0), 1, 1).is_err());
-        assert!(Chain::read(&fine, GuestAddress(u64::MAX - 8), 1, 0).is_err());
+        Chain::read(&fine, GuestAddress(0), 1, 1).unwrap_err();
+        Chain::read(&fine, GuestAddress(u64::MAX - 8), 1, 0).unwrap_err();
     }
 
     #[test]

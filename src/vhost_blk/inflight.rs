@@ -14,8 +14,8 @@
 //! 3. The front end could write anything here: every index is checked.
 //!
 //! # After a crash
-//! A request that was done and not answered is done again. That is harmless: the guest was not told, so it has not reused
-//! the blocks, and whatever it sent after waits behind it in the order it was taken.
+//! A request that was done and not answered is done again. That is harmless: the guest was not told, so it neither counts
+//! on the blocks nor uses them for anything else, and requests that are under way together have no order among them.
 
 use std::fs::File;
 use std::io;
@@ -248,12 +248,12 @@ mod tests {
         region.store(LAST_BATCH_AT, 8_u16);
         assert!(region.track(0, 8).unwrap().recover(1).is_err(), "a head beyond the end");
         region.store(VERSION_AT, 2_u16);
-        assert!(track.recover(0).is_err());
+        track.recover(0).unwrap_err();
         let (len, file) = Region::make(1, 8).unwrap();
         let copy = || file.try_clone().unwrap();
-        assert!(Region::open(copy(), 0, len - 1, 1, 8).is_err());
-        assert!(Region::open(copy(), 0, len + 64, 1, 12).is_err(), "larger than its file");
-        assert!(Region::open(copy(), u64::MAX, len, 1, 8).is_err());
-        assert!(Region::open(copy(), 1, len - 1, 1, 4).is_err(), "not on a page");
+        Region::open(copy(), 0, len - 1, 1, 8).unwrap_err();
+        Region::open(copy(), 0, len + 64, 1, 12).expect_err("larger than its file");
+        Region::open(copy(), u64::MAX, len, 1, 8).unwrap_err();
+        Region::open(copy(), 1, len - 1, 1, 4).expect_err("not on a page");
     }
 }

@@ -1,4 +1,8 @@
-//! One queue at work: a thread that takes requests out of guest memory, does them and answers them.
+//! One queue at work: a thread that takes requests out of guest memory, has them done and answers them.
+//!
+//! ```text
+//!   available ring --take, many--> flights --> engine --collect, many--> used ring --one notification--> guest
+//! ```
 //!
 //! # Rules
 //! 1. A queue works from the moment its front end has said all there is to say, until it says stop, goes away or changes
@@ -16,6 +20,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
@@ -26,6 +31,7 @@ use super::config::QUEUE_SIZE_MAX;
 use super::flight::Flights;
 use super::inflight::Track;
 use super::request::{Bounds, Request, SERIAL};
+use crate::clock;
 use crate::disk::BlockDevice;
 
 /// The memory of a guest.
@@ -35,6 +41,10 @@ pub(super) type Memory = GuestMemoryMmap<()>;
 const IN_FLIGHT_MAX: usize = 256;
 /// Bytes of their data at most, or of one request.
 const BYTES_MAX: usize = 32 << 20;
+/// How long it looks for a request before sleeping, at most: what QEMU takes.
+const PATIENCE_MAX: Duration = Duration::from_micros(32);
+/// Looks between two looks at the clock.
+const LOOKS: u32 = 16;
 
 /// What the queues of a device share.
 pub(super) struct Target {
@@ -179,31 +189,52 @@ impl Loop {
     }
 
     fn go_round(&mut self, flights: &mut Flights, kick: &File, stop: &Stop) -> Result<(), String> {
-        loop {
+        let mut patience = Patience::default();
+        while !stop.asked.load(Ordering::Acquire) {
             self.queue.disable_notification(&*self.memory).map_err(text)?;
             let mut busy = self.take(flights)?;
             flights.engine().submit().map_err(text)?;
             busy |= flights.collect(&self.memory);
             self.publish(flights).map_err(text)?;
-            if stop.asked.load(Ordering::Acquire) {
-                return Ok(());
-            }
             if busy && flights.count() == 0 {
                 // Look again before going to sleep: that costs less than being woken.
                 continue;
             }
             if full(flights) {
                 flights.engine().wait(None).map_err(text)?;
+            } else if flights.count() == 0 && self.look(&patience, stop) {
+                // It came before it was worth sleeping.
             } else if self.queue.enable_notification(&*self.memory).map_err(text)? {
                 // There is more already.
             } else if flights.count() > 0 {
                 flights.engine().wait(Some(kick.as_fd())).map_err(text)?;
                 bell::silence(kick);
-            } else if bell::wait(kick, &stop.event).map_err(text)? {
-                bell::silence(kick);
+            } else {
+                let begun = clock::now();
+                if bell::wait(kick, &stop.event).map_err(text)? {
+                    bell::silence(kick);
+                }
+                patience.slept(clock::now().duration_since(begun));
             }
             flights.collect(&self.memory);
         }
+        Ok(())
+    }
+
+    /// Looks for the next request without sleeping, for a while; tells whether there is one. The guest need not notify
+    /// meanwhile.
+    fn look(&self, patience: &Patience, stop: &Stop) -> bool {
+        let until = clock::now() + patience.0;
+        while clock::now() < until && !stop.asked.load(Ordering::Relaxed) {
+            for _ in 0..LOOKS {
+                let index = self.queue.avail_idx(&*self.memory, Ordering::Acquire);
+                if index.is_ok_and(|index| index.0 != self.queue.next_avail()) {
+                    return true;
+                }
+                std::hint::spin_loop();
+            }
+        }
+        false
     }
 
     /// Takes what is available, as far as there is room; tells whether there was anything.
@@ -257,6 +288,18 @@ impl Loop {
             self.bell.ring();
         }
         Ok(())
+    }
+}
+
+/// How long it is worth looking for the next request before sleeping: as long as it would have found one lately, so that
+/// a guest that rests costs nothing.
+#[derive(Debug, Default)]
+struct Patience(Duration);
+
+impl Patience {
+    /// Learns from a sleep that came after it had looked.
+    fn slept(&mut self, slept: Duration) {
+        self.0 = if self.0 + slept > PATIENCE_MAX { Duration::ZERO } else { PATIENCE_MAX.min((self.0 + slept) * 2) };
     }
 }
 

@@ -25,6 +25,7 @@ use super::bell;
 use super::queue::Target;
 use super::session::Session;
 use super::socket::Socket;
+use crate::clock;
 use crate::sync::Mutex;
 
 /// Bytes of the head of a message: request, flags, length of what follows.
@@ -125,7 +126,7 @@ fn accept(listener: &UnixListener, shared: &Shared) -> io::Result<Option<UnixStr
         }
         Err(error) if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM)) => {
             tracing::warn!("a front end cannot connect now: {error}");
-            std::thread::sleep(std::time::Duration::from_millis(100));
+            clock::sleep(std::time::Duration::from_millis(100));
             Ok(None)
         }
         Err(error) => Err(error),

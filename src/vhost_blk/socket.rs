@@ -122,7 +122,8 @@ mod tests {
             std::fs::hard_link(&path, &left).unwrap();
             drop(first);
             assert!(!path.exists());
-            std::fs::rename(&left, &path).unwrap();
+            std::fs::hard_link(&left, &path).unwrap();
+            std::fs::remove_file(&left).unwrap();
             let second = Socket::listen(&path).unwrap();
             std::fs::remove_file(&path).unwrap();
             let third = Socket::listen(&path).unwrap();
@@ -131,8 +132,8 @@ mod tests {
             drop(third);
         }
         let file = dir.path().join("file");
-        std::fs::File::create(&file).unwrap();
+        std::fs::OpenOptions::new().write(true).create_new(true).open(&file).unwrap();
         assert_eq!(Socket::listen(&file).unwrap_err().kind(), crate::error::Kind::Exists);
-        assert!(Socket::listen(&dir.path().join("no/such")).is_err());
+        Socket::listen(&dir.path().join("no/such")).unwrap_err();
     }
 }

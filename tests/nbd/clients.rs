@@ -128,7 +128,7 @@ fn qemu_img_converts_and_compares() {
 /// Runs lines of Python with a libnbd handle `h` that is not connected.
 fn nbdsh(rig: &Rig, script: &str) {
     let path = rig.socket();
-    let script = format!("sock = {:?}\nmib = 1 << 20\n{script}", path.to_str().unwrap());
+    let script = format!("import errno\nsock = {:?}\nmib = 1 << 20\n{script}", path.to_str().unwrap());
     // The shell is for the host's own Python, whatever other one comes first elsewhere.
     let output = command("nbdsh", ["-c", &script]).env("PATH", "/usr/bin:/bin").output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -149,9 +149,9 @@ h.set_export_name("a")
 h.connect_unix(sock)
 h.set_strict_mode(0)
 assert h.get_structured_replies_negotiated()
-def fails(errno, what, *args):
+def fails(number, what, *args):
     try: what(*args)
-    except nbd.Error as error: assert error.errnum == errno, (error.errnum, error)
+    except nbd.Error as error: assert error.errnum == number, (number, error)
     else: assert False, what
 # Writes of any alignment, and FUA.
 h.pwrite(b"x" * 3, 4095)

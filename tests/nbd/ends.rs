@@ -36,12 +36,15 @@ fn a_client_that_takes_no_replies_slows_nobody_else_and_no_snapshot() {
     let disk = rig.disk("a", 64 * MIB);
     disk.write(&vec![3; 32 << 20], 0).unwrap();
     let mut slow = Client::enter(&rig, "a");
-    // More replies than any buffer takes, and writes behind them.
-    for n in 0..200 {
-        slow.request(Command::Read, 0, n, 0, 4 << 20);
-        slow.send(&Request { flags: 0, kind: 1, cookie: 1000 + n, offset: 40 << 20, length: 4096 }.encode());
-        slow.send(&[n as u8; 4096]);
-    }
+    // More replies than any buffer takes, and writes in between.
+    let mut writer = Client { stream: slow.stream.try_clone().unwrap(), structured: true };
+    let sending = std::thread::spawn(move || {
+        for n in 0..200 {
+            writer.request(Command::Read, 0, n, 0, 4 << 20);
+            writer.send(&Request { flags: 0, kind: 1, cookie: 1000 + n, offset: 40 << 20, length: 4096 }.encode());
+            writer.send(&[n as u8; 4096]);
+        }
+    });
     for n in 0..10 {
         let mut other = Client::enter(&rig, "a");
         assert_eq!(other.read(MIB, 4096), [3; 4096]);
@@ -56,6 +59,7 @@ fn a_client_that_takes_no_replies_slows_nobody_else_and_no_snapshot() {
         seen[usize::from(cookie >= 1000)] += 1;
     }
     assert_eq!(seen, [200, 200]);
+    sending.join().unwrap();
 }
 
 #[test]

@@ -75,7 +75,7 @@ fn the_foreground_server_answers_others_and_ends_on_a_signal() {
     rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
-    assert!(client.read(1, 0).is_err());
+    client.read(1, 0).unwrap_err();
     server.json("check");
     assert_eq!(server.json("exports")["exports"], serde_json::json!([]));
 }

@@ -22,9 +22,9 @@ fn what_persists_comes_back_and_the_rest_does_not() {
     let before: Vec<String> = attached(&server).into_iter().filter(|line| !line.contains("two")).collect();
     for kill in [false, true] {
         if kill {
-            server.kill()
+            server.kill();
         } else {
-            server.end()
+            server.end();
         }
         assert_eq!(attached(&server).len(), 2, "without a server they are listed, too");
         assert!(attached(&server).iter().all(|line| line.ends_with("\"off\"")));
@@ -52,9 +52,9 @@ fn who_was_writing_finds_its_disk_reserved() {
         assert_eq!(client.write(&[5; 4096], 0).unwrap(), 0);
         assert_eq!(client.flush().unwrap(), 0);
         if kill {
-            server.kill()
+            server.kill();
         } else {
-            server.end()
+            server.end();
         }
         server.mount();
         let holder = format!("export 1 (nbd {})", server.sock().display());
