@@ -7,6 +7,7 @@
 mod cli;
 mod export;
 mod format;
+mod guest;
 mod import;
 mod model;
 mod past;
