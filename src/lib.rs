@@ -7,7 +7,7 @@
 //! # Map
 //! | module | what it owns |
 //! |---|---|
-//! | [`units`], [`codec`], [`error`], [`clock`], [`sync`], [`parallel`], [`progress`] | numbers with types, bytes, errors, time, locks, threads |
+//! | [`units`], [`codec`], [`error`], [`clock`], [`sync`], [`parallel`], [`workers`], [`progress`] | numbers with types, bytes, errors, time, locks, threads |
 //! | [`sys`] | all unsafe code: system calls, memory in pages, io_uring |
 //! | [`media`] | host files, and the simulator that crashes at any I/O |
 //! | [`pool`] | the directory: superblock, lock, segments |
@@ -20,7 +20,7 @@
 //! | [`api`], [`cli`] | the control socket and the command line: one request type, one function for both |
 //!
 //! # Layers
-//! Lower never names higher: `units codec error clock sync parallel progress` < `sys` < `media` < `pool` < `map` < `store` <
+//! Lower never names higher: `units codec error clock sync parallel workers progress` < `sys` < `media` < `pool` < `map` < `store` <
 //! `snapshot, disk` < `stream, export` < `tree` < `api` < `cli`. Only `cli` prints and reads the environment; storage is
 //! synchronous and knows nothing of FUSE and HTTP. A tidy test holds this.
 //!
@@ -58,3 +58,4 @@ pub mod sync;
 pub mod sys;
 pub mod tree;
 pub mod units;
+pub mod workers;

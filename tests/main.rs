@@ -5,6 +5,7 @@
 #![allow(clippy::let_underscore_must_use, let_underscore_drop, reason = "tests")]
 
 mod cli;
+mod engine;
 mod export;
 mod format;
 mod guest;

@@ -1,9 +1,9 @@
-//! Writes in two halves, for callers with many under way at once: [`Disk::begin_write`] chooses where the data goes, the
-//! caller brings it there, [`Disk::end_write`] maps it. In between the write is under way as in [`Disk::write_upto`].
+//! Writes in two halves, for callers with many under way at once: [`BlockDevice::begin_write`] chooses where the data goes, the
+//! caller brings it there, [`BlockDevice::end_write`] maps it. In between the write is under way as in [`Disk::write_upto`].
 //!
 //! # Rules
 //! 1. Beginning never waits: not for the gate, a claim, the lock of a chunk, a new segment or room. What would have to
-//!    wait, is not whole blocks or is best left to the page cache is written by [`super::BlockDevice::write`] instead.
+//!    wait, is not whole blocks or is best left to the page cache is written by [`BlockDevice::write`] instead.
 //! 2. So a thread may have many writes begun: none of them can wait for another.
 //! 3. What was begun must be ended, whatever became of it: claims and the gate are held until then.
 
@@ -11,8 +11,8 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::Disk;
 use super::write::{FLUSH_AT, Part, Plan, Stretch, checksums};
+use super::{BlockDevice, Disk};
 use crate::error::{Error, Result};
 use crate::map::BlockSet;
 use crate::store::{Extent, Line};
@@ -32,18 +32,15 @@ pub struct Writing {
 
 impl Disk {
     /// Chooses where whole blocks go; `None` when that needs waiting.
-    ///
-    /// # Errors
-    /// None of its own: what is wrong is for [`super::BlockDevice::write`] to say.
-    pub fn begin_write(&self, len: usize, offset: u64) -> Result<Option<Writing>> {
+    pub(super) fn plan_write(&self, len: usize, offset: u64) -> Option<Writing> {
         let whole = offset.is_multiple_of(BLOCK_SIZE) && (len as u64).is_multiple_of(BLOCK_SIZE) && len > 0;
         if !whole || self.store.ledger.writable().is_err() || self.may_wait() {
-            return Ok(None);
+            return None;
         }
-        let Some(gate) = self.head.gate.try_read_arc() else { return Ok(None) };
+        let gate = self.head.gate.try_read_arc()?;
         let line = self.head.line();
         if self.head.refuse_ended().is_err() || offset.checked_add(len as u64).is_none_or(|end| end > line.size) {
-            return Ok(None);
+            return None;
         }
         let mut plan = Plan::default();
         let mut at = offset;
@@ -53,14 +50,14 @@ impl Disk {
             let upto = end.min(index.byte() + CHUNK_SIZE);
             if !self.plan_now(&line, index, (at, upto), offset, &mut plan) {
                 self.enter(&line, plan, false);
-                return Ok(None);
+                return None;
             }
             at = upto;
         }
         self.store.counters.writes.fetch_add(1, Ordering::Relaxed);
         self.store.counters.written_bytes.fetch_add(len as u64, Ordering::Relaxed);
         let inside = self.store.fence.enter_owned();
-        Ok(Some(Writing { line, plan, crcs: Vec::new(), _inside: inside, _gate: gate }))
+        Some(Writing { line, plan, crcs: Vec::new(), _inside: inside, _gate: gate })
     }
 
     /// Claims the blocks `bytes` of the disk, which lie in one chunk, and chooses where they go; false when that needs
@@ -107,12 +104,13 @@ impl Disk {
         slab.segment.direct().is_some()
     }
 
-    /// Maps what was written, if all of it was; tells whether the disk should be flushed now, as a writer has to when
-    /// there are many changes. `written` says for each extent how many bytes the host took.
-    ///
-    /// # Errors
-    /// Any error of the host; the pool refuses writes then, unless it is full.
-    pub fn end_write(&self, mut writing: Writing, data: &[u8], written: &[io::Result<usize>]) -> Result<bool> {
+    /// Maps what was written, if all of it was; see [`BlockDevice::end_write`].
+    pub(super) fn finish_write(
+        &self,
+        mut writing: Writing,
+        data: &[u8],
+        written: &[io::Result<usize>],
+    ) -> Result<bool> {
         writing.checksum(data);
         let mut result = Ok(());
         for ((stretch, crcs), written) in writing.plan.stretches.iter().zip(&writing.crcs).zip(written) {

@@ -11,6 +11,8 @@
 //! Every flushed write is there. A write that was not flushed is there, or not, block by block.
 
 mod begin;
+mod buffers;
+pub mod engine;
 pub mod import;
 mod lease;
 mod manage;
@@ -21,6 +23,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 pub use begin::Writing;
+pub use buffers::Buffers;
+pub use engine::Engine;
+pub(crate) use engine::pieces;
 pub use import::{ImportReport, import};
 pub use lease::Lease;
 pub(crate) use manage::new_row;
@@ -32,7 +37,7 @@ use crate::store::{DiskRow, Edit, EnospcPolicy, Head, Line, Located, Store};
 use crate::units::{BLOCK_SIZE, CHUNK_SIZE, DISK_SIZE_MAX, DiskId, to_usize};
 
 /// Something that is read and written in bytes and keeps blocks.
-pub trait BlockDevice: Send + Sync {
+pub trait BlockDevice: Send + Sync + std::fmt::Debug {
     /// Returns the size in bytes.
     fn size(&self) -> u64;
     /// Reads any range inside the size; unmapped blocks are zeros.
@@ -53,6 +58,26 @@ pub trait BlockDevice: Send + Sync {
     /// # Errors
     /// `Usage` beyond the size, `NoSpace`, `ReadOnly`, any error of the host.
     fn write(&self, data: &[u8], offset: u64) -> Result<()>;
+    /// Chooses where whole blocks go, for a caller that brings them there itself and then calls
+    /// [`BlockDevice::end_write`], whatever became of it; `None` when that needs waiting: [`BlockDevice::write`] then.
+    ///
+    /// # Errors
+    /// None of its own: what is wrong is for [`BlockDevice::write`] to say.
+    fn begin_write(&self, _len: usize, _offset: u64) -> Result<Option<Writing>> {
+        Ok(None)
+    }
+    /// Maps what was written, if all of it was. `written` says for each extent how many bytes the host took. Tells whether
+    /// the device must be flushed before the write is answered: it has many changes.
+    ///
+    /// # Errors
+    /// As [`BlockDevice::write`].
+    fn end_write(&self, _writing: Writing, _data: &[u8], _written: &[std::io::Result<usize>]) -> Result<bool> {
+        Err(Error::failed("a write was ended that this device has not begun"))
+    }
+    /// Tells whether a write may wait on purpose: for room, or because the disk has a limit.
+    fn may_wait(&self) -> bool {
+        false
+    }
     /// Makes every write that returned before durable.
     ///
     /// # Errors
@@ -122,15 +147,6 @@ impl Disk {
     pub fn never_written(&self) -> bool {
         let row_touched = self.store.tables.read().disk(self.head.id).is_ok_and(|row| row.touched);
         !row_touched && self.head.dirty_chunks() == 0
-    }
-
-    /// Tells whether a write may wait on purpose: for room, or because the disk has a limit.
-    #[must_use]
-    pub fn may_wait(&self) -> bool {
-        self.store.tables.read().disk(self.head.id).is_ok_and(|row| {
-            let settings = &row.settings;
-            settings.enospc == EnospcPolicy::Wait || settings.iops.is_some() || settings.bandwidth.is_some()
-        })
     }
 
     /// Tells whether the disk has a limit of operations or bytes a second.
@@ -301,6 +317,21 @@ impl BlockDevice for Disk {
     fn write(&self, data: &[u8], offset: u64) -> Result<()> {
         self.head.limits.take(&self.store, self.head.id, data.len() as u64);
         self.write_upto(data, offset, self.size())
+    }
+
+    fn begin_write(&self, len: usize, offset: u64) -> Result<Option<Writing>> {
+        Ok(self.plan_write(len, offset))
+    }
+
+    fn end_write(&self, writing: Writing, data: &[u8], written: &[std::io::Result<usize>]) -> Result<bool> {
+        self.finish_write(writing, data, written)
+    }
+
+    fn may_wait(&self) -> bool {
+        self.store.tables.read().disk(self.head.id).is_ok_and(|row| {
+            let settings = &row.settings;
+            settings.enospc == EnospcPolicy::Wait || settings.iops.is_some() || settings.bandwidth.is_some()
+        })
     }
 
     fn flush(&self) -> Result<()> {

@@ -26,8 +26,10 @@ use super::pages::Pages;
 const ALONE_MAX: usize = 64 << 10;
 /// Bits of the user data that number the piece of a job.
 const PIECE_BITS: u32 = 16;
-/// The user data of a watched descriptor.
-const WATCH: u64 = u64::MAX;
+/// The user data of watched descriptors begins here.
+const WATCH: u64 = u64::MAX - WATCHED_MAX as u64;
+/// Descriptors that can be watched at a time.
+pub const WATCHED_MAX: u32 = 8;
 
 /// Consecutive bytes of memory at consecutive bytes of a file.
 #[derive(Debug)]
@@ -79,7 +81,10 @@ pub struct Ring<T> {
     queued: Vec<usize>,
     done: VecDeque<Job<T>>,
     in_flight: usize,
-    watching: bool,
+    /// A bit for each number that is watched.
+    watching: u32,
+    /// A watched descriptor was seen readable since the last [`Ring::wait`].
+    woken: bool,
     /// Not `Send`: the kernel insists on one thread.
     here: PhantomData<*const ()>,
 }
@@ -103,7 +108,8 @@ impl<T> Ring<T> {
             queued: Vec::new(),
             done: VecDeque::new(),
             in_flight: 0,
-            watching: false,
+            watching: 0,
+            woken: false,
             here: PhantomData,
         })
     }
@@ -119,7 +125,7 @@ impl<T> Ring<T> {
     ///
     /// # Panics
     /// When a piece lies outside of the memory.
-    pub fn push(&mut self, job: Job<T>) -> io::Result<usize> {
+    pub fn push(&mut self, job: Job<T>) -> usize {
         assert!(!job.pieces.is_empty() && job.pieces.len() < 1 << PIECE_BITS, "a job has pieces, and not too many");
         let slot = self.free.pop().unwrap_or(self.flights.len());
         if slot == self.flights.len() {
@@ -133,7 +139,7 @@ impl<T> Ring<T> {
         self.flights[slot] = Some(Flight { job, left });
         self.queued.push(slot);
         self.in_flight += 1;
-        Ok(slot)
+        slot
     }
 
     /// Does the one job there is, if it is small, in the ordinary way: the kernel is slower with a job for a ring than with
@@ -215,14 +221,17 @@ impl<T> Ring<T> {
         if job.write { Some((&mut job.tag, &job.pages)) } else { None }
     }
 
-    /// Makes the next [`Self::wait`] return when a descriptor is readable, too.
-    pub fn watch(&mut self, fd: BorrowedFd<'_>) -> io::Result<()> {
-        if self.watching {
+    /// Makes the next [`Self::wait`] return when a descriptor is readable, too. It is watched until it was, also beyond
+    /// that call; as long as it is, another one with the same number (below [`WATCHED_MAX`]) is not.
+    pub fn watch(&mut self, number: u32, fd: BorrowedFd<'_>) -> io::Result<()> {
+        assert!(number < WATCHED_MAX, "there are so many numbers");
+        if self.watching & 1 << number != 0 {
             return Ok(());
         }
         let flags = u32::from(libc::POLLIN.unsigned_abs());
-        self.enqueue(&opcode::PollAdd::new(types::Fd(fd.as_raw_fd()), flags).build().user_data(WATCH))?;
-        self.watching = true;
+        let entry = opcode::PollAdd::new(types::Fd(fd.as_raw_fd()), flags).build();
+        self.enqueue(&entry.user_data(WATCH + u64::from(number)))?;
+        self.watching |= 1 << number;
         Ok(())
     }
 
@@ -236,8 +245,10 @@ impl<T> Ring<T> {
     pub fn wait(&mut self) -> io::Result<()> {
         self.enqueue_jobs()?;
         self.reap();
-        self.enter(usize::from(self.done.is_empty()))?;
+        // What was seen readable is not watched any more: to wait for it now would be to wait for ever.
+        self.enter(usize::from(self.done.is_empty() && !self.woken))?;
         self.reap();
+        self.woken = false;
         Ok(())
     }
 
@@ -255,8 +266,9 @@ impl<T> Ring<T> {
     fn reap(&mut self) {
         let mut finished = Vec::new();
         for entry in self.ring.completion() {
-            if entry.user_data() == WATCH {
-                self.watching = false;
+            if let Some(number) = entry.user_data().checked_sub(WATCH) {
+                self.watching &= !(1 << number);
+                self.woken = true;
                 continue;
             }
             let slot = usize::try_from(entry.user_data() >> PIECE_BITS).expect("an index");
@@ -310,7 +322,7 @@ mod tests {
         let mut pages = Pages::new(16_000).unwrap();
         pages.fill(7);
         let job = Job { pages, write: true, pieces: (0..16).map(|i| piece(i * 1000)).collect(), tag: "w" };
-        let number = ring.push(job).unwrap();
+        let number = ring.push(job);
         assert_eq!(ring.written(number).unwrap().1[15_999], 7);
         let wait = |ring: &mut Ring<&'static str>| loop {
             if let Some(job) = ring.finished() {
@@ -321,18 +333,21 @@ mod tests {
         let done = wait(&mut ring);
         assert!(done.pieces.iter().all(|piece| piece.result == 1000));
         let pieces = vec![piece(0), Piece { len: 2000, ..piece(15_000) }];
-        let mut number = ring.push(Job { pages: Pages::new(17_000).unwrap(), write: false, pieces, tag: "r" }).unwrap();
+        let mut number = ring.push(Job { pages: Pages::new(17_000).unwrap(), write: false, pieces, tag: "r" });
         assert!(ring.written(number).is_none());
         let done = wait(&mut ring);
         assert_eq!((done.pieces[0].result, done.pieces[1].result), (1000, 1000), "the file ends there");
         assert_eq!((done.pages[999], done.pages[1000], done.pages[15_999]), (7, 0, 7));
         let (reader, writer) = rustix::pipe::pipe().unwrap();
-        ring.watch(std::os::fd::AsFd::as_fd(&reader)).unwrap();
+        ring.watch(3, std::os::fd::AsFd::as_fd(&reader)).unwrap();
         ring.submit().unwrap();
         rustix::io::write(&writer, b"x").unwrap();
+        // Whoever looks first must not make the one who waits miss it.
+        ring.submit().unwrap();
+        ring.reap();
         ring.wait().unwrap();
-        assert!(!ring.watching && ring.finished().is_none());
-        number = ring.push(Job { pages: done.pages, write: false, pieces: vec![piece(0)], tag: "dropped" }).unwrap();
+        assert!(ring.watching == 0 && ring.finished().is_none());
+        number = ring.push(Job { pages: done.pages, write: false, pieces: vec![piece(0)], tag: "dropped" });
         assert_eq!(number, 0);
     }
 }

@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 use super::errno::{Answer, Errno};
 use super::file::Handle;
 use super::state::Tree;
-use crate::disk::Writing;
+use crate::disk::{BlockDevice, Writing};
 use crate::store::Located;
 use crate::units::BLOCK_SIZE;
 

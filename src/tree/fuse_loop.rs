@@ -33,13 +33,14 @@ use super::errno::{Answer, Errno};
 use super::fuse_ahead::{Ahead, Found};
 use super::fuse_device::{DATA, Device};
 use super::fuse_wire::{self as wire, Header, Transfer};
-use super::fuse_workers::Workers;
 use super::stale;
 use super::state::Tree;
 use crate::clock;
-use crate::store::{Extent, Located};
+use crate::disk::pieces;
+use crate::store::Located;
 use crate::sys::pages::Pages;
 use crate::sys::ring::{Job, Piece, Ring};
+use crate::workers::Workers;
 
 /// Requests that are under way in the ring at most; more stay with the kernel until one is done.
 const IN_FLIGHT_MAX: usize = 64;
@@ -143,7 +144,7 @@ impl Loop {
                 // All answered.
             } else if taken < BATCH && ring.in_flight() < IN_FLIGHT_MAX {
                 habit = Habit::default();
-                ring.watch(self.device.file().as_fd())?;
+                ring.watch(0, self.device.file().as_fd())?;
                 ring.wait()?;
             } else if ring.in_flight() < IN_FLIGHT_MAX {
                 ring.submit()?;
@@ -271,9 +272,9 @@ impl Loop {
             self.device.give_back(pages);
             return Ok(());
         }
-        let pieces = pieces(&located.extents);
+        let pieces = pieces(&located.extents, DATA);
         let tag = Flight { unique: header.unique, transfer, what: What::Read(len, located) };
-        ring.push(Job { pages, write: false, pieces, tag })?;
+        ring.push(Job { pages, write: false, pieces, tag });
         if goes_on && alone { self.read_ahead(ring, &transfer) } else { Ok(()) }
     }
 
@@ -291,9 +292,9 @@ impl Loop {
             pages[DATA + hole.start..DATA + hole.end].fill(0);
         }
         let number = self.ahead.borrow_mut().begin(&next, stamp);
-        let pieces = pieces(&located.extents);
+        let pieces = pieces(&located.extents, DATA);
         let tag = Flight { unique: 0, transfer: next, what: What::Ahead(number, located) };
-        ring.push(Job { pages, write: false, pieces, tag })?;
+        ring.push(Job { pages, write: false, pieces, tag });
         ring.submit()
     }
 
@@ -345,9 +346,9 @@ impl Loop {
             self.write_aside(header.unique, transfer, pages);
             return Ok(());
         };
-        let pieces = pieces(&begun.writing.extents());
+        let pieces = pieces(&begun.writing.extents(), DATA);
         let tag = Flight { unique: header.unique, transfer, what: What::Write(begun) };
-        let job = ring.push(Job { pages, write: true, pieces, tag })?;
+        let job = ring.push(Job { pages, write: true, pieces, tag });
         if len >= LARGE {
             ring.submit()?;
         }
@@ -437,17 +438,6 @@ pub(super) fn pass_answers(device: &Device, fuser: &OwnedFd) {
         }
         device.send(&answer[..len]);
     }
-}
-
-fn pieces(extents: &[Extent]) -> Vec<Piece> {
-    let piece = |extent: &Extent| Piece {
-        file: Arc::clone(&extent.file),
-        offset: extent.offset,
-        at: DATA + extent.from,
-        len: extent.len,
-        result: 0,
-    };
-    extents.iter().map(piece).collect()
 }
 
 /// Runs a handler; a panic is EIO.

@@ -21,10 +21,10 @@ use super::fuse::{Mount, REQUEST_MAX};
 use super::fuse_device::Device;
 use super::fuse_loop::{Flight, Loop, pass_answers};
 use super::fuse_wire as wire;
-use super::fuse_workers::Workers;
-use super::stale::Queue;
+use super::stale::{self, Queue};
 use super::state::Tree;
 use crate::sys::ring::Ring;
+use crate::workers::Workers;
 
 const RING_ENTRIES: u32 = 128;
 
@@ -72,7 +72,7 @@ fn serve_split(session: Session<Mount>, parts: Parts, mut ring: Ring<Flight>) ->
         std::thread::Builder::new().name("mount-answer".into()).spawn(move || pass_answers(&device, &near))?
     };
     let served = {
-        let workers = Workers::new(threads, number);
+        let workers = Workers::new("mount-work", threads, stale::enter_handler, number);
         Loop { tree, device, workers, fuser: Arc::clone(&near), number, ahead: RefCell::default() }.run(&mut ring)
     };
     for _ in 0..threads {

@@ -43,7 +43,6 @@ mod fuse_loop;
 mod fuse_session;
 mod fuse_split;
 mod fuse_wire;
-mod fuse_workers;
 mod increment;
 pub mod names;
 pub mod node;

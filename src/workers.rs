@@ -8,7 +8,6 @@ use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use super::stale;
 use crate::sync::{Condvar, Mutex};
 
 type Task = Box<dyn FnOnce() + Send>;
@@ -22,21 +21,30 @@ struct State {
 }
 
 /// The threads; dropping it lets them end.
-pub(super) struct Workers {
+pub struct Workers {
     state: Arc<(Mutex<State>, Condvar)>,
     most: usize,
-    /// The mount whose requests they handle.
+    name: &'static str,
+    /// What each thread does first.
+    begin: fn(u64),
     number: u64,
 }
 
+impl std::fmt::Debug for Workers {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Workers").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
 impl Workers {
-    /// Makes none yet, and at most `most`.
-    pub(super) fn new(most: usize, number: u64) -> Self {
-        Self { state: Arc::default(), most, number }
+    /// Makes none yet, and at most `most`. Each calls `begin` with `number` first.
+    #[must_use]
+    pub fn new(name: &'static str, most: usize, begin: fn(u64), number: u64) -> Self {
+        Self { state: Arc::default(), most, name, begin, number }
     }
 
     /// Runs a task as soon as a thread is free.
-    pub(super) fn run(&self, task: impl FnOnce() + Send + 'static) {
+    pub fn run(&self, task: impl FnOnce() + Send + 'static) {
         let (state, changed) = &*self.state;
         let mut guard = state.lock();
         guard.tasks.push_back(Box::new(task));
@@ -50,12 +58,12 @@ impl Workers {
     }
 
     fn start(&self) {
-        let (shared, number) = (Arc::clone(&self.state), self.number);
+        let (shared, begin, number) = (Arc::clone(&self.state), self.begin, self.number);
         let work = move || {
-            stale::enter_handler(number);
+            begin(number);
             work(&shared);
         };
-        if let Err(error) = std::thread::Builder::new().name("mount-work".into()).spawn(work) {
+        if let Err(error) = std::thread::Builder::new().name(self.name.into()).spawn(work) {
             tracing::error!("the host has no more threads: {error}");
             let mut guard = self.state.0.lock();
             guard.threads -= 1;

@@ -1,0 +1,420 @@
+//! Many requests to disks under way at once, by one thread: what stands between the storage core and the protocols that
+//! guests and clients speak.
+//!
+//! ```text
+//!   request -> Engine::begin --ring------> host files --\
+//!                            \--may wait-> workers ------> Engine::finished -> answer
+//! ```
+//!
+//! # Rules
+//! 1. Whoever uses an engine never waits for one request: reads and writes of whole blocks go to an io_uring
+//!    ([`BlockDevice::begin_read`], [`BlockDevice::begin_write`]), whatever may have to wait goes to other threads.
+//! 2. What the fast way finds unusual or wrong it does not answer: it is done again in the ordinary way, which knows.
+//! 3. A request has been done when it is finished, in no particular order, and a write is durable after a flush that was
+//!    begun after the write was finished.
+//! 4. The thread does nothing beside that waits for writes to end (a snapshot, a resize, a flush): its own would have to.
+//! 5. A mistake of ours (a panic) fails its request and nothing else.
+//!
+//! # Why
+//! A thread for each request takes turns with the others on the CPUs; `tests/bench/disk` at depth 16 spent more time
+//! switching than working. One thread that gives the host all it has with one system call needs none of that.
+//!
+//! # After a crash
+//! What was not finished was done, or not, block by block.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags};
+
+use super::{BlockDevice, Writing};
+use crate::error::{Error, Result};
+use crate::store::{Extent, Located};
+use crate::sync::Mutex;
+use crate::sys::pages::Pages;
+use crate::sys::ring::{Job, Piece, Ring};
+use crate::units::to_usize;
+use crate::workers::Workers;
+
+/// Entries of the ring: pieces that the host has at a time before it has to be asked to take more.
+const RING_ENTRIES: u32 = 256;
+/// Bytes of a write whose checksums are computed while it is on its way.
+const LARGE: usize = 64 << 10;
+/// Numbers of watched descriptors.
+const RETURNED: u32 = 0;
+const CALLER: u32 = 1;
+
+/// What is asked of a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Op {
+    /// Reads into the memory.
+    Read,
+    /// Writes what is in the memory; with `durable` it is flushed before it is finished.
+    Write {
+        /// As with FUA.
+        durable: bool,
+    },
+    /// Makes all that was finished before durable.
+    Flush,
+    /// Unmaps whole blocks.
+    Discard,
+    /// Makes the range read as zeros; with `durable` it is flushed before it is finished.
+    WriteZeroes {
+        /// As with FUA.
+        durable: bool,
+    },
+}
+
+/// A request.
+#[derive(Debug)]
+pub struct Request<T> {
+    /// What is to be done,
+    pub op: Op,
+    /// to what,
+    pub device: Arc<dyn BlockDevice>,
+    /// where, in bytes,
+    pub offset: u64,
+    /// and how far, in bytes; 0 for a flush.
+    pub len: u64,
+    /// The memory of a read or write; `at + len` bytes at least.
+    pub pages: Option<Pages>,
+    /// Where in the memory the data begins: on a page, or direct I/O is not possible.
+    pub at: usize,
+    /// What the caller has to remember.
+    pub tag: T,
+}
+
+/// A request that is finished.
+#[derive(Debug)]
+pub struct Done<T> {
+    /// The request, with its memory.
+    pub request: Request<T>,
+    /// How it went.
+    pub result: Result<()>,
+}
+
+#[derive(Debug)]
+struct Flight<T> {
+    request: Request<T>,
+    what: What,
+}
+
+#[derive(Debug)]
+enum What {
+    /// The guard keeps what is read readable.
+    Read(Located),
+    Write(Writing),
+}
+
+/// What the other threads have finished.
+#[derive(Debug)]
+struct Returned<T> {
+    done: Mutex<Vec<Done<T>>>,
+    bell: OwnedFd,
+}
+
+/// The engine; used by the thread that made it.
+#[derive(Debug)]
+pub struct Engine<T> {
+    /// `None` where the host allows none: then the other threads do everything.
+    ring: Option<Ring<Flight<T>>>,
+    workers: Workers,
+    returned: Arc<Returned<T>>,
+    /// Requests that the other threads have.
+    aside: usize,
+    done: VecDeque<Done<T>>,
+}
+
+impl<T> Request<T> {
+    fn range(&self) -> std::ops::Range<usize> {
+        self.at..self.at + to_usize(self.len)
+    }
+
+    fn data(&self) -> &[u8] {
+        self.pages.as_ref().map_or(&[], |pages| &pages[self.range()])
+    }
+
+    /// Does it in the ordinary way.
+    fn run(&mut self) -> Result<()> {
+        let (device, offset, len) = (Arc::clone(&self.device), self.offset, self.len);
+        let durable = match self.op {
+            Op::Read => {
+                let range = self.range();
+                let pages = self.pages.as_mut().map_or(&mut [][..], |pages| &mut pages[range]);
+                device.read(pages, offset)?;
+                false
+            }
+            Op::Write { durable } => {
+                device.write(self.data(), offset)?;
+                durable
+            }
+            Op::Flush => true,
+            Op::Discard => {
+                device.discard(offset, len)?;
+                false
+            }
+            Op::WriteZeroes { durable } => {
+                device.write_zeroes(offset, len)?;
+                durable
+            }
+        };
+        if durable { device.flush() } else { Ok(()) }
+    }
+}
+
+/// Runs it; a panic is an error.
+fn guarded<R>(work: impl FnOnce() -> Result<R>) -> Result<R> {
+    catch_unwind(AssertUnwindSafe(work))
+        .unwrap_or_else(|_| Err(Error::failed("the request failed on a mistake in this program")))
+}
+
+impl<T: Send + 'static> Engine<T> {
+    /// Makes an engine with at most `threads` other threads for what may wait; none is started before it is needed.
+    ///
+    /// # Errors
+    /// When the host has no more descriptors.
+    pub fn new(name: &'static str, threads: usize) -> Result<Self> {
+        let fail = |e: rustix::io::Errno| Error::io("cannot make an eventfd", e.into());
+        let bell = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(fail)?;
+        let ring =
+            Ring::new(RING_ENTRIES).inspect_err(|e| tracing::info!("no io_uring ({e}): threads do its work")).ok();
+        Ok(Self {
+            ring,
+            workers: Workers::new(name, threads, |_| (), 0),
+            returned: Arc::new(Returned { done: Mutex::default(), bell }),
+            aside: 0,
+            done: VecDeque::new(),
+        })
+    }
+
+    /// Returns how many requests are under way, or finished and not yet taken.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.ring.as_ref().map_or(0, Ring::in_flight) + self.aside + self.done.len()
+    }
+
+    /// Begins a request. It goes to the host with the next [`Self::submit`] or [`Self::wait`].
+    ///
+    /// # Panics
+    /// When the memory of a read or write is missing or too short: that is for the caller to check.
+    pub fn begin(&mut self, request: Request<T>) {
+        let moves = matches!(request.op, Op::Read | Op::Write { .. });
+        let enough = request.pages.as_ref().is_some_and(|pages| {
+            usize::try_from(request.len)
+                .is_ok_and(|len| request.at.checked_add(len).is_some_and(|end| end <= pages.len()))
+        });
+        assert!(!moves || enough, "a read or write has memory for its data");
+        let refused = match request.op {
+            Op::Read => self.begin_read(request),
+            Op::Write { durable: false } => self.begin_write(request),
+            _ => Some(request),
+        };
+        if let Some(request) = refused {
+            self.run_aside(request);
+        }
+    }
+
+    /// Begins a read in the ring, or gives it back.
+    fn begin_read(&mut self, mut request: Request<T>) -> Option<Request<T>> {
+        let Some(ring) = &mut self.ring else { return Some(request) };
+        let begin = || request.device.begin_read(to_usize(request.len), request.offset);
+        let Some(located) = guarded(begin).ok().flatten() else { return Some(request) };
+        let range = request.range();
+        let pages = request.pages.as_mut().expect("checked by the caller");
+        for hole in &located.holes {
+            pages[range.start + hole.start..range.start + hole.end].fill(0);
+        }
+        if located.extents.is_empty() {
+            self.done.push_back(Done { request, result: Ok(()) });
+            return None;
+        }
+        let pieces = pieces(&located.extents, request.at);
+        push(ring, request, false, pieces, What::Read(located));
+        None
+    }
+
+    /// Begins a write in the ring, or gives it back.
+    fn begin_write(&mut self, request: Request<T>) -> Option<Request<T>> {
+        let Some(ring) = &mut self.ring else { return Some(request) };
+        let begin = || request.device.begin_write(to_usize(request.len), request.offset);
+        let Some(writing) = guarded(begin).ok().flatten() else { return Some(request) };
+        let (pieces, range) = (pieces(&writing.extents(), request.at), request.range());
+        let large = range.len() >= LARGE;
+        let job = push(ring, request, true, pieces, What::Write(writing));
+        if large && ring.submit().is_ok() {
+            // The device is at work meanwhile.
+            if let Some((flight, memory)) = ring.written(job)
+                && let What::Write(writing) = &mut flight.what
+            {
+                writing.checksum(&memory[range]);
+            }
+        }
+        None
+    }
+
+    /// Gives a request to another thread.
+    fn run_aside(&mut self, mut request: Request<T>) {
+        self.aside += 1;
+        let returned = Arc::clone(&self.returned);
+        let may_wait = request.device.may_wait();
+        let work = move || {
+            let result = guarded(|| request.run());
+            returned.put(Done { request, result });
+        };
+        if !may_wait {
+            return self.workers.run(work);
+        }
+        // It may wait for room or a limit: on a thread of its own, so that others find one free.
+        let work = Arc::new(Mutex::new(Some(work)));
+        let alone = Arc::clone(&work);
+        let run = move || {
+            if let Some(work) = alone.lock().take() {
+                work();
+            }
+        };
+        if std::thread::Builder::new().name("engine-wait".into()).spawn(run).is_err()
+            && let Some(work) = work.lock().take()
+        {
+            self.workers.run(work);
+        }
+    }
+
+    /// Gives the host what was begun. A small request that is alone is done here and now: that is the quickest.
+    ///
+    /// # Errors
+    /// When the ring fails; what is under way cannot be finished any more then.
+    pub fn submit(&mut self) -> Result<()> {
+        let Some(ring) = &mut self.ring else { return Ok(()) };
+        let alone = self.aside == 0 && ring.run_alone();
+        if !alone && ring.in_flight() > 0 {
+            ring.submit().map_err(ring_failed)?;
+        }
+        self.harvest();
+        Ok(())
+    }
+
+    /// Gives the host what was begun and waits until something is finished or `readable` can be read, whichever is first.
+    /// May return for no reason.
+    ///
+    /// # Errors
+    /// As [`Self::submit`].
+    pub fn wait(&mut self, readable: Option<BorrowedFd<'_>>) -> Result<()> {
+        self.harvest();
+        if !self.done.is_empty() {
+            return self.submit();
+        }
+        match &mut self.ring {
+            Some(ring) => {
+                if self.aside > 0 {
+                    ring.watch(RETURNED, self.returned.bell.as_fd()).map_err(ring_failed)?;
+                }
+                if let Some(fd) = readable {
+                    ring.watch(CALLER, fd).map_err(ring_failed)?;
+                }
+                ring.wait().map_err(ring_failed)?;
+            }
+            None => self.poll(readable)?,
+        }
+        self.harvest();
+        Ok(())
+    }
+
+    /// As [`Self::wait`], without a ring.
+    fn poll(&self, readable: Option<BorrowedFd<'_>>) -> Result<()> {
+        let bell = PollFd::new(&self.returned.bell, PollFlags::IN);
+        let mut fds: Vec<_> =
+            std::iter::once(bell).chain(readable.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN))).collect();
+        match rustix::event::poll(&mut fds, None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+            Err(error) => Err(Error::io("cannot wait for requests", error.into())),
+        }
+    }
+
+    /// Returns a request that is finished.
+    pub fn finished(&mut self) -> Option<Done<T>> {
+        self.done.pop_front()
+    }
+
+    /// Ends what the ring and the other threads have finished.
+    fn harvest(&mut self) {
+        while let Some(job) = self.ring.as_mut().and_then(Ring::finished) {
+            self.end(job);
+        }
+        if self.aside > 0 {
+            let returned = self.returned.take();
+            self.aside -= returned.len();
+            self.done.extend(returned);
+        }
+    }
+
+    fn end(&mut self, job: Job<Flight<T>>) {
+        let Job { pages, pieces, tag: Flight { mut request, what }, .. } = job;
+        request.pages = Some(pages);
+        match what {
+            What::Read(located) => {
+                drop(located);
+                if pieces.iter().all(|piece| piece.transferred().is_ok_and(|got| got == piece.len)) {
+                    self.done.push_back(Done { request, result: Ok(()) });
+                } else {
+                    self.run_aside(request);
+                }
+            }
+            What::Write(writing) => {
+                let written: Vec<_> = pieces.iter().map(Piece::transferred).collect();
+                match guarded(|| request.device.end_write(writing, request.data(), &written)) {
+                    Ok(true) => self.settle(request),
+                    ended => self.done.push_back(Done { request, result: ended.map(drop) }),
+                }
+            }
+        }
+    }
+
+    /// Flushes a disk that has too many changes before the write is finished.
+    fn settle(&mut self, request: Request<T>) {
+        self.aside += 1;
+        let returned = Arc::clone(&self.returned);
+        self.workers.run(move || {
+            let result = guarded(|| request.device.flush());
+            returned.put(Done { request, result });
+        });
+    }
+}
+
+impl<T> Returned<T> {
+    fn put(&self, done: Done<T>) {
+        self.done.lock().push(done);
+        // It fails only when it counts to 2^64: then it is readable anyway.
+        rustix::io::write(&self.bell, &1u64.to_le_bytes()).ok();
+    }
+
+    fn take(&self) -> Vec<Done<T>> {
+        // In this order: what is put in between rings again.
+        rustix::io::read(&self.bell, &mut [0; 8]).ok();
+        std::mem::take(&mut *self.done.lock())
+    }
+}
+
+fn ring_failed(error: io::Error) -> Error {
+    Error::io("the io_uring of the host failed", error)
+}
+
+/// Queues a job with the memory of its request; returns its number.
+fn push<T>(ring: &mut Ring<Flight<T>>, mut request: Request<T>, write: bool, pieces: Vec<Piece>, what: What) -> usize {
+    let pages = request.pages.take().expect("checked by the caller");
+    ring.push(Job { pages, write, pieces, tag: Flight { request, what } })
+}
+
+/// Returns the pieces of a job whose data begins at `at` in its memory.
+pub(crate) fn pieces(extents: &[Extent], at: usize) -> Vec<Piece> {
+    let piece = |extent: &Extent| Piece {
+        file: Arc::clone(&extent.file),
+        offset: extent.offset,
+        at: at + extent.from,
+        len: extent.len,
+        result: 0,
+    };
+    extents.iter().map(piece).collect()
+}

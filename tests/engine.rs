@@ -1,0 +1,184 @@
+//! Many requests to a disk at once by one thread, as the protocols do it: what is read is what was written.
+
+use std::sync::Arc;
+use std::sync::mpsc::RecvTimeoutError;
+
+use afterimage::disk::engine::{Op, Request};
+use afterimage::disk::{self, BlockDevice, Buffers, Engine};
+use afterimage::snapshot;
+
+use super::tree::{new_pool, noise};
+
+const BLOCK: usize = 4096;
+const BLOCKS: usize = 2048;
+const DEPTH: usize = 24;
+
+/// A request's number, and the bytes of the disk it is about.
+type Tag = (usize, std::ops::Range<usize>);
+
+struct Load {
+    device: Arc<dyn BlockDevice>,
+    engine: Engine<Tag>,
+    buffers: Buffers,
+    twin: Vec<u8>,
+    /// Blocks that a request under way is about: no other one touches them.
+    busy: Vec<bool>,
+    finished: usize,
+}
+
+impl Load {
+    fn new(device: Arc<dyn BlockDevice>) -> Self {
+        let engine = Engine::new("test", 4).unwrap();
+        let (twin, busy) = (vec![0; BLOCKS * BLOCK], vec![false; BLOCKS]);
+        Self { device, engine, buffers: Buffers::default(), twin, busy, finished: 0 }
+    }
+
+    fn blocks(range: &std::ops::Range<usize>) -> std::ops::Range<usize> {
+        range.start / BLOCK..range.end.div_ceil(BLOCK)
+    }
+
+    fn begin(&mut self, number: usize) {
+        let dice = noise(8, number as u64);
+        let first = usize::from(u16::from_le_bytes([dice[0], dice[1]])) % BLOCKS;
+        let count = if dice[2].is_multiple_of(9) { usize::from(dice[3]) + 1 } else { usize::from(dice[3]) % 4 + 1 };
+        let mut range = first * BLOCK..(first + count).min(BLOCKS) * BLOCK;
+        if dice[4].is_multiple_of(5) {
+            // Not whole blocks.
+            range = range.start + 512..range.end - 1024;
+        }
+        if self.busy[Self::blocks(&range)].iter().any(|busy| *busy) {
+            return;
+        }
+        let op = match dice[5] % 16 {
+            0 => Op::Flush,
+            1 => Op::Discard,
+            2 => Op::WriteZeroes { durable: false },
+            3 => Op::Write { durable: true },
+            4..9 => Op::Write { durable: false },
+            _ => Op::Read,
+        };
+        let mut pages = self.buffers.take(BLOCK + range.len()).unwrap();
+        match op {
+            Op::Write { .. } => {
+                let data = noise(range.len(), number as u64 + 1);
+                pages[BLOCK..BLOCK + range.len()].copy_from_slice(&data);
+                self.twin[range.clone()].copy_from_slice(&data);
+            }
+            Op::WriteZeroes { .. } => self.twin[range.clone()].fill(0),
+            Op::Discard => {
+                let whole = range.start.next_multiple_of(BLOCK)..range.end / BLOCK * BLOCK;
+                if !whole.is_empty() {
+                    self.twin[whole].fill(0);
+                }
+            }
+            Op::Read | Op::Flush => {}
+        }
+        self.busy[Self::blocks(&range)].fill(true);
+        let (offset, len) = (range.start as u64, range.len() as u64);
+        let device = Arc::clone(&self.device);
+        self.engine.begin(Request { op, device, offset, len, pages: Some(pages), at: BLOCK, tag: (number, range) });
+    }
+
+    fn take_finished(&mut self) {
+        while let Some(done) = self.engine.finished() {
+            done.result.unwrap();
+            let (number, range) = done.request.tag;
+            let pages = done.request.pages.unwrap();
+            if done.request.op == Op::Read {
+                let seen = &pages[BLOCK..BLOCK + range.len()];
+                assert!(seen == &self.twin[range.clone()], "request {number}, {range:?}");
+            }
+            self.busy[Self::blocks(&range)].fill(false);
+            self.buffers.give_back(pages);
+            self.finished += 1;
+        }
+    }
+}
+
+#[test]
+fn requests_under_way_together_read_what_was_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = new_pool(&dir);
+    let made = disk::create(&store, "a", (BLOCKS * BLOCK) as u64).map(drop);
+    made.unwrap();
+    let device = disk::open(&store, "a").unwrap();
+    let mut load = Load::new(device.clone());
+    let (stop, stopped) = std::sync::mpsc::channel::<()>();
+    let snapshots = std::thread::spawn({
+        let store = Arc::clone(&store);
+        move || {
+            let mut taken = 0;
+            while stopped
+                .recv_timeout(std::time::Duration::from_millis(20))
+                .is_err_and(|e| e == RecvTimeoutError::Timeout)
+            {
+                drop(snapshot::take(&store, &[("a".into(), format!("s{taken}"))]).unwrap());
+                taken += 1;
+            }
+            taken
+        }
+    });
+    for number in 0..6000 {
+        load.begin(number);
+        if number % 7 == 0 {
+            load.engine.submit().unwrap();
+        }
+        while load.engine.in_flight() > number % DEPTH {
+            load.engine.wait(None).unwrap();
+            load.take_finished();
+        }
+        load.take_finished();
+    }
+    drop(stop);
+    assert!(snapshots.join().unwrap() > 0);
+    assert!(load.finished > 3000, "{} requests", load.finished);
+    let mut seen = vec![1; BLOCKS * BLOCK];
+    device.read(&mut seen, 0).unwrap();
+    assert!(seen == load.twin);
+}
+
+#[test]
+fn a_request_that_is_wrong_fails_by_itself() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = new_pool(&dir);
+    drop(disk::create(&store, "a", (BLOCKS * BLOCK) as u64).unwrap());
+    let device: Arc<dyn BlockDevice> = disk::open(&store, "a").unwrap();
+    let mut engine: Engine<u64> = Engine::new("test", 2).unwrap();
+    let end = device.size();
+    for offset in [0, end - 4096, end, u64::MAX - 100] {
+        for op in [Op::Read, Op::Write { durable: false }, Op::Discard, Op::WriteZeroes { durable: true }] {
+            let pages = Some(afterimage::sys::pages::Pages::new(8192).unwrap());
+            engine.begin(Request { op, device: Arc::clone(&device), offset, len: 8192, pages, at: 0, tag: offset });
+        }
+    }
+    let mut ok = 0;
+    while engine.in_flight() > 0 {
+        engine.wait(None).unwrap();
+        while let Some(done) = engine.finished() {
+            assert_eq!(done.result.is_ok(), done.request.tag == 0, "{:?}: {:?}", done.request.op, done.result);
+            ok += usize::from(done.result.is_ok());
+        }
+    }
+    assert_eq!(ok, 4);
+}
+
+#[test]
+fn a_watched_descriptor_ends_the_wait() {
+    let mut engine: Engine<()> = Engine::new("test", 1).unwrap();
+    let (reader, writer) = rustix::pipe::pipe().unwrap();
+    let waiting = std::thread::spawn(move || {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        rustix::io::write(&writer, b"x").unwrap();
+        writer
+    });
+    let mut byte = [0];
+    loop {
+        engine.wait(Some(std::os::fd::AsFd::as_fd(&reader))).unwrap();
+        let ready = rustix::event::PollFd::new(&reader, rustix::event::PollFlags::IN);
+        if rustix::event::poll(&mut [ready], Some(&rustix::event::Timespec::default())).unwrap() == 1 {
+            break;
+        }
+    }
+    assert_eq!(rustix::io::read(&reader, &mut byte).unwrap(), 1);
+    drop(waiting.join().unwrap());
+}
