@@ -13,6 +13,7 @@ mod import;
 mod model;
 mod past;
 mod real;
+mod serve;
 mod stream;
 mod tidy;
 mod tree;

@@ -91,6 +91,18 @@ pub enum Response {
         /// Where.
         mount: String,
     },
+    /// A disk or snapshot is served.
+    Attached(Export),
+    /// What was served is served no longer.
+    Detached {
+        /// The exports that ended.
+        exports: Vec<Export>,
+    },
+    /// What is served, by number.
+    Exports {
+        /// The exports.
+        exports: Vec<Export>,
+    },
     /// An increment directory was written.
     Exported(Exported),
     /// A stream was written.
@@ -145,6 +157,9 @@ pub struct Disk {
     pub origin: Option<String>,
     /// Who has it open for writing.
     pub holder: Option<String>,
+    /// Who had it open for writing before a restart, and nobody else gets it for a minute.
+    #[serde(default)]
+    pub reserved: Option<String>,
     /// Its settings.
     pub settings: Settings,
 }
@@ -359,6 +374,37 @@ pub struct Imported {
     pub bytes_written: u64,
 }
 
+/// Something that is served on a socket or a port.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Export {
+    /// Its number; kept over restarts if it persists.
+    pub id: u64,
+    /// `nbd` or `vhost-user`.
+    pub kind: String,
+    /// `DISK` or `DISK@SNAPSHOT`, as they are called now.
+    pub disks: Vec<String>,
+    /// Path of its Unix socket.
+    pub socket: Option<String>,
+    /// Address and port it listens on instead.
+    pub listen: Option<String>,
+    /// Whether clients must use TLS.
+    pub tls: bool,
+    /// Whether nobody can write through it.
+    pub read_only: bool,
+    /// Queues of a vhost-user device.
+    pub queues: Option<u16>,
+    /// Whether it is served again after a restart.
+    pub persist: bool,
+    /// Connections there are now.
+    pub clients: u64,
+    /// Disks it has open for writing.
+    pub writing: Vec<String>,
+    /// `on`; `failed` when it could not be started again; `off` when no server is running.
+    pub state: String,
+    /// Why it failed.
+    pub error: Option<String>,
+}
+
 /// What an increment directory holds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Exported {
@@ -475,6 +521,7 @@ impl From<DiskInfo> for Disk {
             snapshots: info.snapshots as u64,
             origin: info.origin,
             holder: info.holder,
+            reserved: info.reserved,
         }
     }
 }

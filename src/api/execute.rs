@@ -23,8 +23,8 @@ const SNAPSHOTS_AT_ONCE_MAX: usize = 1024;
 
 /// Answers a request.
 ///
-/// `status` leaves out what only a server knows, and `shutdown` and `mount-export` fail, because here there is none;
-/// [`super::Service`] adds them.
+/// `status` and `metrics` leave out what only a server knows, and `shutdown`, `mount-export` and what is about exports fail,
+/// because here there is none; [`super::Service`] adds them.
 ///
 /// # Errors
 /// Whatever the request runs into; `Kind::Usage` for one that makes no sense.
@@ -93,6 +93,9 @@ pub fn execute(store: &Arc<Store>, request: Request, progress: &dyn Progress) ->
         | Request::Metrics {}
         | Request::Flush {}
         | Request::MountExport { .. }
+        | Request::Attach { .. }
+        | Request::Detach { .. }
+        | Request::Exports {}
         | Request::Status {}
         | Request::Shutdown {} => execute_on_pool(store, &request, progress),
     }

@@ -44,6 +44,11 @@ pub(super) fn show(response: &Response, style: Style) -> String {
         Response::Flushed {} => "everything is durable\n".to_owned(),
         Response::Imported(report) => imported(report),
         Response::Mounted { snapshot, mount } => format!("mounted the extent files of {snapshot} at {mount}\n"),
+        Response::Attached(export) => super::exports::show_export(export, "at"),
+        Response::Detached { exports } => {
+            exports.iter().map(|export| super::exports::show_export(export, "no longer at")).collect()
+        }
+        Response::Exports { exports } => super::exports::show_exports(exports),
         Response::Exported(report) => exported(report),
         Response::Sent(report) => sent(report),
         Response::Received(report) => received(report),
@@ -155,6 +160,9 @@ fn disk_sheet(disk: &Disk) -> String {
     }
     if let Some(holder) = &disk.holder {
         lines.push(("open for writing", holder.clone()));
+    }
+    if let Some(holder) = &disk.reserved {
+        lines.push(("kept for", holder.clone()));
     }
     for key in KEYS {
         lines.push((key, setting(&disk.settings, key).expect("the key is from the list")));

@@ -157,7 +157,7 @@ pub fn clone_into(store: &Arc<Store>, disk: &str, snapshot: Option<&str>, target
 pub fn revert(store: &Arc<Store>, disk: &str, snapshot: &str, keep: Option<&str>) -> Result<RevertReport> {
     let id = store.tables.read().disk_id(disk)?;
     let head = store.head(id)?;
-    store.refuse_leased(&head)?;
+    store.wait_unleased(&head)?;
     readable(&store.tables.read(), disk, snapshot)?;
     if let Some(name) = keep {
         check_snapshot_name(name)?;

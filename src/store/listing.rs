@@ -38,6 +38,8 @@ pub struct DiskInfo {
     pub settings: Settings,
     /// Who has it open for writing.
     pub holder: Option<String>,
+    /// Whom the lease is kept for after a restart.
+    pub reserved: Option<String>,
 }
 
 /// Whether a snapshot has its data.
@@ -117,7 +119,8 @@ impl Store {
             snapshots: tables.snapshot_count(id),
             origin: row.origin.clone(),
             settings: row.settings.clone(),
-            holder: head.and_then(|head| head.tenancy.lock().holder.clone()),
+            reserved: head.as_ref().and_then(|head| head.tenancy.reserved()),
+            holder: head.as_ref().and_then(|head| head.tenancy.holder()),
         })
     }
 

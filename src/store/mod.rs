@@ -3,7 +3,8 @@
 //! # Parts
 //! [`ledger`] keeps rows durable; `tables` and `tree` are the small tables in memory; `head` is the live side of a disk;
 //! `commit` turns changed chunks into rows; `reclaim` finds addresses that no state holds any more, `punch` gives them
-//! back to the host; `view` answers look-ups for any state, `locate` those that must not wait; `space` watches the host file system; `check` proves the whole.
+//! back to the host; `view` answers look-ups for any state, `locate` those that must not wait; `space` watches the host file system; `tenancy` knows who writes; `check` proves the
+//! whole.
 //!
 //! # Locks, in the order in which they are taken
 //! | lock | guards | may wait for the disk while held |
@@ -17,6 +18,7 @@
 //! | `Store::reclaim` | who holds what, while it is decided what becomes free | reads only |
 //! | `Store::tables` | the small tables | no |
 //! | the ledger's own locks | rows | as its header says |
+//! | those of `Tenancy` (its `taking_over` and `announcement`: until the kernel was told, with no other lock) | who writes | no |
 //! | leaves: `Head::line`, `dirty`, `frozen`, `slabs`, `owed`, `crcs` | single fields | no |
 //!
 //! A thread that has begun writes and not ended them (`disk::begin`) holds gates and claims, and takes none by waiting:
@@ -56,6 +58,7 @@ pub mod state_file;
 mod state_files;
 mod states;
 mod tables;
+pub mod tenancy;
 mod touch;
 mod tree;
 mod unmap;
@@ -113,6 +116,12 @@ pub enum Change {
         resized: bool,
         /// Its content was replaced, as by a revert.
         data: bool,
+    },
+    /// Another one than the mount is about to write to a disk, or has written after the mount had read: what is cached of
+    /// its content is out of date.
+    Written {
+        /// The disk.
+        disk: DiskId,
     },
     /// A snapshot was taken, renamed, retired or removed.
     Snapshot {

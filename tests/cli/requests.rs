@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use afterimage::api::{Keep, Request};
+use afterimage::pool::ExportKind;
 
 fn golden() -> Vec<(Request, &'static str)> {
     let web = || "web".to_owned();
@@ -57,6 +58,43 @@ fn golden() -> Vec<(Request, &'static str)> {
             Request::MountExport { snapshot: monday(), path: "/m".into(), allow_other: false },
             r#"{"command":"mount-export","snapshot":"web@monday","path":"/m"}"#,
         ),
+        (
+            Request::Attach {
+                kind: ExportKind::Nbd,
+                disks: vec![web(), monday()],
+                socket: Some("/s".into()),
+                listen: None,
+                tls_cert: None,
+                tls_key: None,
+                tls_ca: None,
+                unprotected: false,
+                read_only: false,
+                queues: None,
+                persist: false,
+            },
+            r#"{"command":"attach","kind":"nbd","disks":["web","web@monday"],"socket":"/s"}"#,
+        ),
+        (
+            Request::Attach {
+                kind: ExportKind::VhostUser,
+                disks: vec![web()],
+                socket: None,
+                listen: Some("[::1]:1".into()),
+                tls_cert: Some("/c".into()),
+                tls_key: Some("/k".into()),
+                tls_ca: Some("/r".into()),
+                unprotected: true,
+                read_only: true,
+                queues: Some(2),
+                persist: true,
+            },
+            concat!(
+                r#"{"command":"attach","kind":"vhost-user","disks":["web"],"listen":"[::1]:1","tls_cert":"/c","#,
+                r#""tls_key":"/k","tls_ca":"/r","unprotected":true,"read_only":true,"queues":2,"persist":true}"#
+            ),
+        ),
+        (Request::Detach { name: "3".into() }, r#"{"command":"detach","name":"3"}"#),
+        (Request::Exports {}, r#"{"command":"exports"}"#),
         (Request::Flush {}, r#"{"command":"flush"}"#),
         (
             Request::Import { path: "/i".into(), format: Some("raw".into()), disk: web() },
