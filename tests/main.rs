@@ -17,3 +17,4 @@ mod serve;
 mod stream;
 mod tidy;
 mod tree;
+mod vhost;
