@@ -62,7 +62,13 @@ fn main() {
     device.map_mem_region(&memory).unwrap();
 
     let offsets = Offsets::new(capacity / given.block as u64, given.random);
-    let mut run = Run { given: &given, queue: &mut queue, memory: memory.addr, offsets, begun: vec![Instant::now(); given.depth] };
+    let mut run = Run {
+        given: &given,
+        queue: &mut queue,
+        memory: memory.addr,
+        offsets,
+        begun: vec![Instant::now(); given.depth],
+    };
     run.fill_buffers();
     let (mut times, took) = run.run();
 

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::machine::{Machine, PROCESSORS};
 use super::parts::Parts;
-use crate::real::{FileSystem, Loop, Place, command, run, wait_for};
+use crate::real::{FileSystem, Loop, Place, Server, command, run, wait_for};
 
 const DISK: &str = "guest";
 const SIZE: u64 = 256 << 20;
@@ -18,20 +18,56 @@ const LOADS: [&str; 2] = ["a", "b"];
 const FILES: u64 = 6;
 
 /// How QEMU comes to the disk.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq)]
 enum Way {
     /// The file in the mount, past the host's page cache.
     File,
+    /// An NBD server on a Unix socket, with QEMU as its client.
+    Nbd,
+    /// The guest's queues in its memory, which QEMU shares with the server.
+    VhostUser,
 }
 
 impl Way {
+    /// Serves the disk, if it has to be, also again after a restart.
+    fn attach(self, place: &Place) {
+        let socket = socket(place);
+        let queues = PROCESSORS.to_string();
+        match self {
+            Self::File => return,
+            Self::Nbd => place.cli.json(&["attach", "nbd", DISK, "--socket", &socket, "--persist"]),
+            Self::VhostUser => {
+                let words = ["attach", "vhost-user", DISK, "--socket", &socket, "--queues", &queues, "--persist"];
+                place.cli.json(&words)
+            }
+        };
+    }
+
+    fn detach(self, place: &Place) {
+        if self != Self::File {
+            place.cli.json(&["detach", DISK]);
+        }
+    }
+
+    /// What QEMU is told to have the disk. When the server is gone, it waits for it to come back.
     fn arguments(self, place: &Place) -> Vec<String> {
         let drive = match self {
-            Self::File => format!("file={},format=raw,cache=none,discard=unmap", place.disk(DISK).display()),
+            Self::File => format!("file={},cache=none", place.disk(DISK).display()),
+            Self::Nbd => format!("file=nbd+unix:///{DISK}?socket={},file.reconnect-delay=60", socket(place)),
+            Self::VhostUser => {
+                let socket = format!("socket,id=disk,path={},reconnect-ms=50", socket(place));
+                let device = format!("vhost-user-blk-pci,chardev=disk,num-queues={PROCESSORS}");
+                return ["-chardev", &socket, "-device", &device].map(str::to_owned).to_vec();
+            }
         };
+        let drive = format!("{drive},format=raw,discard=unmap,if=none,id=disk");
         let device = format!("virtio-blk-pci,drive=disk,num-queues={PROCESSORS}");
-        vec!["-drive".into(), format!("{drive},if=none,id=disk"), "-device".into(), device]
+        ["-drive", &drive, "-device", &device].map(str::to_owned).to_vec()
     }
+}
+
+fn socket(place: &Place) -> String {
+    place.cli.path("disk.sock").to_str().unwrap().to_owned()
 }
 
 #[test]
@@ -40,54 +76,141 @@ fn a_guest_lives_on_a_file_in_the_mount() {
 }
 
 #[test]
+fn a_guest_lives_on_a_disk_over_nbd() {
+    live(Way::Nbd);
+}
+
+#[test]
+fn a_guest_lives_on_a_disk_over_vhost_user() {
+    live(Way::VhostUser);
+}
+
+#[test]
 fn a_guest_that_is_killed_loses_nothing_it_had_synced_to_a_file_in_the_mount() {
     die(Way::File);
 }
 
-fn live(way: Way) {
-    let Some(place) = Place::new() else { return };
-    let Some(parts) = Parts::make(&place.cli.path("parts")) else { return };
-    let server = place.serve();
-    place.cli.json(&["create", DISK, "--size", &SIZE.to_string()]);
-    parts.fill(&place.disk(DISK));
-    place.wait_until_free(DISK);
+#[test]
+fn a_guest_that_is_killed_loses_nothing_it_had_synced_over_nbd() {
+    die(Way::Nbd);
+}
 
-    let mut guest = Machine::boot(&parts, &place.cli.path("machine"), &way.arguments(&place));
+#[test]
+fn a_guest_that_is_killed_loses_nothing_it_had_synced_over_vhost_user() {
+    die(Way::VhostUser);
+}
+
+#[test]
+fn a_guest_waits_for_its_nbd_server_to_come_back_and_misses_nothing() {
+    outlive(Way::Nbd);
+}
+
+#[test]
+fn a_guest_waits_for_its_vhost_user_server_to_come_back_and_misses_nothing() {
+    outlive(Way::VhostUser);
+}
+
+/// A pool that is served, with a disk to run from, and what else a guest is made of.
+struct Stage {
+    place: Place,
+    parts: Parts,
+    server: Server,
+    way: Way,
+}
+
+impl Stage {
+    /// `None`, said loudly, where guests cannot run.
+    fn set(way: Way) -> Option<Self> {
+        let place = Place::new()?;
+        let parts = Parts::make(&place.cli.path("parts"))?;
+        let server = place.serve();
+        place.cli.json(&["create", DISK, "--size", &SIZE.to_string()]);
+        parts.fill(&place.disk(DISK));
+        place.wait_until_free(DISK);
+        way.attach(&place);
+        Some(Self { place, parts, server, way })
+    }
+
+    fn boot(&self) -> Machine {
+        Machine::boot(&self.parts, &self.place.cli.path("machine"), &self.way.arguments(&self.place))
+    }
+
+    /// Proves, when the guest is gone, that what it had synced is there, and that the pool is sound.
+    fn leave(self, synced: &[u64; 2]) {
+        let Self { place, server, way, .. } = self;
+        way.detach(&place);
+        place.wait_until_free(DISK);
+        replay(&place.disk(DISK));
+        files_are_there(&place, DISK, synced);
+        server.stop();
+        place.check();
+    }
+}
+
+fn live(way: Way) {
+    let Some(stage) = Stage::set(way) else { return };
+    let place = &stage.place;
+    let mut guest = stage.boot();
     assert_eq!(guest.run("sed -n 's,^/dev/vda / \\([^ ]*\\) .*,\\1,p' /proc/mounts"), "ext4");
     assert_eq!(guest.run("ls /sys/block/vda/mq | wc -l"), PROCESSORS.to_string(), "each processor has a queue");
 
-    let synced = write_under_snapshots(&place, &mut guest);
+    let synced = write_under_snapshots(place, &mut guest);
     guest.reboot();
     files_are_there_inside(&mut guest, &synced);
-    grow(way, &place, &mut guest);
-    trim(&place, &mut guest);
+    let mut guest = grow(&stage, guest);
+    trim(place, &mut guest);
     guest.power_off();
-
+    // It has unmounted its disk, so that nothing is left to be mended.
+    stage.way.detach(place);
     place.wait_until_free(DISK);
     run("e2fsck", ["-f".as_ref(), "-n".as_ref(), place.disk(DISK).as_os_str()]);
-    files_are_there(&place, DISK, &synced);
-    server.stop();
-    place.check();
+    stage.way.attach(place);
+    stage.leave(&synced);
 }
 
 fn die(way: Way) {
-    let Some(place) = Place::new() else { return };
-    let Some(parts) = Parts::make(&place.cli.path("parts")) else { return };
-    let server = place.serve();
-    place.cli.json(&["create", DISK, "--size", &SIZE.to_string()]);
-    parts.fill(&place.disk(DISK));
-    place.wait_until_free(DISK);
-
-    let mut guest = Machine::boot(&parts, &place.cli.path("machine"), &way.arguments(&place));
+    let Some(stage) = Stage::set(way) else { return };
+    let mut guest = stage.boot();
     start_loads(&mut guest);
-    wait_for("the guest writes", || LOADS.iter().all(|load| guest.synced(load) >= FILES));
-    let synced = LOADS.map(|load| guest.synced(load));
+    let synced = wait_for_files(&guest, [0; 2]);
     guest.kill();
-    place.wait_until_free(DISK);
-    replay(&place.disk(DISK));
-    files_are_there(&place, DISK, &synced);
-    server.stop();
-    place.check();
+    stage.leave(&synced);
+}
+
+fn outlive(way: Way) {
+    let Some(mut stage) = Stage::set(way) else { return };
+    let mut guest = stage.boot();
+    start_loads(&mut guest);
+    let mut synced = [0; 2];
+    for _ in 0..3 {
+        synced = wait_for_files(&guest, synced);
+        let place = &stage.place;
+        let next = |server: Server| {
+            server.kill();
+            place.serve()
+        };
+        stage.server = next(stage.server);
+    }
+    wait_for_files(&guest, synced);
+    let synced = stop_loads(&mut guest);
+    files_are_there_inside(&mut guest, &synced);
+    let said = guest.run("dmesg | grep -iE 'error|abort' || true");
+    assert_eq!(said, "", "the guest noticed nothing");
+    guest.power_off();
+    stage.leave(&synced);
+}
+
+/// Waits until each load has synced so many files more than before, and returns how many that are.
+fn wait_for_files(guest: &Machine, before: [u64; 2]) -> [u64; 2] {
+    wait_for("the guest writes on", || LOADS.iter().zip(before).all(|(load, n)| guest.synced(load) >= n + FILES));
+    LOADS.map(|load| guest.synced(load))
+}
+
+/// Ends the writing and returns how many files are synced.
+fn stop_loads(guest: &mut Machine) -> [u64; 2] {
+    guest.run("touch /tmp/stop");
+    wait_for("the loads stop", || LOADS.iter().all(|load| guest.console().contains(&format!("stopped {load}"))));
+    LOADS.map(|load| guest.synced(load))
 }
 
 fn start_loads(guest: &mut Machine) {
@@ -102,20 +225,17 @@ fn write_under_snapshots(place: &Place, guest: &mut Machine) -> [u64; 2] {
     let mut snapshots = Vec::new();
     let mut certain = [0; 2];
     for name in ["s1", "s2", "s3"] {
-        let before = certain;
-        wait_for("the guest writes on", || LOADS.iter().zip(before).all(|(load, n)| guest.synced(load) >= n + FILES));
-        certain = LOADS.map(|load| guest.synced(load));
+        certain = wait_for_files(guest, certain);
         place.cli.json(&["snapshot", &format!("{DISK}@{name}")]);
         snapshots.push((name, certain));
-        // What the guest writes on into is none of the snapshot's.
         snapshot_is_sound(place, name, &certain);
     }
-    guest.run("touch /tmp/stop");
-    wait_for("the loads stop", || LOADS.iter().all(|load| guest.console().contains(&format!("stopped {load}"))));
+    let synced = stop_loads(guest);
+    // What was written since is none of the snapshots'.
     for (name, certain) in snapshots {
         snapshot_is_sound(place, name, &certain);
     }
-    LOADS.map(|load| guest.synced(load))
+    synced
 }
 
 /// Proves that a snapshot is a disk as a power cut would have left it, with everything that was synced before.
@@ -180,12 +300,19 @@ fn files_are_there_inside(guest: &mut Machine, upto: &[u64; 2]) {
 }
 
 /// Grows the disk under the running guest, which writes at its new end.
-fn grow(way: Way, place: &Place, guest: &mut Machine) {
-    place.cli.json(&["resize", DISK, &GROWN.to_string()]);
-    match way {
-        Way::File => {
-            guest.control("block_resize", &json!({ "device": "disk", "size": GROWN }));
-        }
+///
+/// NBD tells the size when a client comes, so QEMU is started anew there.
+fn grow(stage: &Stage, mut guest: Machine) -> Machine {
+    let place = &stage.place;
+    if stage.way == Way::Nbd {
+        guest.power_off();
+        place.cli.json(&["resize", DISK, &GROWN.to_string()]);
+        guest = stage.boot();
+    } else {
+        place.cli.json(&["resize", DISK, &GROWN.to_string()]);
+    }
+    if stage.way == Way::File {
+        guest.control("block_resize", &json!({ "device": "disk", "size": GROWN }));
     }
     let sectors = (GROWN / 512).to_string();
     wait_for("the guest sees the new size", || guest.run("cat /sys/block/vda/size") == sectors);
@@ -196,6 +323,7 @@ fn grow(way: Way, place: &Place, guest: &mut Machine) {
     assert_eq!(grown.len() as u64, GROWN);
     let end = &grown[grown.len() - (1 << 20)..];
     assert!(end.iter().eq(b"the new end\n".iter().cycle().take(1 << 20)), "what the guest wrote at the new end");
+    guest
 }
 
 /// Bytes that the segments of the pool take on the host.

@@ -166,7 +166,9 @@ fn a_server_ends_while_requests_come_without_end() {
             // The ring says that there is always one more.
             while !stop.load(std::sync::atomic::Ordering::Acquire) {
                 let used: u16 = memory.load(GuestAddress(0x8002), std::sync::atomic::Ordering::Acquire).unwrap();
-                memory.store(used.wrapping_add(60), GuestAddress(0x4002), std::sync::atomic::Ordering::Release).unwrap();
+                memory
+                    .store(used.wrapping_add(60), GuestAddress(0x4002), std::sync::atomic::Ordering::Release)
+                    .unwrap();
             }
         }
     });
