@@ -17,6 +17,7 @@
 //! | [`disk`] | disks: read, write, flush, discard, resize, import, scrub |
 //! | [`stream`], [`mod@export`] | changes as one file, and as a directory of plain files |
 //! | [`tree`] | the mounted tree: names and files, and the FUSE adapter |
+//! | [`nbd`] | disks and snapshots over NBD, with what changed since any snapshot |
 //! | [`vhost_blk`] | disks for virtual machines over vhost-user |
 //! | [`api`], [`cli`] | the control socket and the command line: one request type, one function for both |
 //!

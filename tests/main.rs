@@ -11,6 +11,7 @@ mod format;
 mod guest;
 mod import;
 mod model;
+mod nbd;
 mod past;
 mod real;
 mod serve;

@@ -255,6 +255,16 @@ impl<T: Send + 'static> Engine<T> {
         None
     }
 
+    /// Has another thread do `work` instead of what the request says; what it finds goes into the tag.
+    pub fn call(&mut self, mut request: Request<T>, work: impl FnOnce(&mut Request<T>) -> Result<()> + Send + 'static) {
+        self.aside += 1;
+        let returned = Arc::clone(&self.returned);
+        self.workers.run(move || {
+            let result = guarded(|| work(&mut request));
+            returned.put(Done { request, result });
+        });
+    }
+
     /// Gives a request to another thread.
     fn run_aside(&mut self, mut request: Request<T>) {
         self.aside += 1;

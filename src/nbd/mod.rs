@@ -1,0 +1,79 @@
+//! Disks and snapshots over NBD, for QEMU, libnbd and the kernel; and the wire for a client of ours.
+//!
+//! ```text
+//!   Server --accept--> Link (socket, TLS) --Handshake--> Terms --Session--> Engine --> disk
+//! ```
+//!
+//! Newstyle with fixed options, structured replies, `base:allocation` and a `qemu:dirty-bitmap:NAME` for every snapshot of
+//! the lineage, live or retired ([`contexts`]); TLS; several clients, and several connections of one.
+//!
+//! # Rules
+//! 1. No byte of a client reaches an index, a length or an allocation unchecked. What makes no sense is refused with the
+//!    error that the protocol has for it; a connection ends only when nobody knows where its next message begins.
+//! 2. A client slows and harms itself only: its requests, its replies and its memory are bounded.
+//! 3. A flush, and FUA, cover what was answered on any connection (`CAN_MULTI_CONN`): all of them use one disk.
+//! 4. What an export keeps (a lease, a hold) is let go when its connection has ended and nothing is under way.
+//! 5. Requests of any alignment are taken. Those of whole blocks are fast.
+//!
+//! # After a crash
+//! As if the power of a disk had gone: what was flushed, or written with FUA, is there. The socket file stays, and the next
+//! server removes it.
+//!
+//! # Why not a crate
+//! `nbd` 0.3 and `nbd-async` speak simple replies of one request at a time and know no contexts; `tokio-nbd` wants an async
+//! runtime below every disk; `nbdkit` binds to plugins of a C server. None has block status, which backups are about.
+
+pub mod contexts;
+mod handshake;
+mod link;
+mod listen;
+pub mod option;
+mod receive;
+mod send;
+mod serve;
+mod server;
+mod status;
+mod tls;
+pub mod wire;
+
+use std::any::Any;
+use std::sync::Arc;
+
+pub use contexts::{Contexts, Dirty, Exported, NoContexts, contexts_of};
+pub use listen::Listen;
+pub use server::{Options, Server, start};
+pub use tls::Tls;
+
+use crate::disk::BlockDevice;
+use crate::error::Result;
+
+/// What a client uses.
+pub struct Export {
+    /// Its name.
+    pub name: String,
+    /// What people are told of it.
+    pub description: String,
+    /// The disk or the snapshot.
+    pub device: Arc<dyn BlockDevice>,
+    /// What can be asked about it.
+    pub contexts: Arc<dyn Contexts>,
+    /// What is needed as long as it is used, like a lease; dropped with the connection.
+    pub keep: Box<dyn Any + Send + Sync>,
+}
+
+impl std::fmt::Debug for Export {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Export").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+/// What a server has.
+pub trait Exports: Send + Sync {
+    /// Returns the names that are listed.
+    fn names(&self) -> Vec<String>;
+    /// Opens one for a connection; the empty name is that of the default export, where there is one.
+    ///
+    /// # Errors
+    /// `NotFound`; whatever keeps it from being opened, such as `Busy`. The message is told to the client.
+    fn open(&self, name: &str) -> Result<Export>;
+}

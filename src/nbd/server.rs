@@ -1,0 +1,196 @@
+//! The server: who is connected, and the end of it.
+//!
+//! # Rules
+//! 1. One thread for each connection, and no more connections than allowed: one too many is closed at once.
+//! 2. A connection that fails, or whose thread panics, takes nothing with it but itself.
+//! 3. The end: no new connections; what is under way is finished and answered; then connections are closed, also those
+//!    whose clients do not take their replies within [`STOP_TIME`]. When it returns, everything exported is let go.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use rustix::net::Shutdown;
+
+use super::handshake::Handshake;
+use super::link::Link;
+use super::listen::{Listen, Listener};
+use super::serve::Session;
+use super::tls::Tls;
+use super::Exports;
+use crate::clock;
+use crate::error::{Error, Result};
+use crate::sync::{Condvar, Mutex};
+
+/// How long the end of the server waits for clients to take their replies, and then for I/O under way.
+const STOP_TIME: Duration = Duration::from_secs(10);
+/// How long accepting rests when the host has no descriptor or thread left.
+const REST: Duration = Duration::from_millis(100);
+
+/// How to serve.
+#[derive(Debug)]
+pub struct Options {
+    /// Where.
+    pub listen: Listen,
+    /// TLS, which is then forced.
+    pub tls: Option<Tls>,
+    /// Connections at a time.
+    pub connections_max: usize,
+}
+
+/// A running server; it ends when this is dropped.
+#[derive(Debug)]
+pub struct Server {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+struct Shared {
+    listener: Listener,
+    tls: Option<Tls>,
+    connections_max: usize,
+    exports: Arc<dyn Exports>,
+    stopping: AtomicBool,
+    /// By a number that is theirs alone.
+    connections: Mutex<HashMap<u64, Arc<OwnedFd>>>,
+    left: Condvar,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared").field("listener", &self.listener).finish_non_exhaustive()
+    }
+}
+
+/// Binds, and serves from then on.
+///
+/// # Errors
+/// `Busy` when somebody else listens there; any error of the host.
+pub fn start(options: Options, exports: Arc<dyn Exports>) -> Result<Server> {
+    let shared = Arc::new(Shared {
+        listener: Listener::bind(&options.listen)?,
+        tls: options.tls,
+        connections_max: options.connections_max,
+        exports,
+        stopping: AtomicBool::new(false),
+        connections: Mutex::default(),
+        left: Condvar::new(),
+    });
+    let accepting = Arc::clone(&shared);
+    let thread = std::thread::Builder::new()
+        .name("nbd-accept".into())
+        .spawn(move || accept(&accepting))
+        .map_err(|e| Error::io("cannot start the NBD server", e))?;
+    Ok(Server { shared, thread: Some(thread) })
+}
+
+impl Server {
+    /// Returns where it listens: a path, or an address with its port.
+    #[must_use]
+    pub fn address(&self) -> String {
+        self.shared.listener.address.clone()
+    }
+
+    /// Returns how many clients are connected.
+    #[must_use]
+    pub fn connections(&self) -> usize {
+        self.shared.connections.lock().len()
+    }
+
+    /// Ends it: no new connections, what is under way is finished and answered, everything is let go.
+    pub fn stop(self) {
+        drop(self);
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let shared = &self.shared;
+        shared.stopping.store(true, Ordering::Release);
+        shared.listener.close();
+        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!("the thread that accepts NBD connections panicked");
+        }
+        // A thread that waits for a request finds the end instead.
+        for (how, late) in [(Shutdown::Read, "take their replies"), (Shutdown::Both, "end: their I/O is under way")] {
+            let mut connections = shared.connections.lock();
+            for socket in connections.values() {
+                // One that is closed already needs it no more.
+                rustix::net::shutdown(socket, how).ok();
+            }
+            let deadline = clock::now() + STOP_TIME;
+            while !connections.is_empty() && !shared.left.wait_until(&mut connections, deadline).timed_out() {}
+            if connections.is_empty() {
+                return;
+            }
+            tracing::warn!("{} NBD connections do not {late}", connections.len());
+        }
+    }
+}
+
+fn accept(shared: &Arc<Shared>) {
+    for number in 0.. {
+        let accepted = shared.listener.accept();
+        if shared.stopping.load(Ordering::Acquire) {
+            return;
+        }
+        match accepted {
+            Ok(socket) => begin(shared, number, socket),
+            Err(error) => {
+                tracing::debug!("no NBD connection was accepted: {error}");
+                // Out of descriptors, or the client has gone again.
+                clock::sleep(REST);
+            }
+        }
+    }
+}
+
+fn begin(shared: &Arc<Shared>, number: u64, socket: OwnedFd) {
+    let socket = Arc::new(socket);
+    {
+        let mut connections = shared.connections.lock();
+        if connections.len() >= shared.connections_max {
+            tracing::warn!("an NBD connection more than the {} allowed was closed", shared.connections_max);
+            return;
+        }
+        connections.insert(number, Arc::clone(&socket));
+    }
+    let own = Arc::clone(shared);
+    let serve = move || {
+        if catch_unwind(AssertUnwindSafe(|| serve(&own, socket))).is_err() {
+            tracing::error!("an NBD connection ended on a mistake in this program");
+        }
+        own.forget(number);
+    };
+    if let Err(error) = std::thread::Builder::new().name(format!("nbd-{number}")).spawn(serve) {
+        tracing::error!("the host has no thread for an NBD connection: {error}");
+        shared.forget(number);
+    }
+}
+
+impl Shared {
+    fn forget(&self, number: u64) {
+        self.connections.lock().remove(&number);
+        self.left.notify_all();
+    }
+}
+
+/// Serves a connection to its end.
+fn serve(shared: &Shared, socket: Arc<OwnedFd>) {
+    let mut link = Link::new(socket);
+    let handshake = Handshake::new(&mut link, &*shared.exports, shared.tls.as_ref(), &shared.stopping);
+    let ended = handshake.run().map_err(|e: io::Error| Error::io("the handshake failed", e)).and_then(|terms| {
+        let Some(terms) = terms else { return Ok(()) };
+        tracing::debug!("an NBD client uses '{}'", terms.export.name);
+        Session::new(&mut link, terms, &shared.stopping)?.run()
+    });
+    if let Err(error) = ended {
+        tracing::debug!("an NBD connection ended: {error}");
+    }
+    link.end();
+}
