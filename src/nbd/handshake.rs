@@ -259,7 +259,9 @@ impl<'a> Handshake<'a> {
         let mut names = vec![ALLOCATION.to_owned()];
         names.extend(export.contexts.names().into_iter().map(|name| format!("{BITMAP}{name}")));
         let listed = |name: &String| {
-            let is = |query: &String| query == name || matches!(&query[..], "base:" | "qemu:" | BITMAP) && name.starts_with(query);
+            let is = |query: &String| {
+                query == name || matches!(&query[..], "base:" | "qemu:" | BITMAP) && name.starts_with(query)
+            };
             queries.is_empty() || queries.iter().any(is)
         };
         let mut bytes = Vec::new();

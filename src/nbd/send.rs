@@ -225,7 +225,10 @@ mod tests {
         // Blocks are those of the export; the part of one is data.
         let cut = PAGE - 100;
         assert_eq!(pieces(&data[..2 * PAGE], 100), [(0..2 * PAGE, false)]);
-        assert_eq!(pieces(&data[2 * PAGE..], 100), [(0..cut, false), (cut..cut + 2 * PAGE, true), (cut + 2 * PAGE..3 * PAGE, false)]);
+        assert_eq!(
+            pieces(&data[2 * PAGE..], 100),
+            [(0..cut, false), (cut..cut + 2 * PAGE, true), (cut + 2 * PAGE..3 * PAGE, false)]
+        );
         let mut many = vec![0; 200 * PAGE];
         (0..200).step_by(2).for_each(|page| many[page * PAGE + 7] = 1);
         assert_eq!(pieces(&many, 0), [(0..200 * PAGE, false)]);

@@ -265,12 +265,7 @@ impl<'a> Session<'a> {
         pages.fill(0);
         // What comes after the first part begins where it suits the disk.
         let first = (ZEROS - request.offset % ZEROS).min(whole);
-        let tag = Tag {
-            request,
-            command: Command::WriteZeroes,
-            step: Step::Zeros(whole - first),
-            extents: Vec::new(),
-        };
+        let tag = Tag { request, command: Command::WriteZeroes, step: Step::Zeros(whole - first), extents: Vec::new() };
         self.give(request.offset, first, Op::Write { durable: false }, Some(pages), tag);
     }
 

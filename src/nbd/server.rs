@@ -17,12 +17,12 @@ use std::time::Duration;
 
 use rustix::net::Shutdown;
 
+use super::Exports;
 use super::handshake::Handshake;
 use super::link::Link;
 use super::listen::{Listen, Listener};
 use super::serve::Session;
 use super::tls::Tls;
-use super::Exports;
 use crate::clock;
 use crate::error::{Error, Result};
 use crate::sync::{Condvar, Mutex};

@@ -262,16 +262,8 @@ pub enum Errno {
 
 impl Errno {
     /// Every number.
-    pub const ALL: [Self; 8] = [
-        Self::Perm,
-        Self::Io,
-        Self::NoMem,
-        Self::Inval,
-        Self::NoSpc,
-        Self::Overflow,
-        Self::NotSup,
-        Self::Shutdown,
-    ];
+    pub const ALL: [Self; 8] =
+        [Self::Perm, Self::Io, Self::NoMem, Self::Inval, Self::NoSpc, Self::Overflow, Self::NotSup, Self::Shutdown];
 
     /// Finds the error by its number; those that no server should send are [`Errno::Inval`], as the protocol says.
     #[must_use]

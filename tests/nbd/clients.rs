@@ -34,14 +34,17 @@ fn nbdinfo_tells_what_there_is() {
     let export = &told["exports"][0];
     assert_eq!((&told["protocol"], &told["structured"]), (&"newstyle-fixed".into(), &true.into()));
     assert_eq!((&export["export-size"], &export["is_read_only"]), (&(24 * MIB + 512).into(), &false.into()));
-    for can in ["can_cache", "can_df", "can_fast_zero", "can_flush", "can_fua", "can_multi_conn", "can_trim", "can_zero"] {
+    for can in
+        ["can_cache", "can_df", "can_fast_zero", "can_flush", "can_fua", "can_multi_conn", "can_trim", "can_zero"]
+    {
         assert_eq!(export[can], true, "{can} in {told}");
     }
     let sizes = ["block_size_minimum", "block_size_preferred", "block_size_maximum"].map(|key| export[key].as_u64());
     assert_eq!(sizes, [Some(1), Some(4096), Some(32 << 20)]);
     assert_eq!(export["contexts"], serde_json::json!(["base:allocation", "qemu:dirty-bitmap:s"]));
     let told: Value = serde_json::from_str(&run("nbdinfo", ["--json", "--list", &rig.uri("")])).unwrap();
-    let names: Vec<_> = told["exports"].as_array().unwrap().iter().map(|e| e["export-name"].as_str().unwrap()).collect();
+    let names: Vec<_> =
+        told["exports"].as_array().unwrap().iter().map(|e| e["export-name"].as_str().unwrap()).collect();
     assert_eq!(names, ["a", "a@s", "b"]);
     assert_eq!(told["exports"][1]["is_read_only"], true);
     rig.wait_until_quiet();
@@ -67,7 +70,8 @@ fn maps_tell_data_from_holes() {
     assert_eq!(map(&rig, "a", "base:allocation"), expected);
     let told: Value = serde_json::from_str(&run("qemu-img", ["map", "--output=json", &rig.uri("a")])).unwrap();
     // QEMU rounds the end of a disk up to 512.
-    let told: Vec<_> = told.as_array().unwrap().iter().map(|e| (e["start"].as_u64().unwrap(), e["data"] == true)).collect();
+    let told: Vec<_> =
+        told.as_array().unwrap().iter().map(|e| (e["start"].as_u64().unwrap(), e["data"] == true)).collect();
     assert_eq!(told, expected.map(|(start, _, flags)| (start, flags == 0)));
 }
 
@@ -137,7 +141,9 @@ fn requests_of_every_kind_do_what_they_say() {
     }
     let rig = Rig::new();
     let disk = rig.disk("a", 16 * MIB);
-    nbdsh(&rig, r#"
+    nbdsh(
+        &rig,
+        r#"
 h.add_meta_context("base:allocation")
 h.set_export_name("a")
 h.connect_unix(sock)
@@ -190,7 +196,8 @@ fails(errno.EINVAL, h.pwrite, b"z" * (33 * mib), 0)
 fails(errno.EINVAL, h.pread, 1, 0, 1 << 9)
 assert h.pread(1, 4 * mib) == b"y"
 h.shutdown()
-"#);
+"#,
+    );
     disk.flush().unwrap();
     let mut three = [0; 3];
     disk.read(&mut three, 4095).unwrap();
@@ -205,7 +212,9 @@ fn a_snapshot_is_not_written() {
     let rig = Rig::new();
     rig.disk("a", MIB).write(&[7; 4096], 0).unwrap();
     rig.take("a", "s");
-    nbdsh(&rig, r#"
+    nbdsh(
+        &rig,
+        r#"
 h.set_export_name("a@s")
 h.set_full_info(True)
 h.connect_unix(sock)
@@ -218,7 +227,8 @@ for write in [lambda: h.pwrite(b"x", 0), lambda: h.trim(4096, 0), lambda: h.zero
     else: assert False
 h.flush()
 assert h.pread(4096, 0) == b"\x07" * 4096
-"#);
+"#,
+    );
 }
 
 #[test]
@@ -228,7 +238,9 @@ fn what_one_connection_wrote_another_one_flushes() {
     }
     let rig = Rig::new();
     rig.disk("a", 64 * MIB);
-    nbdsh(&rig, r#"
+    nbdsh(
+        &rig,
+        r#"
 hs = [nbd.NBD() for _ in range(4)]
 for h in hs:
     h.set_export_name("a")
@@ -240,7 +252,8 @@ hs[0].flush()
 for n in range(256):
     assert hs[(n + 1) % 4].pread(4096, n * 8192) == bytes([n]) * 4096
 for h in hs: h.shutdown()
-"#);
+"#,
+    );
 }
 
 #[test]
@@ -250,7 +263,9 @@ fn a_client_without_structured_replies_is_served() {
     }
     let rig = Rig::new();
     rig.disk("a", 4 * MIB);
-    nbdsh(&rig, r#"
+    nbdsh(
+        &rig,
+        r#"
 h.set_request_structured_replies(False)
 h.set_handshake_flags(0)
 h.connect_unix(sock)
@@ -261,7 +276,8 @@ try: h.pread(10, 4 * mib - 5)
 except nbd.Error: pass
 else: assert False
 assert h.pread(1, 10) == b"q"
-"#);
+"#,
+    );
 }
 
 #[test]

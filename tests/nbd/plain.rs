@@ -220,7 +220,8 @@ fn many_requests_in_one_piece_are_all_answered() {
     }
     let mut writer = client.stream.try_clone().unwrap();
     let sending = std::thread::spawn(move || writer.write_all(&bytes).unwrap());
-    let mut seen: Vec<u64> = (0..600).map(|_| client.reply(0)).map(|(cookie, errno, _)| cookie + u64::from(errno)).collect();
+    let mut seen: Vec<u64> =
+        (0..600).map(|_| client.reply(0)).map(|(cookie, errno, _)| cookie + u64::from(errno)).collect();
     sending.join().unwrap();
     seen.sort_unstable();
     assert_eq!(seen, (0..600).collect::<Vec<_>>());

@@ -111,7 +111,9 @@ fn before_tls_nothing_is_told_and_after_it_garbage_ends_the_connection() {
     };
     let mut stream = greet();
     let choice = Choice { name: "a".into(), infos: Vec::new() }.encode();
-    for (kind, data) in [(kind::LIST, &[][..]), (kind::INFO, &choice), (kind::GO, &choice), (kind::STRUCTURED_REPLY, &[])] {
+    for (kind, data) in
+        [(kind::LIST, &[][..]), (kind::INFO, &choice), (kind::GO, &choice), (kind::STRUCTURED_REPLY, &[])]
+    {
         assert_eq!(ask(&mut stream, kind, data), reply::ERR_TLS_REQD);
     }
     assert_eq!(ask(&mut stream, kind::STARTTLS, b"x"), reply::ERR_INVALID);

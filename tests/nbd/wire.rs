@@ -11,9 +11,10 @@ fn hex(bytes: &[u8]) -> String {
 
 #[test]
 fn requests_have_the_bytes_of_the_protocol() {
-    let request = Request { flags: command::FUA, kind: 1, cookie: 0x1122_3344_5566_7788, offset: 0x99aa, length: 0xbbcc };
+    let request =
+        Request { flags: command::FUA, kind: 1, cookie: 0x1122_3344_5566_7788, offset: 0x99aa, length: 0xbbcc };
     let bytes = request.encode();
-    assert_eq!(hex(&bytes), "256095130001000111223344556677880000000000" .to_owned() + "0099aa0000bbcc");
+    assert_eq!(hex(&bytes), "256095130001000111223344556677880000000000".to_owned() + "0099aa0000bbcc");
     assert_eq!(Request::decode(&bytes), Some(request));
     assert_eq!(request.command(), Some(Command::Write));
     for (number, command) in (0..).zip(Command::ALL) {
