@@ -8,6 +8,7 @@ mod cli;
 mod engine;
 mod export;
 mod format;
+mod guest;
 mod import;
 mod model;
 mod nbd;
