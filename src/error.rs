@@ -183,6 +183,12 @@ impl Error {
         self.kind
     }
 
+    /// Tells whether data could not be had: whose it was is worth knowing then.
+    #[must_use]
+    pub fn is_of_data(&self) -> bool {
+        matches!(self.kind, Kind::Corrupt | Kind::Io)
+    }
+
     /// Returns the sentence without the hint.
     #[must_use]
     pub fn message(&self) -> &str {

@@ -18,12 +18,13 @@
 //! | [`stream`], [`mod@export`] | changes as one file, and as a directory of plain files |
 //! | [`tree`] | the mounted tree: names and files, and the FUSE adapter |
 //! | [`nbd`] | disks and snapshots over NBD, with what changed since any snapshot |
+//! | [`vhost_blk`] | disks for virtual machines over vhost-user |
 //! | [`api`], [`cli`] | the control socket and the command line: one request type, one function for both |
 //!
 //! # Layers
-//! Lower never names higher: `units codec error clock sync parallel workers progress` < `sys` < `media` < `pool` < `map` < `store` <
-//! `snapshot, disk` < `stream, export` < `tree, nbd` < `api` < `cli`. Only `cli` prints and reads the environment; storage is
-//! synchronous and knows nothing of FUSE and HTTP. A tidy test holds this.
+//! Lower never names higher: `units codec error clock sync parallel workers progress` < `sys` < `media` < `pool` < `map` <
+//! `store` < `snapshot, disk` < `stream, export` < `tree, nbd, vhost_blk` < `api` < `cli`. Only `cli` prints and reads the
+//! environment; storage is synchronous and knows nothing of FUSE and HTTP. A tidy test holds this.
 //!
 //! # What must always hold
 //! 1. A block address is handed out once, to one block of a disk in one epoch. Freeing is punching a hole, never reuse.
@@ -60,4 +61,5 @@ pub mod sync;
 pub mod sys;
 pub mod tree;
 pub mod units;
+pub mod vhost_blk;
 pub mod workers;

@@ -225,6 +225,35 @@ fn printing_and_the_environment_are_only_in_the_command_line() {
     only_in("std::env only in src/cli", &["std::env"], |s| s.module() == "cli");
 }
 
+/// Files below `tree` that reach the host past `media`, and why they may. Above it nobody knows the name of a file of the
+/// pool: there it is sockets, mounts, and what people name.
+const PAST_MEDIA: [(&str, &str); 5] = [
+    ("src/disk/import/", "images of others, which are only read"),
+    ("src/export/write.rs", "looks for and takes away a directory outside the pool; what is in it is written by media"),
+    ("src/pool/lock.rs", "locks the directory before anything in it is opened"),
+    ("src/pool/segment.rs", "hands on a descriptor that media opened"),
+    ("src/store/locate.rs", "hands on a descriptor that media opened"),
+];
+
+/// A crash can only be simulated of I/O that the simulator sees.
+#[test]
+fn files_of_the_pool_are_reached_through_media() {
+    let storage = layer("media").expect("it is in the table") + 1..layer("tree").expect("it is in the table");
+    let ours = |source: &Source| layer(source.module()).is_some_and(|own| storage.contains(&own));
+    let past = ["std::fs", "rustix::fs::open", "openat", "unlinkat", "renameat", "mkdirat", "linkat", "symlinkat"];
+    only_in("files of the pool through media", &past, |source| {
+        !ours(source) || PAST_MEDIA.iter().any(|(path, _)| source.path.starts_with(path))
+    });
+    let sources = sources(&["src"], ".rs");
+    let used = |path: &str| {
+        let mut of = sources.iter().filter(|source| source.path.starts_with(path));
+        of.any(|source| source.program().any(|(_, code)| past.iter().any(|word| has_word(code, word))))
+    };
+    let idle: Vec<String> =
+        PAST_MEDIA.iter().filter(|(path, _)| !used(path)).map(|(path, why)| format!("{path} ({why})")).collect();
+    report("every exception is needed", &idle);
+}
+
 #[test]
 fn unsafe_code_is_only_in_sys() {
     only_in("unsafe only in src/sys", &["unsafe"], |s| s.module() == "sys");

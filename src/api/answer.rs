@@ -3,17 +3,19 @@
 //! # Rules
 //! 1. Every answer says which it is: `{"answer":"disk", ...}`. Names are never changed, fields only added.
 //! 2. Sizes and amounts are bytes, times are seconds since 1970 in UTC, what is not known or not set is `null`.
-//! 3. These types carry nothing but data; the core's own structs are turned into them here and nowhere else.
+//! 3. These types carry nothing but data. What a disk, a snapshot or a setting is inside is turned into what it is here in
+//!    `from_core` and nowhere else. A report (check, rebuild, scrub, streams, verify) is nothing but its fields from the start: the struct of
+//!    the module that makes it is the answer, and a test pins how each is written.
+
+mod from_core;
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::disk::ScrubReport;
 use crate::snapshot::diff::{Extent, VerifyReport};
-use crate::snapshot::{PruneLine, RevertReport};
-use crate::store::{self, CheckReport, DiskInfo, EnospcPolicy, RebuildReport, SnapshotInfo, SnapshotState};
+use crate::store::{CheckReport, RebuildReport};
 use crate::stream::{ReceiveReport, SendReport};
-use crate::units::BLOCK_SIZE;
 
 /// An answer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,6 +29,8 @@ pub enum Response {
         disks: Vec<Disk>,
         /// Why the pool refuses writes; `null` when it does not.
         health: Option<String>,
+        /// What of it is lost; `null` when nothing is.
+        damage: Option<String>,
     },
     /// One snapshot.
     Snapshot(Snapshot),
@@ -63,11 +67,11 @@ pub enum Response {
         settings: Settings,
     },
     /// What check found.
-    Checked(Checked),
+    Checked(CheckReport),
     /// What a rebuild of the catalog brought back.
-    Rebuilt(Rebuilt),
+    Rebuilt(RebuildReport),
     /// What scrub found.
-    Scrubbed(Scrubbed),
+    Scrubbed(ScrubReport),
     /// Space was given back.
     Reclaimed {
         /// Bytes given back while this waited.
@@ -91,12 +95,24 @@ pub enum Response {
         /// Where.
         mount: String,
     },
+    /// A disk or snapshot is served.
+    Attached(Export),
+    /// What was served is served no longer.
+    Detached {
+        /// The exports that ended.
+        exports: Vec<Export>,
+    },
+    /// What is served, by number.
+    Exports {
+        /// The exports.
+        exports: Vec<Export>,
+    },
     /// An increment directory was written.
     Exported(Exported),
     /// A stream was written.
-    Sent(Sent),
+    Sent(SendReport),
     /// A stream became a snapshot.
-    Received(Received),
+    Received(ReceiveReport),
     /// Where an interrupted stream goes on.
     Token {
         /// What `send` takes to resume.
@@ -143,8 +159,14 @@ pub struct Disk {
     pub snapshots: u64,
     /// `DISK@SNAPSHOT` it was cloned from.
     pub origin: Option<String>,
+    /// Whether that is not there any more.
+    #[serde(default)]
+    pub origin_gone: bool,
     /// Who has it open for writing.
     pub holder: Option<String>,
+    /// Who had it open for writing before a restart, and nobody else gets it for a minute.
+    #[serde(default)]
+    pub reserved: Option<String>,
     /// Its settings.
     pub settings: Settings,
 }
@@ -253,99 +275,6 @@ pub struct Pruned {
     pub why: String,
 }
 
-/// What check found.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Checked {
-    /// What is wrong; empty when nothing is.
-    pub problems: Vec<Problem>,
-    /// Disks looked at.
-    pub disks: u64,
-    /// Snapshots looked at.
-    pub snapshots: u64,
-    /// Segments looked at.
-    pub segments: u64,
-    /// Blocks that are mapped.
-    pub blocks: u64,
-    /// Bytes that nothing names.
-    pub leaked: u64,
-    /// Of them, bytes that a rebuild left and that stay until `--repair`.
-    #[serde(default)]
-    pub kept: u64,
-}
-
-/// What a rebuild of the catalog brought back.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Rebuilt {
-    /// Whether there is a new catalog; otherwise the old one is sound and nothing was touched.
-    pub rebuilt: bool,
-    /// Whether everything that was ever acknowledged is there.
-    pub complete: bool,
-    /// The catalog or backup it was made from; `null` when there was none.
-    pub source: Option<String>,
-    /// Frames of the journal that were used.
-    pub frames: u64,
-    /// What the old catalog is called now.
-    pub kept: Option<String>,
-    /// Bytes in segments that nothing names; they stay until `check --repair`.
-    pub unnamed: u64,
-    /// Each disk.
-    pub disks: Vec<RebuiltDisk>,
-    /// What else there is to say, in sentences.
-    pub notes: Vec<String>,
-}
-
-/// A disk that a rebuild brought back.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RebuiltDisk {
-    /// Its name.
-    pub disk: String,
-    /// How many snapshots it has.
-    pub snapshots: u64,
-    /// Bytes that are mapped in it.
-    pub referenced: u64,
-    /// The snapshot it is like now; `null` when it is as it was, or empty.
-    pub live: Option<String>,
-    /// What it lost, in sentences.
-    pub lost: Vec<String>,
-}
-
-/// One thing check found.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Problem {
-    /// A sentence.
-    pub what: String,
-    /// Whether it was mended.
-    pub fixed: bool,
-}
-
-/// What scrub found.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Scrubbed {
-    /// Blocks whose checksum was compared.
-    pub blocks: u64,
-    /// Bytes read.
-    pub bytes: u64,
-    /// Blocks that have no checksum yet.
-    pub unverified: u64,
-    /// Blocks that are not what was written.
-    pub damaged: Vec<Damage>,
-}
-
-/// A block that is not what was written.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Damage {
-    /// The disk that shows it.
-    pub disk: String,
-    /// The snapshot that shows it; `null` for the disk itself.
-    pub snapshot: Option<String>,
-    /// Byte offset in the disk.
-    pub offset: u64,
-    /// The segment file.
-    pub segment: u64,
-    /// A sentence.
-    pub why: String,
-}
-
 /// What an import did.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Imported {
@@ -357,6 +286,37 @@ pub struct Imported {
     pub bytes_read: u64,
     /// Bytes written to the disk; holes are not.
     pub bytes_written: u64,
+}
+
+/// Something that is served on a socket or a port.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Export {
+    /// Its number; kept over restarts if it persists.
+    pub id: u64,
+    /// `nbd` or `vhost-user`.
+    pub kind: String,
+    /// `DISK` or `DISK@SNAPSHOT`, as they are called now.
+    pub disks: Vec<String>,
+    /// Path of its Unix socket.
+    pub socket: Option<String>,
+    /// Address and port it listens on instead.
+    pub listen: Option<String>,
+    /// Whether clients must use TLS.
+    pub tls: bool,
+    /// Whether nobody can write through it.
+    pub read_only: bool,
+    /// Queues of a vhost-user device.
+    pub queues: Option<u16>,
+    /// Whether it is served again after a restart.
+    pub persist: bool,
+    /// Connections there are now.
+    pub clients: u64,
+    /// Disks it has open for writing.
+    pub writing: Vec<String>,
+    /// `on`; `failed` when it could not be started again; `off` when no server is running.
+    pub state: String,
+    /// Why it failed.
+    pub error: Option<String>,
 }
 
 /// What an increment directory holds.
@@ -378,50 +338,6 @@ pub struct Exported {
     pub zeros: u64,
 }
 
-/// A stream that was written.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Sent {
-    /// The disk.
-    pub disk: String,
-    /// The snapshot the stream leads to, without the disk.
-    pub snapshot: String,
-    /// Its identity.
-    pub uuid: Uuid,
-    /// Identity of the base; `null` when it starts from nothing.
-    pub base: Option<Uuid>,
-    /// First byte of the disk that was sent; 0 unless it was resumed.
-    pub start: u64,
-    /// Bytes of data.
-    pub data: u64,
-    /// Bytes of zeros.
-    pub zeros: u64,
-    /// Bytes of the stream.
-    pub stream: u64,
-    /// Bytes of data that have no checksum yet to compare with.
-    pub unverified: u64,
-}
-
-/// A stream that became a snapshot.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Received {
-    /// The disk.
-    pub disk: String,
-    /// The snapshot, without the disk.
-    pub snapshot: String,
-    /// Its identity, as the sender has it.
-    pub uuid: Uuid,
-    /// Identity of the base; `null` when the stream starts from nothing.
-    pub base: Option<Uuid>,
-    /// First byte of the disk that was in the stream; 0 unless it was resumed.
-    pub start: u64,
-    /// Bytes of data.
-    pub data: u64,
-    /// Bytes of zeros.
-    pub zeros: u64,
-    /// The snapshot that keeps what was there.
-    pub kept: Option<String>,
-}
-
 /// Who answers, and how the pool is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
@@ -437,148 +353,10 @@ pub struct Status {
     pub mount: Option<String>,
     /// Why the pool refuses writes; `null` when it does not.
     pub health: Option<String>,
+    /// What of it is lost; `null` when nothing is.
+    pub damage: Option<String>,
     /// Bytes still free on the host file system.
     pub free: u64,
     /// Size of the host file system.
     pub total: u64,
-}
-
-impl From<&store::Settings> for Settings {
-    fn from(settings: &store::Settings) -> Self {
-        let enospc = match settings.enospc {
-            EnospcPolicy::Fail => "fail",
-            EnospcPolicy::Wait => "wait",
-        };
-        Self {
-            enospc: enospc.to_owned(),
-            quota: settings.quota,
-            iops: settings.iops,
-            bandwidth: settings.bandwidth,
-            extent_size: settings.extent_size,
-        }
-    }
-}
-
-impl From<DiskInfo> for Disk {
-    fn from(info: DiskInfo) -> Self {
-        Self {
-            id: info.id.0,
-            settings: Settings::from(&info.settings),
-            name: info.name,
-            uuid: info.uuid,
-            size: info.size,
-            referenced: info.referenced,
-            written: info.written,
-            unique: None,
-            created: info.created,
-            modified: info.modified,
-            snapshots: info.snapshots as u64,
-            origin: info.origin,
-            holder: info.holder,
-        }
-    }
-}
-
-impl From<SnapshotInfo> for Snapshot {
-    fn from(info: SnapshotInfo) -> Self {
-        let state = match info.state {
-            SnapshotState::Live => "live",
-            SnapshotState::Retired => "retired",
-        };
-        Self {
-            id: info.id.0,
-            disk: info.disk,
-            disk_id: info.disk_id.0,
-            name: info.name,
-            uuid: info.uuid,
-            size: info.size,
-            referenced: info.referenced,
-            written: info.written,
-            unique: None,
-            created: info.created,
-            state: state.to_owned(),
-            holds: info.holds,
-        }
-    }
-}
-
-impl Reverted {
-    pub(super) fn new(disk: String, snapshot: String, report: RevertReport) -> Self {
-        Self { disk, snapshot, dropped: report.dropped, kept: report.kept }
-    }
-}
-
-impl From<SendReport> for Sent {
-    fn from(report: SendReport) -> Self {
-        let SendReport { disk, snapshot, uuid, base, start, data, zeros, stream, unverified } = report;
-        Self { disk, snapshot, uuid, base, start, data, zeros, stream, unverified }
-    }
-}
-
-impl From<ReceiveReport> for Received {
-    fn from(report: ReceiveReport) -> Self {
-        let ReceiveReport { disk, snapshot, uuid, base, start, data, zeros, kept } = report;
-        Self { disk, snapshot, uuid, base, start, data, zeros, kept }
-    }
-}
-
-impl From<PruneLine> for Pruned {
-    fn from(line: PruneLine) -> Self {
-        Self { name: line.snapshot, kept: line.kept, why: line.why }
-    }
-}
-
-impl From<CheckReport> for Checked {
-    fn from(report: CheckReport) -> Self {
-        let problems = report.problems.into_iter().map(|p| Problem { what: p.what, fixed: p.fixed }).collect();
-        Self {
-            problems,
-            disks: report.disks,
-            snapshots: report.snapshots,
-            segments: report.segments,
-            blocks: report.blocks,
-            leaked: report.leaked,
-            kept: report.kept,
-        }
-    }
-}
-
-impl From<RebuildReport> for Rebuilt {
-    fn from(report: RebuildReport) -> Self {
-        let disk = |disk: store::RebuiltDisk| RebuiltDisk {
-            disk: disk.name,
-            snapshots: disk.snapshots,
-            referenced: disk.blocks * BLOCK_SIZE,
-            live: disk.live,
-            lost: disk.lost,
-        };
-        Self {
-            rebuilt: report.rebuilt,
-            complete: report.complete,
-            source: report.source,
-            frames: report.frames,
-            kept: report.kept,
-            unnamed: report.unnamed,
-            disks: report.disks.into_iter().map(disk).collect(),
-            notes: report.notes,
-        }
-    }
-}
-
-impl From<ScrubReport> for Scrubbed {
-    fn from(report: ScrubReport) -> Self {
-        let damage = |d: crate::disk::Damage| Damage {
-            disk: d.disk,
-            snapshot: d.snapshot,
-            offset: d.offset,
-            segment: d.segment,
-            why: d.why,
-        };
-        Self {
-            blocks: report.blocks,
-            bytes: report.bytes,
-            unverified: report.unverified,
-            damaged: report.damaged.into_iter().map(damage).collect(),
-        }
-    }
 }

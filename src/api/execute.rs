@@ -7,10 +7,10 @@
 //!    business of the store.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::Arc;
 
 use super::answer::{Exported, Imported, Reverted, Status};
+use super::name::absolute;
 use super::{Keep, Request, Response, Target};
 use crate::disk::{self, BlockDevice as _};
 use crate::error::{Error, Result};
@@ -23,8 +23,8 @@ const SNAPSHOTS_AT_ONCE_MAX: usize = 1024;
 
 /// Answers a request.
 ///
-/// `status` leaves out what only a server knows, and `shutdown` and `mount-export` fail, because here there is none;
-/// [`super::Service`] adds them.
+/// `status` and `metrics` leave out what only a server knows, and `shutdown`, `mount-export` and what is about exports fail,
+/// because here there is none; [`super::Service`] adds them.
 ///
 /// # Errors
 /// Whatever the request runs into; `Kind::Usage` for one that makes no sense.
@@ -36,7 +36,7 @@ pub fn execute(store: &Arc<Store>, request: Request, progress: &dyn Progress) ->
         }
         Request::Ls { disk: None } => {
             let disks = store.disks().into_iter().map(Into::into).collect();
-            Ok(Response::Disks { disks, health: store.health() })
+            Ok(Response::Disks { disks, health: store.health(), damage: store.damage() })
         }
         Request::Ls { disk: Some(disk) } => Ok(snapshots_answer(store.snapshots(&Target::disk(&disk)?)?)),
         Request::Info { name } => info(store, &name),
@@ -93,6 +93,9 @@ pub fn execute(store: &Arc<Store>, request: Request, progress: &dyn Progress) ->
         | Request::Metrics {}
         | Request::Flush {}
         | Request::MountExport { .. }
+        | Request::Attach { .. }
+        | Request::Detach { .. }
+        | Request::Exports {}
         | Request::Status {}
         | Request::Shutdown {} => execute_on_pool(store, &request, progress),
     }
@@ -103,8 +106,8 @@ fn execute_on_pool(store: &Arc<Store>, request: &Request, progress: &dyn Progres
     match request {
         Request::Check { rebuild: true, .. } => Err(Error::busy("a pool that is in use cannot be rebuilt")
             .hint("end the server with 'afterimage umount', then run 'afterimage check --rebuild'")),
-        Request::Check { repair, .. } => Ok(Response::Checked(check(store, *repair, progress)?.into())),
-        Request::Scrub {} => Ok(Response::Scrubbed(disk::scrub(store, progress)?.into())),
+        Request::Check { repair, .. } => Ok(Response::Checked(check(store, *repair, progress)?)),
+        Request::Scrub {} => Ok(Response::Scrubbed(disk::scrub(store, progress)?)),
         Request::Reclaim { wait: true } => {
             Ok(Response::Reclaimed { freed: store.reclaim_wait(progress)?.freed, complete: true })
         }
@@ -259,16 +262,6 @@ fn export(
     }))
 }
 
-/// Refuses a path that would mean something else in another working directory.
-fn absolute(path: &str) -> Result<&Path> {
-    let path = Path::new(path);
-    if path.is_absolute() {
-        return Ok(path);
-    }
-    Err(Error::usage(format!("the path '{}' is not absolute", path.display()))
-        .hint("the server has a working directory of its own: give the whole path"))
-}
-
 fn status(store: &Arc<Store>) -> Result<Response> {
     let space = store.space()?;
     Ok(Response::Status(Status {
@@ -278,6 +271,7 @@ fn status(store: &Arc<Store>) -> Result<Response> {
         uuid: store.uuid(),
         mount: None,
         health: store.health(),
+        damage: store.damage(),
         free: space.free,
         total: space.total,
     }))

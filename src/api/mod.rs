@@ -23,6 +23,7 @@
 pub mod answer;
 pub mod client;
 mod execute;
+mod exports;
 mod line;
 mod name;
 mod past;

@@ -1,8 +1,11 @@
-//! Names as people write them: `DISK` or `DISK@SNAPSHOT`.
+//! Names as people write them: `DISK` or `DISK@SNAPSHOT`, and paths on the host.
 //!
 //! # Rules
 //! 1. Both parts are checked here, so a name that could never exist is a usage error and not "not found".
 //! 2. Nothing behind this module ever sees an `@`.
+//! 3. A path is absolute: the server has a working directory of its own.
+
+use std::path::Path;
 
 use crate::disk::{check_disk_name, check_snapshot_name};
 use crate::error::{Error, Result};
@@ -56,6 +59,16 @@ impl Target {
                 .hint(format!("write {disk}@SNAPSHOT; 'afterimage ls {disk}' lists what there is"))),
         }
     }
+}
+
+/// Refuses a path that would mean something else in another working directory.
+pub(super) fn absolute(path: &str) -> Result<&Path> {
+    let path = Path::new(path);
+    if path.is_absolute() {
+        return Ok(path);
+    }
+    Err(Error::usage(format!("the path '{}' is not absolute", path.display()))
+        .hint("the server has a working directory of its own: give the whole path"))
 }
 
 #[cfg(test)]

@@ -12,8 +12,9 @@ use crate::snapshot;
 use crate::snapshot::diff::{self, StateName};
 use crate::store::Store;
 
-/// Extents that one answer lists at most: they are one line of JSON.
-const EXTENTS_MAX: u64 = 4 << 20;
+/// Extents that one answer lists at most. They are one line of JSON, of 70 bytes each or so, which the server has whole before
+/// it sends it, and the client before it reads it.
+const EXTENTS_MAX: u64 = 1 << 20;
 /// Most snapshots that are retired in one request.
 const RETIRE_MAX: usize = 1024;
 
@@ -27,7 +28,7 @@ pub(super) fn execute(store: &Arc<Store>, request: Request, progress: &dyn Progr
         Request::Diff { from, to, summary } => diff_answer(store, from, to, summary).map(Response::Diff),
         Request::Estimate { disk, from } => estimate(store, disk, from),
         Request::VerifyDiff { from, to } => {
-            let report = diff::verify(store, &state(&from)?, &target(&to)?, progress)?;
+            let report = diff::verify(store, &state(&from)?, &state(&to)?, progress)?;
             Ok(Response::Verified(Verified { from, to, report }))
         }
         Request::RecordImport { path } => import(store, &path),
@@ -43,14 +44,6 @@ fn state(text: &str) -> Result<StateName> {
     Ok(StateName::parse(text))
 }
 
-/// As [`state`], for the side that something has to be in.
-fn target(text: &str) -> Result<StateName> {
-    match state(text)? {
-        StateName::Nothing => Err(Error::usage("'-' is nothing: only the older side can be that")),
-        name => Ok(name),
-    }
-}
-
 fn retire(store: &Arc<Store>, names: &[String], wait: bool, progress: &dyn Progress) -> Result<Response> {
     if names.is_empty() || names.len() > RETIRE_MAX {
         return Err(Error::usage(format!("from 1 to {RETIRE_MAX} snapshots are retired at once")));
@@ -64,7 +57,7 @@ fn retire(store: &Arc<Store>, names: &[String], wait: bool, progress: &dyn Progr
 }
 
 fn diff_answer(store: &Arc<Store>, from: String, to: String, summary: bool) -> Result<Diff> {
-    let found = diff::open(store, &state(&from)?, &target(&to)?)?;
+    let found = diff::open(store, &state(&from)?, &state(&to)?)?;
     let mut total = diff::DiffTotal { from_size: found.from_size(), to_size: found.to_size(), ..Default::default() };
     let mut extents = Vec::new();
     found.each(&mut |extent| {
@@ -105,5 +98,5 @@ fn import(store: &Arc<Store>, path: &str) -> Result<Response> {
     let media = HostMedia::new(folder).map_err(fail)?;
     let name = name.to_str().ok_or_else(|| Error::usage("the name of the record is not UTF-8"))?;
     let file = media.open(name, Open::ReadOnly).map_err(fail)?;
-    snapshot::import_record(store, &path.display().to_string(), &*file).map(|info| Response::Snapshot(info.into()))
+    snapshot::import_record(store, &path.display().to_string(), &file).map(|info| Response::Snapshot(info.into()))
 }

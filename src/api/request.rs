@@ -10,6 +10,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::pool::ExportKind;
+
 fn is_false(value: &bool) -> bool {
     !*value
 }
@@ -207,6 +209,47 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "is_false")]
         allow_other: bool,
     },
+    /// Serves disks and snapshots over NBD, or one of them to a guest over vhost-user.
+    Attach {
+        /// `nbd` or `vhost-user`.
+        kind: ExportKind,
+        /// `DISK` or `DISK@SNAPSHOT`; one for vhost-user.
+        disks: Vec<String>,
+        /// Absolute path of the Unix socket to listen on.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        socket: Option<String>,
+        /// Address and port to listen on instead; `nbd` only.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        listen: Option<String>,
+        /// Absolute path of the certificate (PEM); clients must use TLS then.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        tls_cert: Option<String>,
+        /// Absolute path of its key (PEM).
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        tls_key: Option<String>,
+        /// Absolute path of the roots (PEM) that certificates of clients must lead to.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        tls_ca: Option<String>,
+        /// Serves clients on other hosts without asking who they are.
+        #[serde(default, skip_serializing_if = "is_false")]
+        unprotected: bool,
+        /// Lets nobody write, and takes no lease.
+        #[serde(default, skip_serializing_if = "is_false")]
+        read_only: bool,
+        /// Queues of a vhost-user device; 1 when left out.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        queues: Option<u16>,
+        /// Serves it again after a restart.
+        #[serde(default, skip_serializing_if = "is_false")]
+        persist: bool,
+    },
+    /// Ends an export: what is in flight is finished, clients are cut off.
+    Detach {
+        /// Number of the export, or the `DISK` or `DISK@SNAPSHOT` it serves.
+        name: String,
+    },
+    /// Lists what is attached.
+    Exports {},
     /// Writes what changed between two snapshots as a directory of plain files.
     Export {
         /// `DISK@SNAPSHOT` it begins at, live or retired; the whole disk when left out.

@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::exports::Exports;
 use super::{Request, Response, Target, execute};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
@@ -30,29 +31,44 @@ pub struct Service {
     mount: Mutex<Option<PathBuf>>,
     stop: Option<Stop>,
     /// Extent files that are mounted by themselves; `None` once no more are.
-    exports: Mutex<Option<Vec<Mounted>>>,
+    mounts: Mutex<Option<Vec<Mounted>>>,
+    exports: Arc<Exports>,
 }
 
 impl Service {
     /// Puts a store that lives in the directory `pool` behind the requests.
     #[must_use]
     pub fn new(store: Arc<Store>, pool: &Path) -> Self {
-        Self { store, pool: pool.to_owned(), mount: Mutex::new(None), stop: None, exports: Mutex::new(None) }
+        let exports = Exports::new(&store);
+        let (mount, mounts) = (Mutex::new(None), Mutex::new(None));
+        Self { store, pool: pool.to_owned(), mount, stop: None, mounts, exports }
     }
 
     /// Says what a `shutdown` does; without this it is refused.
     #[must_use]
     pub fn on_shutdown(mut self, stop: Stop) -> Self {
         self.stop = Some(stop);
-        *self.exports.lock() = Some(Vec::new());
+        *self.mounts.lock() = Some(Vec::new());
         self
     }
 
-    /// Unmounts the extent files that were mounted by themselves, and mounts no more.
+    /// Begins to serve what is attached: what persists at once, and more as it is asked for.
+    pub fn start_exports(&self) {
+        self.exports.start();
+    }
+
+    /// Says what happens when the last of the attached is detached.
+    pub fn on_idle(&self, idle: Stop) {
+        self.exports.on_idle(idle);
+    }
+
+    /// Ends all that is served beside the pool's own mount, and serves no more: unmounts the extent files that were mounted
+    /// by themselves, and detaches everything.
     pub fn end_exports(&self) {
-        let exports = self.exports.lock().take().unwrap_or_default();
-        exports.iter().for_each(|mounted| mounted.unmounter()());
-        for mounted in exports {
+        let mounts = self.mounts.lock().take().unwrap_or_default();
+        mounts.iter().for_each(|mounted| mounted.unmounter()());
+        self.exports.end();
+        for mounted in mounts {
             let at = mounted.mountpoint().display().to_string();
             if let Err(error) = mounted.wait() {
                 tracing::warn!("{at}: {error}");
@@ -69,13 +85,13 @@ impl Service {
                 .hint("the server has a working directory of its own: give the whole path"));
         }
         let id = self.store.snapshot_info(&disk, &name)?.id;
-        let mut exports = self.exports.lock();
-        let Some(exports) = exports.as_mut() else { return Err(Error::busy("the server is ending")) };
-        exports.retain(|mounted| !mounted.ended());
+        let mut mounts = self.mounts.lock();
+        let Some(mounts) = mounts.as_mut() else { return Err(Error::busy("the server is ending")) };
+        mounts.retain(|mounted| !mounted.ended());
         let options = MountOptions { allow_other, ..MountOptions::of_pool(&self.pool) };
         let mounted = tree::mount_extents(&self.store, id, path, &options)?;
         let mount = mounted.mountpoint().to_string_lossy().into_owned();
-        exports.push(mounted);
+        mounts.push(mounted);
         Ok(Response::Mounted { snapshot: snapshot.to_owned(), mount })
     }
 
@@ -100,10 +116,20 @@ impl Answer for Service {
         if let (Request::MountExport { snapshot, path, allow_other }, Some(_)) = (&request, &self.stop) {
             return self.mount_export(snapshot, path, *allow_other);
         }
+        match &request {
+            Request::Attach { .. } => return self.exports.attach(&request).map(Response::Attached),
+            Request::Detach { name } => return Ok(Response::Detached { exports: self.exports.detach(name)? }),
+            Request::Exports {} => return Ok(Response::Exports { exports: self.exports.list()? }),
+            _ => {}
+        }
         let mut response = execute(&self.store, request, progress)?;
-        if let Response::Status(status) = &mut response {
-            status.pool = self.pool.to_string_lossy().into_owned();
-            status.mount = self.mount.lock().as_ref().map(|path| path.to_string_lossy().into_owned());
+        match &mut response {
+            Response::Status(status) => {
+                status.pool = self.pool.to_string_lossy().into_owned();
+                status.mount = self.mount.lock().as_ref().map(|path| path.to_string_lossy().into_owned());
+            }
+            Response::Metrics { text } => text.push_str(&self.exports.metrics()),
+            _ => {}
         }
         Ok(response)
     }

@@ -7,18 +7,19 @@
 //! # Rules
 //! 1. A file that has something in it is not overwritten.
 //! 2. Who goes away closes its end: the stream breaks off, and nothing half-received is ever shown.
-//! 3. Who asked for a stream may go away while somebody else holds the other end and does not read: so a write waits for
-//!    room in a pipe only as long as the answer is waited for.
+//! 3. Who asked may go away while somebody else holds the other end and neither reads nor writes: so nothing is waited for
+//!    at a pipe, be it room, bytes or the other end itself, any longer than the answer is waited for.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, BufReader, BufWriter, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::io::{self, BufReader, BufWriter, Read, Write};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use super::name::absolute;
 use super::{Request, Response, Target};
 use crate::clock;
 use crate::error::{Error, Result};
@@ -40,8 +41,9 @@ pub(super) fn execute(store: &Arc<Store>, request: Request, progress: &dyn Progr
         }
         Request::Receive { disk, name, force, input } => {
             let options = ReceiveOptions { disk: Target::disk(&disk)?, force, name };
-            let mut input = BufReader::with_capacity(BUFFER, open_input(&input)?);
-            Ok(Response::Received(stream::receive(store, &options, &mut input, progress)?.into()))
+            let file = open_input(&input)?;
+            let mut input = BufReader::with_capacity(BUFFER, Input { file: &file, progress });
+            Ok(Response::Received(stream::receive(store, &options, &mut input, progress)?))
         }
         Request::ReceiveToken { disk } => {
             let token = stream::token(store, &Target::disk(&disk)?)?;
@@ -80,21 +82,43 @@ fn send(store: &Arc<Store>, options: &SendOptions, output: &str, progress: &dyn 
     if file.metadata().is_ok_and(|meta| meta.is_file()) {
         file.sync_all().map_err(fail)?;
     }
-    Ok(Response::Sent(report.into()))
-}
-
-fn absolute(path: &str) -> Result<&Path> {
-    let path = Path::new(path);
-    if path.is_absolute() {
-        return Ok(path);
-    }
-    Err(Error::usage(format!("the path '{}' is not absolute", path.display()))
-        .hint("the server has a working directory of its own: give the whole path"))
+    Ok(Response::Sent(report))
 }
 
 fn open_input(path: &str) -> Result<File> {
     let cannot = |e| Error::io(format!("cannot open the stream {path}"), e);
-    OpenOptions::new().read(true).custom_flags(libc::O_NOCTTY).open(absolute(path)?).map_err(cannot)
+    // Else a named pipe would be waited for until somebody writes into it.
+    let flags = libc::O_NOCTTY | libc::O_NONBLOCK;
+    OpenOptions::new().read(true).custom_flags(flags).open(absolute(path)?).map_err(cannot)
+}
+
+/// Waits a moment until there are bytes or room; tells whether there are.
+fn is_ready(file: &File, flags: PollFlags) -> io::Result<bool> {
+    let patience = Timespec::try_from(PATIENCE).expect("it is short");
+    Ok(poll(&mut [PollFd::new(file, flags)], Some(&patience))? > 0)
+}
+
+/// Where a stream comes from; opened so that a read never waits.
+struct Input<'a> {
+    file: &'a File,
+    progress: &'a dyn Progress,
+}
+
+impl Read for Input<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        loop {
+            // Asked first: reading says of a pipe into which nobody writes yet that this is its end.
+            if is_ready(self.file, PollFlags::IN)? {
+                match self.file.read(buf) {
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                    done => return done,
+                }
+            }
+            if self.progress.cancelled() {
+                return Err(io::Error::new(io::ErrorKind::TimedOut, "nobody waits for it any longer"));
+            }
+        }
+    }
 }
 
 /// Where a stream goes; opened so that a write never waits.
@@ -108,9 +132,7 @@ impl Write for Output<'_> {
         loop {
             match self.file.write(bytes) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock && !self.progress.cancelled() => {
-                    let mut room = [PollFd::new(self.file, PollFlags::OUT)];
-                    let patience = Timespec::try_from(PATIENCE).expect("it is short");
-                    poll(&mut room, Some(&patience))?;
+                    is_ready(self.file, PollFlags::OUT)?;
                 }
                 done => return done,
             }
@@ -127,8 +149,10 @@ fn open_output(path: &str, progress: &dyn Progress) -> Result<File> {
     let place = absolute(path)?;
     let open = || OpenOptions::new().write(true).custom_flags(libc::O_NOCTTY | libc::O_NONBLOCK).open(place);
     let mut opened = open();
-    // A named pipe that nobody reads yet.
-    while opened.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::ENXIO)) && !progress.cancelled() {
+    let nobody_reads = |opened: &io::Result<File>| {
+        opened.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::ENXIO)) && may_be_opened_later(place)
+    };
+    while nobody_reads(&opened) && !progress.cancelled() {
         clock::sleep(PATIENCE);
         opened = open();
     }
@@ -146,4 +170,10 @@ fn open_output(path: &str, progress: &dyn Progress) -> Result<File> {
         }
         Err(error) => Err(cannot(error)),
     }
+}
+
+/// Tells whether somebody may come to read what cannot be opened for writing now: it is a named pipe (a socket says the same
+/// and stays so), and not one that whoever asks has open already, of which the reader is gone.
+fn may_be_opened_later(place: &Path) -> bool {
+    !place.starts_with("/proc") && std::fs::metadata(place).is_ok_and(|meta| meta.file_type().is_fifo())
 }

@@ -178,7 +178,7 @@ pub fn rebuild(pool: &Path, progress: &dyn Progress) -> Result<Response> {
     let media: Arc<dyn Media> = Arc::new(media);
     let report = store::rebuild(&media, progress)?;
     drop(lock);
-    Ok(Response::Rebuilt(report.into()))
+    Ok(Response::Rebuilt(report))
 }
 
 /// Makes sure that there is a pool in the directory `pool`, and returns its path without links.

@@ -40,8 +40,8 @@ pub(super) struct Diff {
     /// The older side: DISK, DISK@SNAPSHOT, or - for nothing
     #[arg(value_name = "FROM", allow_hyphen_values = true)]
     from: String,
-    /// The newer side: DISK or DISK@SNAPSHOT
-    #[arg(value_name = "TO")]
+    /// The newer side: DISK, DISK@SNAPSHOT, or - for nothing, so that all that FROM has is told of as zeros
+    #[arg(value_name = "TO", allow_hyphen_values = true)]
     to: String,
     /// Only the sums, not the extents
     #[arg(long)]

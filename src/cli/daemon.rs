@@ -1,13 +1,15 @@
-//! The background half of `mount --daemon`.
+//! The background half of `mount --daemon` and `serve --daemon`.
 //!
 //! The program starts itself again in a session of its own, with a pipe as its stdout. The child writes one line there,
-//! in the form of the control socket: the status once the mount answers, or the error. The parent passes it on and ends.
+//! in the form of the control socket: its answer once it serves, or the error. The parent passes it on and ends.
 //!
 //! The child knows what it is by a variable with the number of its parent, which stays true for nobody else who inherits it.
+//! It writes to the log from the moment it has the lock of the pool: before that the log may be another server's.
 //!
 //! # Why not fork
 //! Forking a process that has threads is undefined in all but name, and needs unsafe code.
 
+use std::ffi::OsString;
 use std::fs::OpenOptions;
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::OpenOptionsExt;
@@ -15,10 +17,10 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use super::Global;
-use super::mount::Show;
 use super::screen::Screen;
 use crate::api::{Failure, Line, Response};
 use crate::error::{Error, Result};
+use crate::pool::PoolLock;
 
 /// File name of the log in the pool directory.
 const LOG_NAME: &str = "server.log";
@@ -32,39 +34,36 @@ pub(super) fn is_child() -> bool {
     std::env::var(PARENT_VARIABLE).is_ok_and(|value| value == parent)
 }
 
-/// Starts the background half and returns its status once the mount answers.
-pub(super) fn start(pool: &Path, mount: &Path, show: &Show, global: &Global) -> Result<Response> {
+/// Starts the background half with a command of these words, and returns its answer once it serves.
+pub(super) fn start(pool: &Path, words: &[OsString], global: &Global) -> Result<Response> {
     let cannot = |e| Error::io("cannot start the server in the background", e);
-    let path = pool.join(LOG_NAME);
-    let log = OpenOptions::new()
-        .append(true)
-        .create(true)
-        .mode(0o600)
-        .open(&path)
-        .map_err(|e| Error::io(format!("cannot open the log {}", path.display()), e))?;
     let program = std::env::current_exe().map_err(cannot)?;
     let mut command = Command::new(program);
-    command.arg("--pool").arg(pool).arg("mount").env(PARENT_VARIABLE, std::process::id().to_string());
-    if show.allow_other {
-        command.arg("--allow-other");
-    }
-    if let Some(snapshot) = &show.export {
-        command.arg(format!("--export={snapshot}"));
-    }
+    command.arg("--pool").arg(pool).env(PARENT_VARIABLE, std::process::id().to_string());
     // A log that says when the server came and went is the least.
     command.args(std::iter::repeat_n("-v", usize::from(global.verbose.max(1))));
-    command.arg("--").arg(mount);
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
+    command.args(words);
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
     let mut child = command.spawn().map_err(cannot)?;
     let pipe = child.stdout.take().expect("stdout is piped");
     let mut line = String::new();
     BufReader::new(pipe).read_line(&mut line).map_err(cannot)?;
-    let silent = || Error::failed("the server ended before it was ready").hint(format!("{} says more", path.display()));
+    let log = pool.join(LOG_NAME);
+    let silent =
+        || Error::failed("the server ended before it was ready").hint(format!("{} may say more", log.display()));
     match serde_json::from_str(&line).map_err(|e| silent().because(e))? {
         Line::Result(response) => Ok(response),
         Line::Error(failure) => Err(failure.into()),
         Line::Progress { .. } => Err(silent()),
     }
+}
+
+/// Sends what this process says to the log of the pool, whose lock `_lock` is.
+pub(super) fn begin_log(pool: &Path, _lock: &PoolLock) -> Result<()> {
+    let path = pool.join(LOG_NAME);
+    let cannot = |e| Error::io(format!("cannot open the log {}", path.display()), e);
+    let log = OpenOptions::new().append(true).create(true).mode(0o600).open(&path).map_err(cannot)?;
+    rustix::stdio::dup2_stderr(&log).map_err(|e| cannot(e.into()))
 }
 
 /// Leaves the session and the directory of the parent.

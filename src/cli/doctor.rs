@@ -208,6 +208,13 @@ fn look_at_pool(dir: &Path, findings: &mut Vec<Finding>) {
             "mend the cause, unmount it and mount it again: that reads what is really there",
         ),
     });
+    if let Some(what) = &status.damage {
+        findings.push(Finding::problem(
+            "data",
+            what.clone(),
+            "'afterimage check' and 'afterimage scrub' say what is affected; everything else can be read and written",
+        ));
+    }
     findings.push(server(served, &status));
     findings.push(room(&status));
     if let Ok(Some(name)) = host::network_file_system(dir) {

@@ -1,7 +1,7 @@
 //! The command line: turns words into requests, and answers into words.
 //!
 //! Most commands are one [`Request`]: their file holds the arguments and how they become it. The others (`init`, `mount`,
-//! `umount`, `doctor`, `completions`, `man`) do their work here, because they concern this process or this host.
+//! `umount`, `serve`, `doctor`, `completions`, `man`) do their work here, because they concern this process or this host.
 //!
 //! # Rules
 //! 1. clap, printing and the environment stay in this folder; nothing below it knows that there is a terminal.
@@ -17,11 +17,13 @@ mod daemon;
 mod disks;
 mod doctor;
 mod export;
+mod exports;
 mod host;
 mod init;
 mod mount;
 mod pages;
 mod screen;
+mod server;
 mod show;
 mod signal;
 mod snapshots;
@@ -94,6 +96,10 @@ enum Command {
     Init(init::Init),
     Mount(mount::Mount),
     Umount(umount::Umount),
+    Serve(exports::Serve),
+    Attach(exports::Attach),
+    Detach(exports::Detach),
+    Exports(exports::Exports),
     Create(disks::Create),
     Import(disks::Import),
     Resize(disks::Resize),
@@ -208,6 +214,10 @@ fn run(command: Command, global: &Global, screen: &Screen) -> Result<u8> {
         Command::Init(command) => command.run(global, screen),
         Command::Mount(command) => command.run(global, screen),
         Command::Umount(command) => command.run(screen),
+        Command::Serve(command) => command.run(global, screen),
+        Command::Attach(command) => ask(global, screen, command.ask()?),
+        Command::Detach(command) => ask(global, screen, command.ask()),
+        Command::Exports(command) => ask(global, screen, command.ask()),
         Command::Doctor(command) => command.run(global, screen),
         Command::Completions(command) => command.run(screen),
         Command::Man(command) => command.run(screen),

@@ -1,31 +1,23 @@
 //! `mount`: opens the pool, shows it as files, and serves the control socket until it is unmounted.
 //!
 //! # Rules
-//! 1. Order up: lock, store, socket, mount. Order down: mount, socket, store, lock. The socket answers whenever files do.
-//! 2. A signal and a `shutdown` only unmount, and what ends the server is that nothing is mounted any more. Files that are
-//!    still open then are cut off; `umount` without --force refuses instead.
-//! 3. Nothing is mounted over the pool itself: the server would wait for itself.
-//! 4. Extent files that are mounted beside the pool go when the pool is unmounted.
-//!
-//! # After a crash
-//! The mount is dead ("transport endpoint is not connected") until the next `mount` or `umount` there takes it away.
+//! 1. What is served, in which order it begins and ends, and what ends it, is the business of [`super::server`].
+//! 2. Nothing is mounted over the pool itself: the server would wait for itself.
+//! 3. Extent files that are mounted beside the pool go when the pool is unmounted.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::mpsc::{Receiver, channel};
 
 use clap::Args;
 
+use super::exports::serve;
 use super::screen::Screen;
+use super::server::{Duty, Show};
 use super::show::Style;
-use super::{Global, daemon, host, init, signal};
-use crate::api::{Answer, Client, Entry, Request, Response, Server, Service, Target};
-use crate::api::{check_is_pool, enter, open_store};
+use super::{Global, daemon, host, init};
+use crate::api::{Client, Request, check_is_pool};
 use crate::error::{Error, Kind, Result};
-use crate::pool::PoolLock;
 use crate::progress::Silent;
-use crate::store::{OpenOptions, Store};
-use crate::tree::{self, MountOptions};
 
 /// Mount a pool and serve it
 ///
@@ -65,32 +57,34 @@ impl Mount {
         let pool = check_is_pool(pool)?;
         let mount = host::resolve_mount(&self.mount)?;
         check_mount(&pool, &mount, screen)?;
-        let show = Show { allow_other: self.allow_other, export: self.export };
-        if let Some(snapshot) = &show.export
+        if let Some(snapshot) = &self.export
             && let Some(client) = Client::find(&pool)?
         {
             let (snapshot, path) = (snapshot.clone(), mount.to_string_lossy().into_owned());
-            let request = Request::MountExport { snapshot, path, allow_other: show.allow_other };
+            let request = Request::MountExport { snapshot, path, allow_other: self.allow_other };
             screen.answer(&client.ask(&request, &Silent)?, Style::Brief);
             return Ok(0);
         }
         if self.daemon {
-            let status = daemon::start(&pool, &mount, &show, global)?;
+            let status = daemon::start(&pool, &self.words(&mount), global)?;
             screen.answer(&status, Style::Brief);
             return Ok(0);
         }
-        if !daemon::is_child() {
-            let served = Served::start(&pool, &mount, &show)?;
-            screen.answer(&served.status()?, Style::Brief);
-            screen.note("serving in the foreground; Ctrl-C unmounts");
-            return served.wait().map(|()| 0);
+        let show = Show { at: mount, allow_other: self.allow_other, export: self.export };
+        serve(&pool, &Duty::Mount(show), screen, "serving in the foreground; Ctrl-C unmounts")
+    }
+
+    /// Returns the words that mount the same.
+    fn words(&self, mount: &Path) -> Vec<OsString> {
+        let mut words = vec![OsString::from("mount")];
+        if self.allow_other {
+            words.push("--allow-other".into());
         }
-        daemon::detach()?;
-        let served = daemon::report(screen, || {
-            let served = Served::start(&pool, &mount, &show)?;
-            served.status().map(|status| (served, status))
-        })?;
-        served.wait().map(|()| 0)
+        if let Some(snapshot) = &self.export {
+            words.push(format!("--export={snapshot}").into());
+        }
+        words.extend(["--".into(), mount.into()]);
+        words
     }
 
     /// Makes what is missing.
@@ -135,121 +129,4 @@ fn check_mount(pool: &Path, mount: &Path, screen: &Screen) -> Result<()> {
             .hint("mount at a directory beside the pool"));
     }
     Ok(())
-}
-
-/// What is mounted, and for whom.
-#[derive(Debug)]
-pub(super) struct Show {
-    pub(super) allow_other: bool,
-    /// Only the extent files of this snapshot.
-    pub(super) export: Option<String>,
-}
-
-impl Show {
-    fn mount(&self, store: &Arc<Store>, pool: &Path, mount: &Path) -> Result<tree::Mounted> {
-        let options = MountOptions { allow_other: self.allow_other, ..MountOptions::of_pool(pool) };
-        match &self.export {
-            None => tree::mount(store, mount, &options),
-            Some(snapshot) => {
-                let (disk, snapshot) = Target::snapshot(snapshot)?;
-                let id = store.snapshot_info(&disk, &snapshot)?.id;
-                tree::mount_extents(store, id, mount, &options)
-            }
-        }
-    }
-}
-
-/// A pool that is mounted and answers.
-struct Served {
-    service: Arc<Service>,
-    store: Arc<Store>,
-    server: Server,
-    mounted: tree::Mounted,
-    pool: PathBuf,
-    // Dropped last: it is held until the store is closed.
-    lock: PoolLock,
-}
-
-impl Served {
-    fn start(pool: &Path, mount: &Path, show: &Show) -> Result<Self> {
-        let lock = match enter(pool)? {
-            Entry::Lock(lock) => lock,
-            Entry::Server(client) => return Err(already_served(pool, &client)),
-        };
-        if let Err(error) = crate::sys::process::raise_open_files() {
-            tracing::debug!("the limit of open files stays as it is: {error}");
-        }
-        let store = open_store(pool, OpenOptions::default())?;
-        let (ask, asked) = channel();
-        let stop = ask.clone();
-        // The receiver lives as long as the thread that unmounts, which is as long as the process.
-        let on_shutdown = Box::new(move || {
-            stop.send(()).ok();
-        });
-        let service = Arc::new(Service::new(Arc::clone(&store), pool).on_shutdown(on_shutdown));
-        let server = Server::start(pool, &lock, Arc::clone(&service) as Arc<dyn Answer>)?;
-        let mounted = match show.mount(&store, pool, mount) {
-            Ok(mounted) => mounted,
-            Err(error) => {
-                server.stop();
-                if let Err(error) = store.close() {
-                    tracing::error!("the pool {} could not be closed: {error}", pool.display());
-                }
-                return Err(error);
-            }
-        };
-        service.set_mount(Some(mount.to_owned()));
-        let unmount = mounted.unmounter();
-        spawn_unmounter(asked, unmount)?;
-        signal::watch(move |signal| {
-            tracing::info!("{signal:?}: unmounting");
-            ask.send(()).ok();
-        })?;
-        tracing::info!("process {} serves {} at {}", std::process::id(), pool.display(), mount.display());
-        Ok(Self { service, store, server, mounted, pool: pool.to_owned(), lock })
-    }
-
-    fn status(&self) -> Result<Response> {
-        self.service.answer(Request::Status {}, &Silent)
-    }
-
-    /// Serves until it is unmounted, then closes the pool.
-    fn wait(self) -> Result<()> {
-        let Self { service, store, server, mounted, pool, lock } = self;
-        let served = mounted.wait();
-        service.set_mount(None);
-        service.end_exports();
-        server.stop();
-        let closed = store.close();
-        match &closed {
-            Ok(()) => tracing::info!("the pool {} is closed", pool.display()),
-            Err(error) => tracing::error!("the pool {} could not be closed: {error}", pool.display()),
-        }
-        drop(lock);
-        served.and(closed)
-    }
-}
-
-/// Unmounts whenever asked; again if asked again, since open files may have been in the way.
-fn spawn_unmounter(asked: Receiver<()>, unmount: Box<dyn Fn() + Send + Sync>) -> Result<()> {
-    let body = move || {
-        while asked.recv().is_ok() {
-            unmount();
-        }
-    };
-    std::thread::Builder::new()
-        .name("unmounter".into())
-        .spawn(body)
-        .map_err(|e| Error::io("cannot start a thread", e))?;
-    Ok(())
-}
-
-fn already_served(pool: &Path, client: &Client) -> Error {
-    let shown = pool.display();
-    let Ok(Response::Status(status)) = client.ask(&Request::Status {}, &Silent) else {
-        return Error::busy(format!("the pool {shown} is served by another process"));
-    };
-    let at = status.mount.map(|at| format!(" at {at}")).unwrap_or_default();
-    Error::busy(format!("the pool {shown} is served by process {}{at} already", status.pid))
-        .hint("use it there, or 'afterimage umount' it first")
 }

@@ -2,11 +2,12 @@
 
 use super::table::{Head, Table, sheet};
 use crate::api::Response;
-use crate::api::answer::{
-    Checked, Disk, Exported, Imported, Pruned, Rebuilt, Received, Reverted, Scrubbed, Sent, Settings, Snapshot, Status,
-};
+use crate::api::answer::{Disk, Exported, Imported, Pruned, Reverted, Settings, Snapshot, Status};
 use crate::clock;
+use crate::disk::ScrubReport;
 use crate::error::{Error, Result};
+use crate::store::{CheckReport, RebuildReport};
+use crate::stream::{ReceiveReport, SendReport};
 use crate::units::show_size;
 
 /// How much to say.
@@ -23,7 +24,7 @@ pub(super) fn show(response: &Response, style: Style) -> String {
     match response {
         Response::Disk(disk) if style == Style::Full => disk_sheet(disk),
         Response::Disk(disk) => format!("disk {}, {}\n", disk.name, show_size(disk.size)),
-        Response::Disks { disks, health } => disk_table(disks, health.as_deref()),
+        Response::Disks { disks, health, damage } => disk_table(disks, health.as_deref(), damage.as_deref()),
         Response::Snapshot(snapshot) if style == Style::Full => snapshot_sheet(snapshot),
         Response::Snapshot(snapshot) => snapshot_line(snapshot),
         Response::Snapshots { snapshots } if style == Style::Full => snapshot_table(snapshots),
@@ -44,6 +45,11 @@ pub(super) fn show(response: &Response, style: Style) -> String {
         Response::Flushed {} => "everything is durable\n".to_owned(),
         Response::Imported(report) => imported(report),
         Response::Mounted { snapshot, mount } => format!("mounted the extent files of {snapshot} at {mount}\n"),
+        Response::Attached(export) => super::exports::show_export(export, "at"),
+        Response::Detached { exports } => {
+            exports.iter().map(|export| super::exports::show_export(export, "no longer at")).collect()
+        }
+        Response::Exports { exports } => super::exports::show_exports(exports),
         Response::Exported(report) => exported(report),
         Response::Sent(report) => sent(report),
         Response::Received(report) => received(report),
@@ -54,8 +60,8 @@ pub(super) fn show(response: &Response, style: Style) -> String {
     }
 }
 
-fn sent(report: &Sent) -> String {
-    let Sent { disk, snapshot, data, zeros, stream, unverified, .. } = report;
+fn sent(report: &SendReport) -> String {
+    let SendReport { disk, snapshot, data, zeros, stream, unverified, .. } = report;
     let mut text = format!(
         "sent {disk}@{snapshot}: {} of data and {} of zeros in a stream of {}",
         show_size(*data),
@@ -68,8 +74,8 @@ fn sent(report: &Sent) -> String {
     text + "\n"
 }
 
-fn received(report: &Received) -> String {
-    let Received { disk, snapshot, data, zeros, kept, .. } = report;
+fn received(report: &ReceiveReport) -> String {
+    let ReceiveReport { disk, snapshot, data, zeros, kept, .. } = report;
     let mut text =
         format!("received {disk}@{snapshot}: {} of data and {} of zeros", show_size(*data), show_size(*zeros));
     if let Some(kept) = kept {
@@ -78,7 +84,12 @@ fn received(report: &Received) -> String {
     text + "\n"
 }
 
-fn disk_table(disks: &[Disk], health: Option<&str>) -> String {
+fn origin(disk: &Disk) -> Option<String> {
+    let gone = if disk.origin_gone { " (gone)" } else { "" };
+    Some(format!("{}{gone}", disk.origin.as_ref()?))
+}
+
+fn disk_table(disks: &[Disk], health: Option<&str>, damage: Option<&str>) -> String {
     let mut table = Table::new(&[
         Head::Left("DISK"),
         Head::Right("SIZE"),
@@ -96,11 +107,12 @@ fn disk_table(disks: &[Disk], health: Option<&str>) -> String {
             show_size(disk.written),
             disk.snapshots.to_string(),
             clock::show(disk.created),
-            disk.origin.clone().unwrap_or_else(|| "-".to_owned()),
+            origin(disk).unwrap_or_else(|| "-".to_owned()),
         ]);
     }
     let health = health.map(|why| format!("the pool refuses writes: {why}\n")).unwrap_or_default();
-    table.render() + &health
+    let damage = damage.map(|what| format!("the pool is damaged: {what}\n")).unwrap_or_default();
+    table.render() + &health + &damage
 }
 
 fn snapshot_table(snapshots: &[Snapshot]) -> String {
@@ -150,11 +162,14 @@ fn disk_sheet(disk: &Disk) -> String {
     lines.push(("snapshots", disk.snapshots.to_string()));
     lines.push(("created", time(disk.created)));
     lines.push(("modified", time(disk.modified)));
-    if let Some(origin) = &disk.origin {
-        lines.push(("origin", origin.clone()));
+    if let Some(origin) = origin(disk) {
+        lines.push(("origin", origin));
     }
     if let Some(holder) = &disk.holder {
         lines.push(("open for writing", holder.clone()));
+    }
+    if let Some(holder) = &disk.reserved {
+        lines.push(("kept for", holder.clone()));
     }
     for key in KEYS {
         lines.push((key, setting(&disk.settings, key).expect("the key is from the list")));
@@ -232,7 +247,7 @@ fn settings_lines(settings: &Settings) -> String {
     KEYS.iter().map(|key| format!("{key}={}\n", setting(settings, key).expect("the key is from the list"))).collect()
 }
 
-fn checked(report: &Checked) -> String {
+fn checked(report: &CheckReport) -> String {
     let mut text = String::new();
     for problem in &report.problems {
         text.push_str(&format!("{}: {}\n", if problem.fixed { "mended" } else { "problem" }, problem.what));
@@ -256,7 +271,7 @@ fn checked(report: &Checked) -> String {
     text
 }
 
-fn rebuilt(report: &Rebuilt) -> String {
+fn rebuilt(report: &RebuildReport) -> String {
     if !report.rebuilt {
         return "the catalog is sound: nothing was changed\n".to_owned();
     }
@@ -292,19 +307,25 @@ fn rebuilt(report: &Rebuilt) -> String {
     text
 }
 
-fn scrubbed(report: &Scrubbed) -> String {
+fn scrubbed(report: &ScrubReport) -> String {
     let mut text = String::new();
     for damage in &report.damaged {
         let snapshot = damage.snapshot.as_ref().map(|name| format!("@{name}")).unwrap_or_default();
         let (disk, offset, segment) = (&damage.disk, damage.offset, damage.segment);
         text.push_str(&format!("damaged: {disk}{snapshot} at {offset} (segment {segment}): {}\n", damage.why));
     }
+    if report.more > 0 {
+        text.push_str(&format!("and {} more\n", report.more));
+    }
     text.push_str(&format!(
         "{} blocks, {} read, {} not yet sealed; {}\n",
         report.blocks,
         show_size(report.bytes),
         report.unverified,
-        if report.damaged.is_empty() { "sound".to_owned() } else { format!("{} damaged", report.damaged.len()) },
+        match report.damaged.len() as u64 + report.more {
+            0 => "sound".to_owned(),
+            n => format!("{n} damaged"),
+        },
     ));
     text
 }
@@ -337,7 +358,7 @@ fn status_sheet(status: &Status) -> String {
         ("process", status.pid.to_string()),
         ("version", status.version.clone()),
         ("mounted at", status.mount.clone().unwrap_or_else(|| "-".to_owned())),
-        ("health", status.health.clone().unwrap_or_else(|| "good".to_owned())),
+        ("health", status.health.clone().or(status.damage.clone()).unwrap_or_else(|| "good".to_owned())),
         ("free", format!("{} of {}", show_size(status.free), show_size(status.total))),
     ])
 }

@@ -21,10 +21,11 @@ const INTERVAL: Duration = Duration::from_millis(50);
 
 /// Unmount a pool and end its server
 ///
-/// Returns when the pool is closed and everything in it durable. Refused while files below MNT are open.
+/// Returns when the pool is closed and everything in it durable. Refused while files below MNT are open, or guests and
+/// other clients use disks that the server has attached.
 #[derive(Debug, Args)]
 pub(super) struct Umount {
-    /// Unmount although files are open; whoever has them open gets errors from then on
+    /// Unmount although files are open or disks are used; whoever uses them gets errors from then on
     #[arg(short, long)]
     force: bool,
     /// Where the pool is mounted
@@ -40,6 +41,9 @@ impl Umount {
                 .hint("'grep afterimage: /proc/mounts' lists the ones that are"));
         };
         let server = server_of(&pool, &mount)?;
+        if let (Some(server), false) = (&server, self.force) {
+            server.refuse_used()?;
+        }
         match (&server, host::fusermount(&mount)) {
             (_, Ok(())) => {}
             // The server detaches the mount, whether or not there is a tool for it here.
@@ -74,6 +78,19 @@ fn server_of(pool: &Path, mount: &Path) -> Result<Option<Served>> {
 }
 
 impl Served {
+    /// Fails while somebody uses what the server has attached: it would end with the mount.
+    fn refuse_used(&self) -> Result<()> {
+        let Response::Exports { exports } = self.client.ask(&Request::Exports {}, &Silent)? else { return Ok(()) };
+        let Some(used) = exports.iter().find(|export| export.clients > 0) else {
+            return Ok(());
+        };
+        let (id, disks, kind) = (used.id, used.disks.join(", "), &used.kind);
+        Err(Error::busy(format!(
+            "export {id} ({disks} over {kind}) is in use, and the server would end with the mount"
+        ))
+        .hint(format!("end what uses it and 'afterimage detach {id}', or unmount with --force")))
+    }
+
     fn stop(&self) -> Result<()> {
         self.client.ask(&Request::Shutdown {}, &Silent).map(|_| ())
     }

@@ -34,7 +34,9 @@ impl Disk {
     /// Chooses where whole blocks go; `None` when that needs waiting.
     pub(super) fn plan_write(&self, len: usize, offset: u64) -> Option<Writing> {
         let whole = offset.is_multiple_of(BLOCK_SIZE) && (len as u64).is_multiple_of(BLOCK_SIZE) && len > 0;
-        if !whole || self.store.ledger.writable().is_err() || self.may_wait() {
+        // What the mount has cached has to be forgotten after the write, and that takes a while.
+        let waits = self.may_wait() || self.head.tenancy.is_watched();
+        if !whole || self.store.ledger.writable().is_err() || waits {
             return None;
         }
         let gate = self.head.gate.try_read_arc()?;
@@ -140,7 +142,8 @@ impl Disk {
             self.store.poison_unless_full(&error);
             return Err(error);
         }
-        Ok(self.head.dirty_chunks() >= FLUSH_AT)
+        // A flush also makes the mount forget what it has read since the beginning, which takes too long here.
+        Ok(self.head.dirty_chunks() >= FLUSH_AT || self.head.tenancy.is_watched())
     }
 }
 

@@ -1,60 +1,160 @@
 //! One writer to a disk: whoever has the lease. A holder may have it several times; others are told who it is.
+//!
+//! # Rules
+//! 1. Front ends that write take the lease before their first write and keep it as long as they may write. The mount takes
+//!    it as [`MOUNT`], all its files together; everybody else under a name of its own that tells people who it is.
+//! 2. Growing and renaming need no lease. Reverting, receiving, shrinking and removing are refused while somebody has it.
+//! 3. What a disk is attached to ([`Attached`]) keeps it from being removed, whether or not somebody writes.
+//!
+//! How long a lease is waited for, and how the mount's cache stays right: [`crate::store::tenancy`].
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use super::Disk;
 use crate::error::{Error, Result};
-use crate::store::{Head, Store};
+use crate::store::tenancy::Refusal;
+use crate::store::{Change, Head, Store};
 use crate::units::DiskId;
+
+/// The name under which the mount takes leases. The kernel keeps its cache in step with nobody else's writes.
+pub const MOUNT: &str = "mount";
 
 /// The right to write to a disk, until it is dropped.
 #[derive(Debug)]
 pub struct Lease {
     head: Arc<Head>,
+    closing: AtomicBool,
+}
+
+impl Lease {
+    /// Says that it is being closed: it will be dropped soon, and is worth waiting for.
+    pub fn closing(&self) {
+        self.head.tenancy.closing(!self.closing.swap(true, Ordering::AcqRel));
+    }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        let mut tenancy = self.head.tenancy.lock();
-        tenancy.handles -= 1;
-        if tenancy.handles == 0 {
-            tenancy.holder = None;
-        }
+        self.head.tenancy.let_go(self.closing.load(Ordering::Acquire));
+    }
+}
+
+/// What a disk is attached to, until it is dropped.
+#[derive(Debug)]
+pub struct Attached {
+    head: Arc<Head>,
+    what: String,
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        self.head.tenancy.detach(&self.what);
     }
 }
 
 impl Disk {
-    /// Takes the lease in the name of `holder`.
+    /// Takes the lease in the name of `holder`. Waits for one that is about to fall, 2 s at most. When this returns, the
+    /// mount has nothing cached that `holder` could make untrue.
     ///
     /// # Errors
-    /// `Busy` when another holder has it.
+    /// `Busy` when another holder has it, or it is reserved for one.
     pub fn lease(self: &Arc<Self>, holder: &str) -> Result<Lease> {
-        let mut tenancy = self.head.tenancy.lock();
-        match &tenancy.holder {
-            Some(other) if other != holder => Err(in_use(&self.store, self.head.id, other)),
-            _ => {
-                tenancy.holder = Some(holder.to_owned());
-                tenancy.handles += 1;
-                Ok(Lease { head: Arc::clone(&self.head) })
-            }
-        }
+        let (head, id) = (&self.head, self.head.id);
+        head.tenancy
+            .take(holder, holder != MOUNT, || self.store.tell(&Change::Written { disk: id }))
+            .map_err(|refusal| self.store.refused(id, refusal))?;
+        Ok(Lease { head: Arc::clone(head), closing: AtomicBool::new(false) })
+    }
+
+    /// Fails when `holder` would not get the lease; waits as [`Disk::lease`] does, and does not take it.
+    ///
+    /// # Errors
+    /// `Busy` with the name of who has it.
+    pub fn refuse_others(&self, holder: &str) -> Result<()> {
+        self.head.tenancy.wait_vacant(Some(holder)).map_err(|refusal| self.store.refused(self.head.id, refusal))
+    }
+
+    /// Keeps the lease for `holder` for so long, unless somebody has it: nobody else gets it meanwhile.
+    pub fn reserve(&self, holder: &str, time: Duration) {
+        self.head.tenancy.reserve(holder, time);
+    }
+
+    /// Ends a reservation for `holder`.
+    pub fn unreserve(&self, holder: &str) {
+        self.head.tenancy.unreserve(holder);
+    }
+
+    /// Says what the disk is attached to: it is not removed until the answer is dropped.
+    ///
+    /// # Errors
+    /// `NotFound` when it was removed.
+    pub fn attach(&self, what: &str) -> Result<Attached> {
+        self.head.tenancy.attach(what);
+        let attached = Attached { head: Arc::clone(&self.head), what: what.to_owned() };
+        // After it was noted: a removal looks before it marks the disk as gone.
+        self.head.refuse_gone()?;
+        Ok(attached)
+    }
+
+    /// Called before bytes are read that the kernel may keep: the next change by another one than the mount makes it
+    /// forget them.
+    pub fn note_reader(&self) {
+        self.head.tenancy.note_reader();
+    }
+
+    /// Makes mounts forget what a change made untrue; called after it, and before it is acknowledged.
+    pub(super) fn announce(&self) {
+        self.head.tenancy.announce(|| self.store.tell(&Change::Written { disk: self.head.id }));
     }
 }
 
-fn in_use(store: &Store, id: DiskId, holder: &str) -> Error {
-    let name = store.tables.read().disk(id).map(|row| row.name.clone()).unwrap_or_default();
-    Error::busy(format!("disk '{name}' is open for writing by {holder}")).hint("close it there first")
-}
-
 impl Store {
-    /// Fails when somebody has the disk open for writing.
+    fn refused(&self, id: DiskId, refusal: Refusal) -> Error {
+        let name = self.tables.read().disk(id).map(|row| row.name.clone()).unwrap_or_default();
+        refusal.error(&name)
+    }
+
+    /// Fails when somebody has the disk open for writing, or will have it again.
     ///
     /// # Errors
     /// `Busy` with the holder's name.
     pub fn refuse_leased(&self, head: &Head) -> Result<()> {
-        match &head.tenancy.lock().holder {
-            Some(holder) => Err(in_use(self, head.id, holder)),
+        match head.tenancy.refusal(None) {
+            Some(refusal) => Err(self.refused(head.id, refusal)),
             None => Ok(()),
         }
+    }
+
+    /// As [`Store::refuse_leased`], for a caller without locks: waits for a lease that is about to fall.
+    ///
+    /// # Errors
+    /// `Busy` with the holder's name.
+    pub fn wait_unleased(&self, head: &Head) -> Result<()> {
+        head.tenancy.wait_vacant(None).map_err(|refusal| self.refused(head.id, refusal))
+    }
+
+    /// Fails when a disk is attached to something.
+    ///
+    /// # Errors
+    /// `Busy` with what it is attached to.
+    pub fn refuse_attached(&self, head: &Head) -> Result<()> {
+        let Some(what) = head.tenancy.attached() else { return Ok(()) };
+        let name = self.tables.read().disk(head.id).map(|row| row.name.clone()).unwrap_or_default();
+        Err(Error::busy(format!("disk '{name}' is attached as {what}"))
+            .hint("detach it first with 'afterimage detach'"))
+    }
+
+    /// Tells whether somebody has a disk open for writing.
+    #[must_use]
+    pub fn is_leased(&self, id: DiskId) -> bool {
+        self.head(id).is_ok_and(|head| head.tenancy.holder().is_some())
+    }
+
+    /// Tells whether another one than `holder` has a disk open for writing.
+    #[must_use]
+    pub fn is_leased_by_other(&self, id: DiskId, holder: &str) -> bool {
+        self.head(id).is_ok_and(|head| head.tenancy.refusal(Some(holder)).is_some())
     }
 }

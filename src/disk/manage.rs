@@ -156,15 +156,18 @@ pub fn rename(store: &Arc<Store>, old: &str, new: &str) -> Result<()> {
 /// Removes a disk, and with `recursive` all its snapshots; their blocks are freed in the background unless clones hold them.
 ///
 /// # Errors
-/// `NotFound`; `Busy` when it has snapshots or somebody writes to it.
+/// `NotFound`; `Busy` when it has snapshots, is attached to something or somebody writes to it.
 pub fn remove(store: &Arc<Store>, name: &str, recursive: bool) -> Result<()> {
     let id = store.tables.read().disk_id(name)?;
     let head = store.head(id)?;
+    store.refuse_attached(&head)?;
+    store.wait_unleased(&head)?;
     let mut order = head.order();
     store.flush_ordered(&head, &mut order)?;
     let gate = head.gate.write();
     let line = head.line();
     let ticket = {
+        store.refuse_attached(&head)?;
         store.refuse_leased(&head)?;
         // A write may have come between: what it handed out must be known before the disk goes.
         if head.dirty_chunks() > 0 {

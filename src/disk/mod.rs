@@ -16,6 +16,7 @@ pub mod engine;
 pub mod import;
 mod lease;
 mod manage;
+mod read_only;
 mod scrub;
 mod write;
 
@@ -27,10 +28,11 @@ pub use buffers::Buffers;
 pub use engine::Engine;
 pub(crate) use engine::pieces;
 pub use import::{ImportReport, import};
-pub use lease::Lease;
+pub use lease::{Attached, Lease, MOUNT};
 pub(crate) use manage::new_row;
 pub use manage::{check_disk_name, check_snapshot_name, create, create_empty, remove, rename, round_size, set, unique};
-pub use scrub::{Damage, ScrubReport, scrub};
+pub use read_only::ReadOnly;
+pub use scrub::{Damage, LISTED_MAX, ScrubReport, scrub};
 
 use crate::error::{Error, Result};
 use crate::store::{DiskRow, Edit, EnospcPolicy, Head, Line, Located, Store};
@@ -67,7 +69,7 @@ pub trait BlockDevice: Send + Sync + std::fmt::Debug {
         Ok(None)
     }
     /// Maps what was written, if all of it was. `written` says for each extent how many bytes the host took. Tells whether
-    /// the device must be flushed before the write is answered: it has many changes.
+    /// the device must be flushed before the write is answered: it has many changes, or the mount has cached what changed.
     ///
     /// # Errors
     /// As [`BlockDevice::write`].
@@ -247,6 +249,14 @@ impl Disk {
         self.store.trim(&self.head)
     }
 
+    /// Says of data that could not be had which disk it is of.
+    fn name(&self, error: Error) -> Error {
+        match self.store.tables.read().disk(self.head.id) {
+            Ok(row) if error.is_of_data() => error.context(format_args!("disk '{}'", row.name)),
+            _ => error,
+        }
+    }
+
     /// Zeroes what the last block has beyond the end of the disk: bytes that a shrink left, and that nobody can read
     /// before the disk grows.
     fn zero_last_block(&self) -> Result<()> {
@@ -303,7 +313,7 @@ impl BlockDevice for Disk {
     fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         self.head.refuse_gone()?;
         self.head.limits.take(&self.store, self.head.id, buf.len() as u64);
-        self.store.read(&self.head.line().source(), buf, offset)
+        self.store.read(&self.head.line().source(), buf, offset).map_err(|error| self.name(error))
     }
 
     fn begin_read(&self, len: usize, offset: u64) -> Result<Option<Located>> {
@@ -316,7 +326,10 @@ impl BlockDevice for Disk {
 
     fn write(&self, data: &[u8], offset: u64) -> Result<()> {
         self.head.limits.take(&self.store, self.head.id, data.len() as u64);
-        self.write_upto(data, offset, self.size())
+        let written = self.write_upto(data, offset, self.size());
+        // Also after a failure: some of it may be there.
+        self.announce();
+        written
     }
 
     fn begin_write(&self, len: usize, offset: u64) -> Result<Option<Writing>> {
@@ -335,7 +348,9 @@ impl BlockDevice for Disk {
     }
 
     fn flush(&self) -> Result<()> {
-        self.store.flush(&self.head)
+        let flushed = self.store.flush(&self.head);
+        self.announce();
+        flushed
     }
 
     fn discard(&self, offset: u64, len: u64) -> Result<()> {
@@ -346,7 +361,12 @@ impl BlockDevice for Disk {
         // The last block of a disk may be shorter than a block: it is whole as far as the disk goes.
         let last = if end == line.size { end.next_multiple_of(BLOCK_SIZE) } else { end / BLOCK_SIZE * BLOCK_SIZE };
         let first = offset.next_multiple_of(BLOCK_SIZE);
-        if first < last { self.store.unmap(&self.head, first, last) } else { Ok(()) }
+        if first >= last {
+            return Ok(());
+        }
+        let unmapped = self.store.unmap(&self.head, first, last);
+        self.announce();
+        unmapped
     }
 
     fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
@@ -354,10 +374,11 @@ impl BlockDevice for Disk {
         self.inside(&self.head.line(), "write-zeroes", offset, len)?;
         let end = offset + len;
         let first = offset.next_multiple_of(BLOCK_SIZE).min(end);
-        self.zero_part(offset, first)?;
         let last = (end / BLOCK_SIZE * BLOCK_SIZE).max(first);
-        self.discard(first, last - first)?;
-        self.zero_part(last, end)
+        let head = self.zero_part(offset, first);
+        let done = head.and_then(|()| self.discard(first, last - first)).and_then(|()| self.zero_part(last, end));
+        self.announce();
+        done
     }
 
     fn next_data(&self, offset: u64) -> Result<Option<(u64, u64)>> {

@@ -1,7 +1,8 @@
 //! `scrub`: reads every sealed block and compares it with the checksum it was sealed with.
 //!
 //! Seal files are read one after the other, record by record. A block that is damaged is named by every disk and snapshot
-//! that shows it, and reads of it fail from then on. Damage in a seal file itself is reported as such.
+//! that shows it, and reads of it fail from then on. Damage in a seal file itself is reported as such, and a segment whose
+//! file is missing once, not block by block. So many lines are listed, and the others counted: a segment may have 2^28 blocks.
 
 use std::sync::Arc;
 
@@ -11,10 +12,14 @@ use serde::{Deserialize, Serialize};
 use crate::codec::crc32;
 use crate::error::{Error, Kind, Result};
 use crate::map::{BlockSet, Run};
+use crate::pool::segment_path;
 use crate::progress::Progress;
 use crate::store::seal_file::{SealFile, SealedSlab};
 use crate::store::{Status, Store};
 use crate::units::{BLOCK_SIZE, BlockAddress, ChunkIndex, Epoch, SegmentId, to_usize};
+
+/// Lines of damage that a report has at most.
+pub const LISTED_MAX: usize = 1000;
 
 /// A block that is not what was sealed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,8 +45,11 @@ pub struct ScrubReport {
     pub bytes: u64,
     /// Blocks that are mapped and not sealed yet: written since the last snapshot.
     pub unverified: u64,
-    /// What is damaged.
+    /// What is damaged: the first [`LISTED_MAX`] of it.
     pub damaged: Vec<Damage>,
+    /// How many more there are.
+    #[serde(default)]
+    pub more: u64,
 }
 
 /// Reads and compares every sealed block.
@@ -62,7 +70,18 @@ pub fn scrub(store: &Arc<Store>, progress: &dyn Progress) -> Result<ScrubReport>
     })?;
     progress.total(mapped.len() * BLOCK_SIZE);
     let mut scrub = Scrub { store, progress, mapped, report: ScrubReport::default() };
-    for (segment, epoch) in store.seals_on_disk()? {
+    let missing = store.missing_segments();
+    for segment in &missing {
+        let disk = store.tables.read().segment(*segment).and_then(|row| Ok(store.disk_info_by_id(row.disk)?.name));
+        let why = format!("its file {} is missing", segment_path(*segment));
+        scrub.damage(&disk.unwrap_or_default(), None, 0, *segment, why);
+    }
+    for (snapshot, why) in store.unsealable() {
+        let found = store.snapshot_info_by_id(snapshot);
+        let Ok(info) = found else { continue };
+        scrub.damage(&info.disk, Some(info.name), 0, SegmentId(0), format!("its epoch cannot be sealed: {why}"));
+    }
+    for (segment, epoch) in store.seals_on_disk()?.into_iter().filter(|(id, _)| !missing.contains(id)) {
         if progress.cancelled() {
             return Err(Error::failed("the scrub was cancelled"));
         }
@@ -87,6 +106,12 @@ struct Scrub<'a> {
 
 impl Scrub<'_> {
     fn damage(&mut self, disk: &str, snapshot: Option<String>, offset: u64, segment: SegmentId, why: String) {
+        if self.report.damaged.len() >= LISTED_MAX {
+            self.report.more += 1;
+            return;
+        }
+        let of = snapshot.as_ref().map(|name| format!("@{name}")).unwrap_or_default();
+        tracing::error!("damaged: disk '{disk}{of}' byte {offset}, segment {segment}: {why}");
         self.report.damaged.push(Damage { disk: disk.to_owned(), snapshot, offset, segment: segment.0, why });
     }
 
@@ -147,8 +172,7 @@ impl Scrub<'_> {
         let offset = chunk.byte() + address.index() as u64 * BLOCK_SIZE;
         for (node, disk, snapshot) in shows {
             if self.store.resolve(node, chunk)?.entry.get(address.index()) == Some(address) {
-                self.store.mark_bad(address, offset);
-                tracing::error!("damaged block: disk '{disk}' byte {offset}, segment {}: {why}", address.segment());
+                self.store.mark_bad(address);
                 self.damage(&disk, snapshot, offset, address.segment(), why.to_owned());
             }
         }

@@ -95,13 +95,11 @@ impl Disk {
             self.head.refuse_ended()?;
             inside(&line)?;
             let mut plan = Plan::default();
-            let result =
-                self.plan(&line, &Bytes { data, offset }, &mut plan).and_then(|()| self.carry_out(&plan, data));
+            let planned = self.plan(&line, &Bytes { data, offset }, &mut plan);
+            let result = planned
+                .and_then(|()| self.carry_out(&plan, data).inspect_err(|error| self.store.poison_unless_full(error)));
             self.enter(&line, plan, result.is_ok());
-            if let Err(error) = result {
-                self.store.poison_unless_full(&error);
-                return Err(error);
-            }
+            result.map_err(|error| self.name(error))?;
         }
         if self.head.dirty_chunks() >= FLUSH_AT {
             self.flush()?;
@@ -166,7 +164,9 @@ impl Disk {
         if missing.is_empty() {
             return Ok(());
         }
-        for (slab, set) in self.head.hand_out(&self.store, index, &missing)? {
+        // Until here nothing was written: a block that cannot be read concerns nobody but who writes a part of it.
+        let slabs = self.head.hand_out(&self.store, index, &missing);
+        for (slab, set) in slabs.inspect_err(|error| self.store.poison_unless_full(error))? {
             plan.parts.last_mut().expect("pushed above").fresh.push((slab.base, set));
             for (start, end) in set.runs() {
                 self.place(source, &old, &slab.segment, slab.base.at(start), (start, end), index, plan)?;

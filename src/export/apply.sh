@@ -6,7 +6,8 @@
 #
 # What state a target is in stands in TARGET.afterimage, or in FILE: a line, written by this script. Another state than
 # the one that this increment begins at is refused; so is overwriting what this script knows nothing of. --force does it
-# all the same. Interrupted, run it again: the result is the same.
+# all the same. Interrupted, run it again: the result is the same. A file that was written to by somebody else since is not
+# taken for what the line says; while an increment is half applied, let nobody else write to it.
 set -eu
 LC_ALL=C
 export LC_ALL
@@ -143,11 +144,15 @@ allow() {
     one=
     two=
     rest=
-    if [ -f "$marker" ]; then
-        read -r word one two rest < "$marker" || :
+    key=
+    when=
+    # What is not there is in no state.
+    if [ -f "$marker" ] && [ $kind != new ]; then
+        { read -r word one two rest && read -r key when; } < "$marker" || :
     fi
     [ -z "$force" ] || return 0
     if [ "$word" = state ] && [ "$one" = "$to" ]; then
+        untouched "$to_size" "$to_name"
         echo "$target is at $to_name already"
         exit 0
     fi
@@ -168,10 +173,17 @@ allow() {
     applying) die "another increment ($one to $two) was begun on $target; finish that one first" ;;
     *) die "nothing says that $target is at $from_name ($from): $marker is missing; --force applies it all the same" ;;
     esac
-    if [ $kind = file ]; then
-        size=$(stat -L -c %s "$target")
-        [ "$size" -eq "$from_size" ] || die "$target has $size bytes, and $from_name has $from_size"
-    fi
+    untouched "$from_size" "$from_name"
+}
+
+# Checks that a file is as long as a state, and was not written to since its marker says that it is in it.
+untouched() {
+    [ $kind = file ] || return 0
+    size=$(stat -L -c %s "$target")
+    [ "$size" -eq "$1" ] || die "$target has $size bytes, and $2 has $1"
+    [ "$key" = modified ] || return 0
+    [ "$(stat -L -c %Y "$target")" = "$when" ] ||
+        die "$target was written to since it was brought to $2; --force applies $to_name all the same"
 }
 
 settle() {
@@ -248,7 +260,12 @@ main() {
     blanks
     puts
     settle "$target"
-    mark "state $to $to_name"
+    if [ $kind = device ]; then
+        mark "state $to $to_name"
+    else
+        mark "state $to $to_name
+modified $(stat -L -c %Y "$target")"
+    fi
     echo "$target is at $to_name"
 }
 

@@ -12,6 +12,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::AtFlags;
 use uuid::Uuid;
 
 use super::{Cksum, Increment, Member, Part, Sums};
@@ -118,7 +119,11 @@ impl Writer<'_> {
         self.text(Member::Zeros, &increment.zeros_text())?;
         self.text(Member::Manifest, &increment.manifest_text(&sums))?;
         self.text(Member::Cksums, &increment.cksums_text(&sums))?;
-        self.text(Member::Apply, &increment.apply_text())
+        self.text(Member::Apply, &increment.apply_text())?;
+        // As private as the rest, and a script.
+        let (name, mode) = (Member::Apply.name(), rustix::fs::Mode::RWXU);
+        let path = format!("{}/{name}", self.dir);
+        rustix::fs::chmodat(self.media, path, mode, AtFlags::empty()).map_err(|e| cannot_write(&name, e.into()))
     }
 
     fn make(&self, name: &str) -> Result<std::sync::Arc<dyn File>> {

@@ -11,6 +11,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::File;
+use super::host::read_up_to_end;
 use crate::sys::hole;
 use crate::units::to_usize;
 
@@ -40,16 +41,7 @@ pub fn is_device(path: &Path) -> bool {
 
 impl File for BlockFile {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        let mut done = 0;
-        while done < buf.len() {
-            match self.file.read_at(&mut buf[done..], offset + done as u64) {
-                Ok(0) => break,
-                Ok(got) => done += got,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(done)
+        read_up_to_end(&self.file, buf, offset)
     }
 
     fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()> {

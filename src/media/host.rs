@@ -21,7 +21,7 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 
 use super::direct::{self, Direct};
 use super::{File, Media, Open, Space};
-use crate::sys::{cow, hole};
+use crate::sys::{cow, hole, lock};
 
 /// Bytes of one request to read ahead.
 const READ_AHEAD: usize = 2 << 20;
@@ -144,21 +144,26 @@ struct HostFile {
     direct: Option<Direct>,
 }
 
+/// Reads until the buffer is full or the file ends; returns how many bytes there were.
+pub(super) fn read_up_to_end(file: &fs::File, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+    let mut done = 0;
+    while done < buf.len() {
+        match file.read_at(&mut buf[done..], offset + done as u64) {
+            Ok(0) => break,
+            Ok(got) => done += got,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(done)
+}
+
 impl File for HostFile {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
         if let Some(direct) = &self.direct {
             return direct.read_at(buf, offset);
         }
-        let mut done = 0;
-        while done < buf.len() {
-            match self.file.read_at(&mut buf[done..], offset + done as u64) {
-                Ok(0) => break,
-                Ok(got) => done += got,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(done)
+        read_up_to_end(&self.file, buf, offset)
     }
 
     fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
@@ -221,6 +226,14 @@ impl File for HostFile {
     fn allocated(&self) -> io::Result<u64> {
         hole::allocated(&self.file)
     }
+
+    fn modified(&self) -> io::Result<Option<u64>> {
+        Ok(u64::try_from(rustix::fs::fstat(&self.file)?.st_mtime).ok())
+    }
+
+    fn try_lock(&self) -> io::Result<bool> {
+        lock::try_exclusive(&self.file)
+    }
 }
 
 #[cfg(test)]
@@ -228,7 +241,6 @@ mod tests {
     use std::os::unix::fs::{PermissionsExt, symlink};
 
     use super::*;
-    use crate::sys::lock;
 
     #[test]
     fn the_root_may_move_and_modes_are_private() {

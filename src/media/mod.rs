@@ -104,6 +104,15 @@ pub trait File: Send + Sync + Debug {
     /// Returns the bytes that are allocated on the host.
     fn allocated(&self) -> io::Result<u64>;
 
+    /// Returns when it was last written to, in whole seconds since 1970; `None` where that is not known.
+    fn modified(&self) -> io::Result<Option<u64>> {
+        Ok(None)
+    }
+    /// Takes the file for this process for as long as it is open; false when another one has it.
+    fn try_lock(&self) -> io::Result<bool> {
+        Ok(true)
+    }
+
     /// Reads exactly `buf.len()` bytes.
     fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         let got = self.read_at(buf, offset)?;

@@ -1,4 +1,4 @@
-//! The pool directory: its superblock, its lock, and the segments that hold the data.
+//! The pool directory: its superblock, its lock, the list of exports, and the segments that hold the data.
 //!
 //! # Rules
 //! 1. A segment exists durably (file, header, directory entry) before the first of its addresses is named anywhere.
@@ -12,11 +12,14 @@
 //!
 #![doc = include_str!("FORMAT.md")]
 
+mod export_list;
 mod lock;
 mod probe;
 mod segment;
 mod superblock;
+mod text_file;
 
+pub use export_list::{EXPORT_LIST, ExportKind, ExportList, ExportRow, LeaseRow};
 pub use lock::PoolLock;
 pub use probe::{Probe, probe};
 pub use segment::{Segment, SegmentHeader, Segments, segment_dir, segment_path};
@@ -24,6 +27,8 @@ pub use superblock::{FORMAT_VERSION, SUPERBLOCK, Superblock};
 
 /// The directory of segments.
 pub const SEGMENTS_DIR: &str = "segments";
+/// The directory of the records of retired snapshots.
+pub const RETIRED_DIR: &str = "retired";
 /// The preallocated journal.
 pub const JOURNAL: &str = "journal";
 /// The catalog that the journal is folded into.

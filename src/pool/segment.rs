@@ -4,8 +4,10 @@
 //! 1. Slots 0..512 are the header's; the first slab has base 512.
 //! 2. A header is checked whenever the file is opened: pool, id and nonce must be the ones the catalog has.
 //! 3. A segment with writes that no sync has covered stays open (its `Arc` is held by the list of dirty segments).
+//! 4. A file that was missing when the pool was opened counts as lost until the next opening, also when it is put back: what
+//!    the journal has for it is brought into it only then.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -15,7 +17,7 @@ use super::SEGMENTS_DIR;
 use crate::codec::{Reader, Writer, unseal};
 use crate::error::{Error, Result};
 use crate::media::{File, Media, Open};
-use crate::sync::Mutex;
+use crate::sync::{Mutex, RwLock};
 use crate::units::{BLOCK_SIZE, BlockAddress, CHUNK_SIZE, DiskId, SegmentId};
 
 /// First eight bytes of a segment; a non-ASCII byte, and CR LF against text transfers.
@@ -226,6 +228,7 @@ pub struct Segments {
     media: Arc<dyn Media>,
     pool: Uuid,
     open: Mutex<HashMap<SegmentId, Arc<Segment>>>,
+    lost: RwLock<BTreeSet<SegmentId>>,
     clock: AtomicU64,
 }
 
@@ -233,7 +236,7 @@ impl Segments {
     /// Makes the empty table.
     #[must_use]
     pub fn new(media: Arc<dyn Media>, pool: Uuid) -> Self {
-        Self { media, pool, open: Mutex::default(), clock: AtomicU64::new(0) }
+        Self { media, pool, open: Mutex::default(), lost: RwLock::default(), clock: AtomicU64::new(0) }
     }
 
     /// Makes a segment, durable with its directory entry when this returns.
@@ -260,6 +263,21 @@ impl Segments {
         Ok(segment)
     }
 
+    /// Says which files were missing when the pool was opened.
+    pub fn set_lost(&self, ids: BTreeSet<SegmentId>) {
+        *self.lost.write() = ids;
+    }
+
+    /// Tells whether the file of a segment was missing when the pool was opened.
+    pub fn is_lost(&self, id: SegmentId) -> bool {
+        self.lost.read().contains(&id)
+    }
+
+    /// Returns the segments whose files were missing when the pool was opened.
+    pub fn lost(&self) -> BTreeSet<SegmentId> {
+        self.lost.read().clone()
+    }
+
     /// Returns the segment if it is open.
     pub fn opened(&self, id: SegmentId) -> Option<Arc<Segment>> {
         let open = self.open.lock();
@@ -277,8 +295,15 @@ impl Segments {
             return Ok(found);
         }
         let path = segment_path(id);
+        let missing = || {
+            Error::corrupt(format!("segment file {path} is missing"))
+                .hint("put it back from a copy of the pool, with the pool closed; until then nothing in it can be read")
+        };
+        if self.is_lost(id) {
+            return Err(missing());
+        }
         let file = self.media.open_direct(&path, Open::Existing).map_err(|e| match e.kind() {
-            std::io::ErrorKind::NotFound => Error::corrupt(format!("segment file {path} is missing")),
+            std::io::ErrorKind::NotFound => missing(),
             _ => Error::io(format!("cannot open {path}"), e),
         })?;
         let mut bytes = [0; HEADER_LEN];

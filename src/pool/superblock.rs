@@ -1,12 +1,11 @@
 //! `afterimage.toml`: what the pool is, for people and for programs that have only a text reader.
 
-use std::sync::Arc;
-
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::text_file;
 use crate::error::{Error, Kind, Result};
-use crate::media::{File, Media, Open};
+use crate::media::Media;
 use crate::units::BLOCK_SIZE;
 
 /// Name of the superblock file.
@@ -51,17 +50,7 @@ impl Superblock {
     pub fn write(&self, media: &dyn Media) -> Result<()> {
         let body = toml::to_string(self).expect("a superblock is plain fields");
         let text = format!("# Afterimage pool. Made by `afterimage init`; not meant to be edited.\n{body}");
-        let temporary = "afterimage.toml.new";
-        let fail = |e| Error::io(format!("cannot write {SUPERBLOCK}"), e);
-        match media.remove(temporary) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(fail(e)),
-            _ => {}
-        }
-        let file = media.open(temporary, Open::New).map_err(fail)?;
-        file.write_at(text.as_bytes(), 0).map_err(fail)?;
-        file.sync().map_err(fail)?;
-        media.rename(temporary, SUPERBLOCK).map_err(fail)?;
-        media.sync_dir("").map_err(fail)
+        text_file::replace(media, SUPERBLOCK, &text)
     }
 
     /// Reads and checks it.
@@ -69,12 +58,10 @@ impl Superblock {
     /// # Errors
     /// `NotFound` when the directory is no pool, `Unsupported` for a newer format, `Corrupt` when it makes no sense.
     pub fn read(media: &dyn Media) -> Result<Self> {
-        let file = media.open(SUPERBLOCK, Open::ReadOnly).map_err(|e| match e.kind() {
-            std::io::ErrorKind::NotFound => Error::not_found(format!("there is no pool here: {SUPERBLOCK} is missing"))
-                .hint("make one with `afterimage init DIR`, or name another directory with --pool"),
-            _ => Error::io(format!("cannot read {SUPERBLOCK}"), e),
+        let text = text_file::read(media, SUPERBLOCK, LEN_MAX)?.ok_or_else(|| {
+            Error::not_found(format!("there is no pool here: {SUPERBLOCK} is missing"))
+                .hint("make one with `afterimage init DIR`, or name another directory with --pool")
         })?;
-        let text = read_text(&file)?;
         let damaged = |e: toml::de::Error| Error::corrupt(format!("{SUPERBLOCK} is damaged: {}", e.message()));
         let version: Version = toml::from_str(&text).map_err(damaged)?;
         if version.format > FORMAT_VERSION {
@@ -105,15 +92,4 @@ impl Default for Superblock {
     fn default() -> Self {
         Self::new()
     }
-}
-
-fn read_text(file: &Arc<dyn File>) -> Result<String> {
-    let fail = |e| Error::io(format!("cannot read {SUPERBLOCK}"), e);
-    let len = file.len().map_err(fail)?;
-    if len > LEN_MAX {
-        return Err(Error::corrupt(format!("{SUPERBLOCK} is damaged: it is {len} bytes long")));
-    }
-    let mut bytes = vec![0; usize::try_from(len).expect("bounded above")];
-    file.read_exact_at(&mut bytes, 0).map_err(fail)?;
-    String::from_utf8(bytes).map_err(|_| Error::corrupt(format!("{SUPERBLOCK} is damaged: it is not text")))
 }

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::disk::{check_disk_name, check_snapshot_name};
 use crate::error::{Error, Result};
 use crate::store::rows::BranchRow;
-use crate::store::{Change, DiskInfo, DiskRow, Edit, Line, StateKey, StateRow, Status, Store};
+use crate::store::{Change, DiskInfo, DiskRow, Edit, Line, StateKey, StateRow, Status, Store, origin};
 use crate::units::{BLOCK_SIZE, BlockAddress, BranchId, DiskId, Epoch};
 
 /// What a revert did.
@@ -38,7 +38,7 @@ pub fn clone(store: &Arc<Store>, disk: &str, snapshot: &str, new: &str) -> Resul
         let floor = fresh_floor(&edit);
         let settings = edit.tables.disk(state.disk)?.settings.clone();
         let row = crate::disk::new_row(new, state.size, branch, epoch, floor);
-        edit.put_disk(id, DiskRow { settings, ..cloned(row, key, &state, format!("{disk}@{snapshot}")) });
+        edit.put_disk(id, DiskRow { settings, ..cloned(row, key, &state, origin::of_snapshot(disk, &state)) });
         (id, store.ledger.submit(edit.finish())?)
     };
     store.ledger.wait(ticket)?;
@@ -119,7 +119,7 @@ pub fn clone_into(store: &Arc<Store>, disk: &str, snapshot: Option<&str>, target
         let (branch, epoch) = start_branch(&mut edit, key)?;
         let floor = fresh_floor(&edit);
         let old = edit.tables.disk(target)?.clone();
-        let origin = snapshot.map_or_else(|| disk.to_owned(), |name| format!("{disk}@{name}"));
+        let origin = if snapshot.is_some() { origin::of_snapshot(disk, &state) } else { origin::of_disk(disk, source) };
         let mut row = DiskRow { branch, epoch, floor, ..cloned(old, key, &state, origin) };
         // Disks that share blocks cut them alike.
         row.settings.extent_size = edit.tables.disk(state.disk)?.settings.extent_size;
@@ -157,7 +157,7 @@ pub fn clone_into(store: &Arc<Store>, disk: &str, snapshot: Option<&str>, target
 pub fn revert(store: &Arc<Store>, disk: &str, snapshot: &str, keep: Option<&str>) -> Result<RevertReport> {
     let id = store.tables.read().disk_id(disk)?;
     let head = store.head(id)?;
-    store.refuse_leased(&head)?;
+    store.wait_unleased(&head)?;
     readable(&store.tables.read(), disk, snapshot)?;
     if let Some(name) = keep {
         check_snapshot_name(name)?;

@@ -104,7 +104,7 @@ impl BlockDevice for SnapshotDevice {
     }
 
     fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        self.store.read(&self.source, buf, offset)
+        self.store.read(&self.source, buf, offset).map_err(|error| self.store.name_snapshot(error, self.id))
     }
 
     fn begin_read(&self, len: usize, offset: u64) -> Result<Option<Located>> {

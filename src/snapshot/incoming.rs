@@ -417,7 +417,7 @@ fn adopt_into(
 }
 
 fn refuse_foreign(head: &Head, holder: &str) -> Result<()> {
-    match &head.tenancy.lock().holder {
+    match head.tenancy.holder() {
         Some(other) if other != holder => Err(Error::busy(format!("the disk is open for writing by {other}"))),
         _ => Ok(()),
     }

@@ -19,9 +19,10 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-use super::record::{self, RETIRED_DIR, Record, RecordIdentity, record_path};
+use super::record::{self, Record, RecordIdentity, record_path};
 use crate::error::{Error, Kind, Result};
 use crate::media::File;
+use crate::pool::RETIRED_DIR;
 use crate::progress::Progress;
 use crate::store::{Change, Edit, RetiredRow, SnapshotInfo, StateKey, StateRow, Status, Store, Tables};
 
@@ -194,7 +195,7 @@ pub(super) fn remove_record(store: &Store, snapshot: Uuid) -> Result<()> {
 /// # Errors
 /// `Corrupt` when the file is no whole record; `Failed` when it is not of this pool's own past or of a disk that is not
 /// here; `Exists` when it is known under a row that has its data, or its name is taken.
-pub fn import_record(store: &Arc<Store>, what: &str, file: &dyn File) -> Result<SnapshotInfo> {
+pub fn import_record(store: &Arc<Store>, what: &str, file: &Arc<dyn File>) -> Result<SnapshotInfo> {
     let record = Record::read(what, file)?;
     record.require_trust(store)?;
     let identity = &record.identity;
@@ -219,7 +220,7 @@ pub fn import_record(store: &Arc<Store>, what: &str, file: &dyn File) -> Result<
         }
         known.is_none()
     };
-    record::copy(&**store.media(), identity.row.state.uuid, file)?;
+    record::copy(&**store.media(), identity.row.state.uuid, &**file)?;
     if missing {
         let ticket = {
             let mut tables = store.tables.write();

@@ -52,6 +52,7 @@ pub struct CheckReport {
     /// Bytes on the host that nothing names.
     pub leaked: u64,
     /// Of them, bytes that a rebuild keeps; they are no problem.
+    #[serde(default)]
     pub kept: u64,
 }
 
@@ -322,7 +323,8 @@ impl Checker<'_> {
         let segment = match self.store.segment(id) {
             Ok(segment) => segment,
             Err(error) => {
-                self.wrong(error.to_string());
+                let mapped = self.tables.segment(id).map_or(0, |row| row.mapped);
+                self.wrong(format!("{error}; {mapped} blocks of disks or snapshots were in it"));
                 return Ok(());
             }
         };

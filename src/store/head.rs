@@ -17,6 +17,7 @@ use super::commit::Capture;
 use super::ledger::Ticket;
 use super::rows::SegmentRow;
 use super::tables::Edit;
+use super::tenancy::Tenancy;
 use super::{DiskRow, Store};
 use crate::error::{Error, Result};
 use crate::map::{BlockSet, ChunkGuard};
@@ -63,15 +64,6 @@ pub struct Order {
     pub completed: u64,
 }
 
-/// A lease of a disk for writing.
-#[derive(Debug, Default)]
-pub struct Tenancy {
-    /// Who holds it.
-    pub holder: Option<String>,
-    /// How many handles the holder has.
-    pub handles: usize,
-}
-
 /// The live side of a disk.
 #[derive(Debug)]
 pub struct Head {
@@ -95,7 +87,7 @@ pub struct Head {
     /// Blocks mapped now, unsaved changes included.
     pub referenced: AtomicI64,
     /// Who may write.
-    pub tenancy: Mutex<Tenancy>,
+    pub tenancy: Tenancy,
     /// Set when the disk was removed; nothing is written or flushed any more.
     gone: AtomicBool,
     /// Set when the pool is being closed; nothing is written any more.
@@ -130,7 +122,7 @@ impl Head {
             owed: Mutex::default(),
             crcs: super::seal::Checksums::default(),
             referenced: AtomicI64::new(i64::try_from(row.referenced).unwrap_or(i64::MAX)),
-            tenancy: Mutex::default(),
+            tenancy: Tenancy::default(),
             gone: AtomicBool::new(false),
             closed: AtomicBool::new(false),
             owed_row: Mutex::default(),

@@ -35,8 +35,8 @@ use crate::units::SegmentId;
 /// under the lock stopped every writer for 0.2 s.)
 pub(super) type Layer = imbl::OrdMap<Key, Option<Arc<[u8]>>>;
 
-/// Syncs segments.
-pub type Settle = Box<dyn Fn(&BTreeSet<SegmentId>) -> Result<()> + Send + Sync>;
+/// Syncs segments; returns those that it cannot, whose logged blocks are to be kept.
+pub type Settle = Box<dyn Fn(&BTreeSet<SegmentId>) -> Result<BTreeSet<SegmentId>> + Send + Sync>;
 
 /// A place in the order of all submits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
@@ -280,9 +280,16 @@ impl Ledger {
             layers.folding = std::mem::take(&mut layers.journaled);
             (layers.folding.clone(), writer.journal.mark())
         };
-        let rows = folding.iter().filter(|(key, _)| !key.is_of(Table::Data));
-        let rows = rows.map(|(key, value)| (*key, value.as_deref()));
-        let folded = self.settle(&folding).and_then(|()| open.fold(&mut { rows }, mark)).and_then(|()| open.view());
+        let fold = |kept: BTreeSet<SegmentId>| {
+            let rows = folding.iter().filter(|(key, value)| match key.parts() {
+                // Deletions go on to where kept copies may be.
+                Ok(KeyParts::Data(address)) => value.is_none() || kept.contains(&address.segment()),
+                _ => true,
+            });
+            open.fold(&mut rows.map(|(key, value)| (*key, value.as_deref())), mark)?;
+            open.view()
+        };
+        let folded = self.settle(&folding).and_then(fold);
         match folded {
             Ok(view) => {
                 let mut writer = self.writer.lock();
@@ -301,8 +308,8 @@ impl Ledger {
         }
     }
 
-    /// Syncs the segments of the logged blocks that a fold drops.
-    fn settle(&self, folding: &Layer) -> Result<()> {
+    /// Syncs the segments of the logged blocks that a fold drops; returns those whose blocks it is to keep.
+    fn settle(&self, folding: &Layer) -> Result<BTreeSet<SegmentId>> {
         let low = Key::first_of(Table::Data);
         let mut segments = BTreeSet::new();
         for key in folding.range(low..=Key::beyond(Table::Data)).map(|(key, _)| key) {
@@ -312,7 +319,7 @@ impl Ledger {
         }
         match &*self.settle.read() {
             Some(settle) if !segments.is_empty() => settle(&segments),
-            _ if segments.is_empty() => Ok(()),
+            _ if segments.is_empty() => Ok(segments),
             _ => Err(Error::failed("logged blocks cannot be folded before the pool is open")),
         }
     }

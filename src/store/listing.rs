@@ -1,18 +1,16 @@
 //! What `ls` and `info` show; answered from memory.
 
-use serde::{Deserialize, Serialize};
 use std::sync::atomic::Ordering;
 use uuid::Uuid;
 
 use super::states::{StateRow, Status};
 use super::tables::Tables;
-use super::{Settings, Store};
+use super::{Origin, Settings, Store, origin};
 use crate::error::{Error, Result};
 use crate::units::{BLOCK_SIZE, DiskId, SnapshotId};
 
 /// A disk.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DiskInfo {
     /// Id in the pool.
     pub id: DiskId,
@@ -33,16 +31,17 @@ pub struct DiskInfo {
     /// Snapshots, retired ones included.
     pub snapshots: usize,
     /// What it was cloned from.
-    pub origin: Option<String>,
+    pub origin: Option<Origin>,
     /// Its settings.
     pub settings: Settings,
     /// Who has it open for writing.
     pub holder: Option<String>,
+    /// Whom the lease is kept for after a restart.
+    pub reserved: Option<String>,
 }
 
 /// Whether a snapshot has its data.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SnapshotState {
     /// It can be read.
     Live,
@@ -51,8 +50,7 @@ pub enum SnapshotState {
 }
 
 /// A snapshot.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SnapshotInfo {
     /// Id in the pool.
     pub id: SnapshotId,
@@ -115,9 +113,10 @@ impl Store {
             created: row.created,
             modified: row.modified,
             snapshots: tables.snapshot_count(id),
-            origin: row.origin.clone(),
+            origin: row.origin.as_deref().map(|text| origin::find(tables, text)),
             settings: row.settings.clone(),
-            holder: head.and_then(|head| head.tenancy.lock().holder.clone()),
+            reserved: head.as_ref().and_then(|head| head.tenancy.reserved()),
+            holder: head.as_ref().and_then(|head| head.tenancy.holder()),
         })
     }
 
@@ -218,6 +217,7 @@ impl Store {
         put("punches_total", "counter", "Hole punching calls.", load(&c.punches));
         put("map_cache_bytes", "gauge", "Bytes of the map cache.", self.cache.used() as u64);
         put("pool_poisoned", "gauge", "1 when the pool refuses writes.", u64::from(self.health().is_some()));
+        put("segments_missing", "gauge", "Segment files that are not there.", self.missing_segments().len() as u64);
         if let Ok(space) = self.space() {
             put("host_free_bytes", "gauge", "Free bytes of the host file system.", space.free);
         }

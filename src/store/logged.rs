@@ -10,7 +10,8 @@
 //! 1. The data is in the segment too, written by the write itself; readers never look into the journal.
 //! 2. A copy in the journal is newer than, or the same as, what the segment has on disk, or it is deleted by the flush
 //!    that made the segment newer: an overwrite of a logged block is logged again, or its copy is deleted.
-//! 3. A fold syncs the segments first and then drops the copies; they never reach the catalog.
+//! 3. A fold syncs the segments first and then drops the copies; they do not reach the catalog. Those of a segment whose file
+//!    is missing do, for the opening that finds it again: nothing can have overwritten them meanwhile.
 //!
 //! # After a crash
 //! Opening writes the copies to their segments, syncs, and deletes them durably before anything else is written.
@@ -122,23 +123,28 @@ impl Store {
         }
     }
 
-    /// Syncs segments whose logged blocks a fold is about to drop from the journal.
+    /// Syncs segments whose logged blocks a fold is about to drop from the journal. Returns those that cannot have them,
+    /// because their files are missing.
     ///
     /// # Errors
     /// Any error of the host.
-    pub(super) fn settle_segments(&self, ids: &BTreeSet<SegmentId>) -> Result<()> {
+    pub(super) fn settle_segments(&self, ids: &BTreeSet<SegmentId>) -> Result<BTreeSet<SegmentId>> {
+        let mut lost = BTreeSet::new();
         for id in ids {
             let there = self.tables.read().segment(*id).is_ok_and(|row| !row.removed);
-            if there {
+            if there && self.segments.is_lost(*id) {
+                lost.insert(*id);
+            } else if there {
                 // Whatever the error says: which writes a failed sync lost is unknown, and a second one would not tell.
                 self.segment(*id)?.sync_punches().inspect_err(|error| self.ledger.poison(error))?;
             }
         }
-        Ok(())
+        Ok(lost)
     }
 
     /// Brings the logged blocks of an interrupted opening to their segments. Returns the rows that delete their copies, and
-    /// the segments: a copy may be of a block that was freed and punched since, so they have to be swept.
+    /// the segments: a copy may be of a block that was freed and punched since, so they have to be swept. Copies whose
+    /// segment is missing stay.
     ///
     /// # Errors
     /// Any error of the host.
@@ -150,6 +156,7 @@ impl Store {
             }
             Ok(())
         })?;
+        copies.retain(|address, _| !self.segments.is_lost(address.segment()));
         let mut touched = BTreeSet::new();
         for (address, block) in &copies {
             // A segment that was removed since had nothing mapped.

@@ -3,7 +3,8 @@
 //! # Parts
 //! [`ledger`] keeps rows durable; `tables` and `tree` are the small tables in memory; `head` is the live side of a disk;
 //! `commit` turns changed chunks into rows; `reclaim` finds addresses that no state holds any more, `punch` gives them
-//! back to the host; `view` answers look-ups for any state, `locate` those that must not wait; `space` watches the host file system; `check` proves the whole.
+//! back to the host; `view` answers look-ups for any state, `locate` those that must not wait; `space` watches the host file system; `tenancy` knows who writes; `check` proves the
+//! whole.
 //!
 //! # Locks, in the order in which they are taken
 //! | lock | guards | may wait for the disk while held |
@@ -17,6 +18,7 @@
 //! | `Store::reclaim` | who holds what, while it is decided what becomes free | reads only |
 //! | `Store::tables` | the small tables | no |
 //! | the ledger's own locks | rows | as its header says |
+//! | those of `Tenancy` (its `taking_over` and `announcement`: until the kernel was told, with no other lock) | who writes | no |
 //! | leaves: `Head::line`, `dirty`, `frozen`, `slabs`, `owed`, `crcs` | single fields | no |
 //!
 //! A thread that has begun writes and not ended them (`disk::begin`) holds gates and claims, and takes none by waiting:
@@ -43,6 +45,7 @@ mod listing;
 mod locate;
 mod logged;
 mod open;
+pub mod origin;
 mod past;
 mod punch;
 mod rebuild;
@@ -56,6 +59,7 @@ pub mod state_file;
 mod state_files;
 mod states;
 mod tables;
+pub mod tenancy;
 mod touch;
 mod tree;
 mod unmap;
@@ -75,6 +79,7 @@ pub use journal::{JOURNAL_MIN, Journal, Mark, encode_row};
 pub use listing::{DiskInfo, SnapshotInfo, SnapshotState};
 pub use locate::{Extent, Located};
 pub use open::{InitOptions, OpenOptions};
+pub use origin::Origin;
 pub use past::{Moment, OpeningRow, RetiredRow, decode_stamp, encode_stamp};
 pub use punch::ReclaimReport;
 pub use rebuild::{RebuildReport, RebuiltDisk, rebuild};
@@ -87,6 +92,7 @@ pub use walk::{Found, MapView, MapWalk, Unsaved};
 
 use std::collections::{BTreeMap, HashMap};
 
+use roaring::RoaringTreemap;
 use uuid::Uuid;
 
 use crate::error::Result;
@@ -94,7 +100,7 @@ use crate::map::Cache;
 use crate::media::Media;
 use crate::pool::{Segments, Superblock};
 use crate::sync::{Fence, Mutex, RwLock};
-use crate::units::{BlockAddress, DiskId, SnapshotId};
+use crate::units::{DiskId, SegmentId, SnapshotId};
 
 /// A change that others may have cached.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -113,6 +119,12 @@ pub enum Change {
         resized: bool,
         /// Its content was replaced, as by a revert.
         data: bool,
+    },
+    /// Another one than the mount is about to write to a disk, or has written after the mount had read: what is cached of
+    /// its content is out of date.
+    Written {
+        /// The disk.
+        disk: DiskId,
     },
     /// A snapshot was taken, renamed, retired or removed.
     Snapshot {
@@ -160,7 +172,10 @@ pub struct Store {
     /// The row of the queue that was punched last.
     punched: Mutex<Option<rows::Key>>,
     holders: Mutex<HashMap<SnapshotId, usize>>,
-    bad: RwLock<BTreeMap<BlockAddress, u64>>,
+    /// Addresses of blocks that do not match their checksum.
+    bad: RwLock<RoaringTreemap>,
+    /// Snapshots whose epochs cannot be sealed in this opening, and why.
+    unsealable: Mutex<BTreeMap<SnapshotId, String>>,
     space: space::SpaceGuard,
     opening: u64,
     hooks: RwLock<Vec<Hook>>,
@@ -217,6 +232,25 @@ impl Store {
     #[must_use]
     pub fn health(&self) -> Option<String> {
         self.ledger.poisoned()
+    }
+
+    /// Returns what of the pool is lost, if anything is: the segment files that were missing when it was opened.
+    #[must_use]
+    pub fn damage(&self) -> Option<String> {
+        let lost = self.missing_segments();
+        let first = crate::pool::segment_path(*lost.first()?);
+        let what = match lost.len() {
+            1 => format!("segment file {first} is missing"),
+            n => format!("{n} segment files are missing, {first} the first of them"),
+        };
+        Some(format!("{what}; put back what you have a copy of while the pool is closed, `check` names them all"))
+    }
+
+    /// Returns the segments of which the files were missing when the pool was opened, and which have something mapped.
+    #[must_use]
+    pub fn missing_segments(&self) -> Vec<SegmentId> {
+        let (lost, tables) = (self.segments.lost(), self.tables.read());
+        lost.into_iter().filter(|id| tables.segment(*id).is_ok_and(|row| row.mapped > 0)).collect()
     }
 
     /// Returns the host directory.

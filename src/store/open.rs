@@ -4,6 +4,13 @@
 //! Superblock; catalog; frames after its mark; check that nothing follows them (unless the pool was closed in order); small
 //! tables; segments against the directory. Nothing is written until the first change; then the opening is numbered and
 //! the pool counts as not closed in order.
+//!
+//! # A segment file that is missing
+//! It is corruption of the disks and snapshots that have blocks in it, and of no others: the pool opens, every disk takes new
+//! data, reads of what was in the file fail, and `check` and `ls` name it. Nothing that is done meanwhile makes the loss
+//! greater, should the file be put back: no address is handed out twice, so nothing is ever written in its place; what is freed
+//! of it is swept after the opening that finds it again; blocks that the journal has for it are kept. Only a pool of which
+//! not one file is there stays closed: that is a file system that is not mounted.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -169,6 +176,7 @@ impl Store {
             punched: Mutex::default(),
             holders: Mutex::default(),
             bad: RwLock::default(),
+            unsealable: Mutex::default(),
             space: space::SpaceGuard::default(),
             opening,
             hooks: RwLock::default(),
@@ -193,16 +201,27 @@ impl Store {
     fn compare_segments(&self) -> Result<()> {
         let on_disk = self.segments.on_disk()?;
         let tables = self.tables.read();
-        for (id, row) in tables.segments() {
-            if !row.removed && on_disk.binary_search(&id).is_err() {
-                return Err(Error::corrupt(format!(
-                    "segment file {} is missing; {} blocks of disks or snapshots were in it",
-                    crate::pool::segment_path(id),
-                    row.mapped
-                ))
-                .hint("put the file back from a copy of the pool; until then the pool stays closed, so that nothing else is lost"));
-            }
+        let missing: Vec<_> = tables
+            .segments()
+            .filter(|(id, row)| !row.removed && on_disk.binary_search(id).is_err())
+            .map(|(id, row)| (id, row.mapped))
+            .collect();
+        let blocks: u64 = missing.iter().map(|(_, mapped)| mapped).sum();
+        if blocks > 0 && on_disk.is_empty() {
+            return Err(Error::corrupt(format!(
+                "not one segment file is there; {blocks} blocks of disks and snapshots were in {} of them",
+                missing.len()
+            ))
+            .hint(format!(
+                "see whether a file system is to be mounted at '{SEGMENTS_DIR}', or put the files back from a copy of the \
+                 pool; until then it stays closed"
+            )));
         }
+        for (id, mapped) in missing.iter().filter(|(_, mapped)| *mapped > 0) {
+            let path = crate::pool::segment_path(*id);
+            tracing::error!("segment file {path} is missing; {mapped} blocks of disks or snapshots were in it");
+        }
+        self.segments.set_lost(missing.into_iter().map(|(id, _)| id).collect());
         let listed: Vec<SegmentId> = tables.segments().map(|(id, _)| id).collect();
         drop(tables);
         for id in on_disk.into_iter().filter(|id| listed.binary_search(id).is_err()) {

@@ -12,7 +12,7 @@
 //! The queue is a table; what was punched and not taken off it is punched again. Slots that were written but never mapped
 //! are found by comparing the holes of a segment with the map ([`Store::sweep`]).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -63,6 +63,7 @@ impl Store {
                 _ => ranges.push((first, count)),
             }
         }
+        self.sweep_later(ranges.iter().map(|(first, _)| first.segment()))?;
         let mut blocks = 0;
         let mut punched = BTreeMap::new();
         for (first, count) in ranges {
@@ -80,6 +81,25 @@ impl Store {
         Ok(blocks)
     }
 
+    /// Notes that segments whose files are missing are to be swept when they are there again: their queued blocks are not
+    /// waited for.
+    fn sweep_later(&self, segments: impl Iterator<Item = SegmentId>) -> Result<()> {
+        let lost: BTreeSet<_> = segments.filter(|id| self.segments.is_lost(*id)).collect();
+        if lost.is_empty() {
+            return Ok(());
+        }
+        let mut tables = self.tables.write();
+        let mut edit = Edit::new(&mut tables);
+        for id in lost {
+            if edit.tables.segment(id).is_ok_and(|row| row.swept && !row.removed) {
+                edit.change_segment(id, |row| row.swept = false)?;
+            }
+        }
+        // While the tables are locked, as every row of theirs: in the order in which they changed.
+        let _ticket = self.ledger.submit(edit.finish())?;
+        Ok(())
+    }
+
     /// Returns the next rows of the queue, behind those that were taken last, and from the front again after the end: what
     /// was taken stays in memory as deleted until the next fold, and is not to be gone over each time.
     fn next_queued(&self) -> Result<Vec<(Key, Vec<u8>)>> {
@@ -94,7 +114,7 @@ impl Store {
 
     fn punch_range(&self, first: BlockAddress, count: u64, pause: bool) -> Result<Option<Arc<Segment>>> {
         let known = self.tables.read().segment(first.segment()).is_ok_and(|row| !row.removed);
-        if !known {
+        if !known || self.segments.is_lost(first.segment()) {
             return Ok(None);
         }
         let segment = self.segment(first.segment())?;
@@ -102,7 +122,7 @@ impl Store {
         segment.punch(first, count)?;
         self.counters.punches.fetch_add(1, Ordering::Relaxed);
         self.counters.punched_blocks.fetch_add(count, Ordering::Relaxed);
-        self.bad.write().retain(|address, _| *address < first || address.raw() >= first.raw() + count);
+        self.bad.write().remove_range(first.raw()..first.raw() + count);
         if pause {
             clock::sleep((begun.elapsed() * PAUSE).min(Duration::from_millis(100)));
         }
@@ -176,7 +196,10 @@ impl Store {
             let tables = self.tables.read();
             tables
                 .segments()
-                .find(|(_, row)| !row.swept && ![self.opening, REBUILT].contains(&row.opening) && !row.removed)
+                .find(|(id, row)| {
+                    let old = ![self.opening, REBUILT].contains(&row.opening);
+                    old && !row.swept && !row.removed && !self.segments.is_lost(*id)
+                })
                 .map(|(id, _)| id)
         };
         let Some(id) = next else { return Ok(false) };

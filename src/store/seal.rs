@@ -4,6 +4,7 @@
 //! 1. A checksum is noted when a block is written - always whole - under the claim on the block; a failed write drops it.
 //! 2. What has no noted checksum when the epoch is sealed is read back. Sealed blocks never change again.
 //! 3. Checksums in memory have their own budget; beyond it they are dropped, and read back later.
+//! 4. An epoch with a block that is lost is not sealed, and keeps none of the others from it. The next opening tries again.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -15,12 +16,12 @@ use super::states::StateRow;
 use super::tables::{Edit, StateKey};
 use super::tree::Stretch;
 use crate::codec::crc32;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::map::{BlockSet, Entry, Piece, Run};
 use crate::media::Media;
 use crate::pool::SEGMENTS_DIR;
 use crate::sync::Mutex;
-use crate::units::{BLOCK_SIZE, BlockAddress, CHUNK_BLOCKS, ChunkIndex, SegmentId, to_usize};
+use crate::units::{BLOCK_SIZE, BlockAddress, CHUNK_BLOCKS, ChunkIndex, SegmentId, SnapshotId, to_usize};
 
 /// Slabs with noted checksums per disk at most: 2 KiB each.
 const SLABS_MAX: usize = 16 * 1024;
@@ -95,12 +96,24 @@ impl Store {
     pub fn seal_one(&self) -> Result<bool> {
         let next = {
             let tables = self.tables.read();
-            let mut open = tables.states().filter(|(_, row)| !row.sealed && row.status.readable());
-            open.next().map(|(key, _)| key)
+            let unsealable = self.unsealable.lock();
+            let open = |row: &StateRow| !row.sealed && row.status.readable() && !unsealable.contains_key(&row.snapshot);
+            tables.states().find(|(_, row)| open(row)).map(|(key, row)| (key, row.snapshot, row.name.clone()))
         };
-        let Some(key) = next else { return Ok(false) };
-        self.seal_state(key)?;
+        let Some((key, id, name)) = next else { return Ok(false) };
+        match self.seal_state(key) {
+            Err(error) if error.kind() == Kind::Corrupt => {
+                tracing::error!("the epoch of snapshot '{name}' cannot be sealed: {error}");
+                self.unsealable.lock().insert(id, error.to_string());
+            }
+            other => other?,
+        }
         Ok(true)
+    }
+
+    /// Returns the snapshots whose epochs could not be sealed since the pool was opened, and why.
+    pub fn unsealable(&self) -> BTreeMap<SnapshotId, String> {
+        self.unsealable.lock().clone()
     }
 
     /// Writes the seal files of one ended epoch, unless they are written. The caller has its turn of the background.
@@ -116,7 +129,7 @@ impl Store {
         self.let_go(row.snapshot);
         match result {
             // Deleted meanwhile: there is nothing to seal any more.
-            Err(error) if error.kind() == crate::error::Kind::NotFound => return Ok(()),
+            Err(error) if error.kind() == Kind::NotFound => return Ok(()),
             other => other?,
         }
         let mut tables = self.tables.write();

@@ -183,12 +183,46 @@ impl StateRow {
 
     pub(super) fn write(&self, out: &mut Writer) {
         out.u8(self.status as u8).u64(self.snapshot.0).u64(self.disk.0).text(&self.name).raw(self.uuid.as_bytes());
-        out.u64(self.size).u8(u8::from(self.trim)).u64(self.created).u64(self.stamp);
-        out.u64(self.referenced).u64(self.written).u64(self.floor).u8(u8::from(self.sealed));
-        out.varint(self.holds.len() as u64);
+        self.write_figures(out);
+        out.u8(u8::from(self.sealed)).varint(self.holds.len() as u64);
         self.holds.iter().for_each(|tag| {
             out.text(tag);
         });
+    }
+
+    /// Writes what a state measures: the fields that rows and retired records have alike.
+    pub fn write_figures(&self, out: &mut Writer) {
+        out.u64(self.size).u8(u8::from(self.trim)).u64(self.created).u64(self.stamp);
+        out.u64(self.referenced).u64(self.written).u64(self.floor);
+    }
+
+    /// Reads the fields that [`StateRow::write_figures`] puts, of a state that is known: retired, sealed, without holds.
+    ///
+    /// # Errors
+    /// `Corrupt`.
+    pub fn read_figures(
+        from: &mut Reader<'_>,
+        snapshot: SnapshotId,
+        disk: DiskId,
+        name: String,
+        uuid: Uuid,
+    ) -> Result<Self> {
+        Ok(Self {
+            status: Status::Retired,
+            snapshot,
+            disk,
+            name,
+            uuid,
+            size: checked_size(from.u64()?)?,
+            trim: from.flag()?,
+            created: from.u64()?,
+            stamp: from.u64()?,
+            referenced: from.u64()?,
+            written: from.u64()?,
+            floor: from.u64()?,
+            sealed: true,
+            holds: Vec::new(),
+        })
     }
 
     /// Takes a stored value apart.
@@ -207,22 +241,10 @@ impl StateRow {
     pub(super) fn read(what: &str, from: &mut Reader<'_>) -> Result<Self> {
         let status =
             Status::from_u8(from.u8()?).ok_or_else(|| Error::corrupt(format!("{what} has an unknown status")))?;
-        let mut row = Self {
-            status,
-            snapshot: SnapshotId(from.u64()?),
-            disk: DiskId(from.u64()?),
-            name: from.text()?,
-            uuid: read_uuid(from)?,
-            size: checked_size(from.u64()?)?,
-            trim: from.flag()?,
-            created: from.u64()?,
-            stamp: from.u64()?,
-            referenced: from.u64()?,
-            written: from.u64()?,
-            floor: from.u64()?,
-            sealed: from.flag()?,
-            holds: Vec::new(),
-        };
+        let (snapshot, disk) = (SnapshotId(from.u64()?), DiskId(from.u64()?));
+        let (name, uuid) = (from.text()?, read_uuid(from)?);
+        let mut row = Self { status, ..Self::read_figures(from, snapshot, disk, name, uuid)? };
+        row.sealed = from.flag()?;
         for _ in 0..from.varint()? {
             row.holds.push(from.text()?);
         }

@@ -17,7 +17,9 @@ use super::tables::StateKey;
 use crate::error::{Error, Result};
 use crate::map::{Chunk, Entry, Run};
 use crate::pool::Segment;
-use crate::units::{BLOCK_SIZE, BlockAddress, BranchId, CHUNK_SIZE, ChunkIndex, Epoch, SegmentId, to_usize};
+use crate::units::{
+    BLOCK_SIZE, BlockAddress, BranchId, CHUNK_SIZE, ChunkIndex, Epoch, SegmentId, SnapshotId, to_usize,
+};
 
 /// The entry that holds for a chunk of a state, and the row it is stored in.
 #[derive(Debug, Clone, Default)]
@@ -136,7 +138,8 @@ impl Store {
             let start = (run.start as u64 * BLOCK_SIZE).max(within);
             let end = ((run.start + run.len) as u64 * BLOCK_SIZE).min(within + buf.len() as u64);
             let part = &mut buf[to_usize(start - within)..to_usize(end - within)];
-            self.read_run(&run, part, start - run.start as u64 * BLOCK_SIZE)?;
+            self.read_run(&run, part, start - run.start as u64 * BLOCK_SIZE)
+                .map_err(|error| self.name_bytes(error, &run, index, (start, end)))?;
         }
         Ok(())
     }
@@ -154,26 +157,43 @@ impl Store {
         self.segment(first.segment())?.read(buf, first, skip)
     }
 
-    fn refuse_bad(&self, first: BlockAddress, blocks: u64) -> Result<()> {
+    /// Says which bytes of its disk could not be read: the first damaged block, or the bytes `within` the chunk.
+    pub fn name_bytes(&self, error: Error, run: &Run, index: ChunkIndex, within: (u64, u64)) -> Error {
+        let bad = run.address.and_then(|first| Some(self.first_bad(first, run.len as u64)?.raw() - first.raw()));
+        let (from, upto) = bad.map_or(within, |n| {
+            let at = (run.start as u64 + n) * BLOCK_SIZE;
+            (at, at + BLOCK_SIZE)
+        });
+        error.context(format_args!("bytes {} to {}", index.byte() + from, index.byte() + upto))
+    }
+
+    /// Says of data that could not be had which snapshot it is of.
+    pub fn name_snapshot(&self, error: Error, id: SnapshotId) -> Error {
+        match self.snapshot_info_by_id(id) {
+            Ok(info) if error.is_of_data() => error.context(format_args!("snapshot '{}@{}'", info.disk, info.name)),
+            _ => error,
+        }
+    }
+
+    fn first_bad(&self, first: BlockAddress, blocks: u64) -> Option<BlockAddress> {
         let bad = self.bad.read();
-        let Some((address, offset)) = (!bad.is_empty())
-            .then(|| {
-                let end = BlockAddress::from_raw(first.raw() + blocks - 1).expect("of the same segment");
-                bad.range(first..=end).next()
-            })
-            .flatten()
-        else {
-            return Ok(());
-        };
-        Err(Error::corrupt(format!(
-            "the block at address {address} (byte {offset} of its disk) does not match its checksum"
-        ))
-        .hint("restore the disk or overwrite the block; `afterimage scrub` lists all damaged blocks"))
+        if bad.is_empty() {
+            return None;
+        }
+        // Members below, and the next one after them.
+        let next = bad.select(bad.rank(first.raw() - 1))?;
+        (next < first.raw() + blocks).then(|| BlockAddress::from_raw(next).expect("it was marked as one"))
+    }
+
+    fn refuse_bad(&self, first: BlockAddress, blocks: u64) -> Result<()> {
+        let Some(address) = self.first_bad(first, blocks) else { return Ok(()) };
+        Err(Error::corrupt(format!("the block at address {address} does not match its checksum"))
+            .hint("restore the disk or overwrite the block; `afterimage scrub` lists damaged blocks"))
     }
 
     /// Remembers that a block is damaged, so that reads of it fail.
-    pub fn mark_bad(&self, address: BlockAddress, offset: u64) {
-        self.bad.write().insert(address, offset);
+    pub fn mark_bad(&self, address: BlockAddress) {
+        self.bad.write().insert(address.raw());
     }
 
     /// Finds the first mapped extent at or after `from`, as bytes `(start, end)` clipped to the size. `unsaved` are the

@@ -306,8 +306,7 @@ impl Fetcher<'_> {
             let why = Error::new(Kind::Corrupt, "the block does not match the checksum it was sealed with")
                 .hint("`afterimage scrub` lists all damaged blocks; restore the disk, or overwrite the block");
             if let Some(address) = run.address {
-                let offset = job.chunk.byte() + index as u64 * BLOCK_SIZE;
-                self.device.store().mark_bad(address.slab().at(index), offset);
+                self.device.store().mark_bad(address.slab().at(index));
             }
             return Err(self.name(job, &one, &why));
         }

@@ -8,6 +8,11 @@
 //!    comes back, with the new identity, after the end of the stream was read and the data is durable.
 //! 2. An increment needs `FILE.afterimage` with its base. `--force` takes the word of the user instead.
 //! 3. Progress is written after the data it speaks of was synced.
+//! 4. Who receives has the file locked (flock; a device is opened exclusively), so that two cannot mix.
+//! 5. `FILE.afterimage` is believed while size and time of the file are those that were noted with it: an increment over what
+//!    somebody has written to since would be neither state. The time counts in seconds, so that copies which keep it are good.
+//!    Of a device there is no such time, and while a stream is on its way nobody else is to write to the file at all: all
+//!    that the stream tells of is written again then, the rest is what the base had.
 //!
 //! # After a crash
 //! The stream goes on at the noted place, or from its beginning.
@@ -19,11 +24,12 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-use super::format::Header;
+use super::format::{Header, StateId};
 use super::pace::Pace;
 use super::reader::{Part, StreamReader};
 use super::receive::with_token;
 use super::token::Token;
+use crate::clock;
 use crate::codec::crc32;
 use crate::error::{Error, Result};
 use crate::media::device::{is_device, open_device};
@@ -132,12 +138,20 @@ impl Place {
         Ok(file)
     }
 
+    /// Keeps everybody else who receives out.
+    fn lock(&self, file: &dyn File) -> Result<()> {
+        if file.try_lock().map_err(|e| self.fail("lock", e))? {
+            return Ok(());
+        }
+        Err(Error::busy(format!("another process receives into {}", self.name)).hint("wait for it, or end it"))
+    }
+
     fn fail(&self, what: &str, error: io::Error) -> Error {
         Error::io(format!("cannot {what} {}", self.name), error)
     }
 
     /// Reads one of the small files; one that is damaged is an error.
-    fn read_side(&self, kind: (&str, &str)) -> Result<Option<Token>> {
+    fn read_side(&self, kind: (&str, &str)) -> Result<Option<Note>> {
         let path = format!("{}.{}", self.stem, kind.0);
         let file = match self.side.open(&path, Open::ReadOnly) {
             Ok(file) => file,
@@ -146,14 +160,14 @@ impl Place {
         };
         let mut bytes = vec![0; SIDE_MAX];
         let got = file.read_at(&mut bytes, 0).map_err(|e| Error::io(format!("cannot read {path}"), e))?;
-        let parsed = std::str::from_utf8(&bytes[..got]).ok().and_then(|text| parse_side(kind.1, text));
+        let parsed = std::str::from_utf8(&bytes[..got]).ok().and_then(|text| Note::parse(kind.1, text));
         parsed.map(Some).ok_or_else(|| {
             Error::corrupt(format!("{path} is damaged, so what is in {} is not known", self.name))
                 .hint("remove it, and receive a full stream with --force")
         })
     }
 
-    fn write_side(&self, kind: (&str, &str), token: &Token) -> Result<()> {
+    fn write_side(&self, kind: (&str, &str), note: &Note) -> Result<()> {
         let (path, new) = (format!("{}.{}", self.stem, kind.0), format!("{}.{}.new", self.stem, kind.0));
         let fail = |e| Error::io(format!("cannot write {path}"), e);
         match self.side.remove(&new) {
@@ -161,7 +175,7 @@ impl Place {
             _ => {}
         }
         let file = self.side.open(&new, Open::New).map_err(fail)?;
-        file.write_at(show_side(kind.1, token).as_bytes(), 0).map_err(fail)?;
+        file.write_at(note.show(kind.1).as_bytes(), 0).map_err(fail)?;
         file.sync().map_err(fail)?;
         self.side.rename(&new, &path).map_err(fail)?;
         self.side.sync_dir("").map_err(fail)
@@ -179,17 +193,35 @@ impl Place {
     }
 }
 
-fn show_side(title: &str, token: &Token) -> String {
-    let body = format!("{title}\n{token}");
-    format!("{body} {:08x}\n", crc32(body.as_bytes()))
+/// What one of the small files says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Note {
+    token: Token,
+    /// When the file was last written to, if it holds a state.
+    modified: Option<u64>,
 }
 
-fn parse_side(title: &str, text: &str) -> Option<Token> {
-    let (body, crc) = text.strip_suffix('\n')?.rsplit_once(' ')?;
-    let (first, token) = body.split_once('\n')?;
-    let token = (first == title).then(|| Token::parse(token).ok())??;
-    // Compared as a whole, so that there is one spelling of everything.
-    (format!("{:08x}", crc32(body.as_bytes())) == crc && show_side(title, &token) == text).then_some(token)
+impl Note {
+    fn coming(token: Token) -> Self {
+        Self { token, modified: None }
+    }
+
+    fn show(&self, title: &str) -> String {
+        let modified = self.modified.map(|time| format!(" {time}")).unwrap_or_default();
+        let body = format!("{title}\n{}{modified}", self.token);
+        format!("{body} {:08x}\n", crc32(body.as_bytes()))
+    }
+
+    fn parse(title: &str, text: &str) -> Option<Self> {
+        let (body, _) = text.strip_suffix('\n')?.rsplit_once(' ')?;
+        let (token, modified) = match body.split_once('\n')?.1.split_once(' ') {
+            Some((token, modified)) => (token, Some(modified.parse().ok()?)),
+            None => (body.split_once('\n')?.1, None),
+        };
+        let note = Self { token: Token::parse(token).ok()?, modified };
+        // Compared as a whole, so that there is one spelling of everything, title and checksum included.
+        (note.show(title) == text).then_some(note)
+    }
 }
 
 /// Receives a stream into a raw file or a block device.
@@ -215,7 +247,8 @@ pub fn receive_at(place: &Place, force: bool, input: &mut dyn Read, progress: &d
         return Err(if lost.get() { error } else { stop(place, &*file, &reader, error) });
     }
     // In this order: with both of them there, the state is the true one.
-    place.write_side(HOLDS, &Token::of(&header, header.target.size))?;
+    let modified = file.modified().map_err(|e| place.fail("look at", e))?;
+    place.write_side(HOLDS, &Note { token: Token::of(&header, header.target.size), modified })?;
     place.remove_side(COMES)?;
     Ok(FileReport {
         snapshot: header.target.name,
@@ -234,16 +267,21 @@ pub fn receive_at(place: &Place, force: bool, input: &mut dyn Read, progress: &d
 pub fn file_token(options: &FileOptions) -> Result<Token> {
     let place = Place::of(options)?;
     let (comes, holds) = (place.read_side(COMES)?, place.read_side(HOLDS)?);
-    let open = comes.filter(|comes| holds.is_none_or(|holds| !holds.same_stream(comes)));
-    open.ok_or_else(|| Error::not_found(format!("no stream into {} was interrupted", place.name)))
+    let open = comes.filter(|comes| holds.is_none_or(|holds| !holds.token.same_stream(&comes.token)));
+    open.map(|note| note.token)
+        .ok_or_else(|| Error::not_found(format!("no stream into {} was interrupted", place.name)))
 }
 
 /// Checks that the stream fits, and notes that it is on its way.
 fn enter(place: &Place, force: bool, header: &Header) -> Result<Arc<dyn File>> {
     let fresh = Token::of(header, 0);
-    let (there, holds, comes) = (place.open()?, place.read_side(HOLDS)?, place.read_side(COMES)?);
+    let there = place.open()?;
+    if let Some(file) = &there {
+        place.lock(&**file)?;
+    }
+    let (holds, comes) = (place.read_side(HOLDS)?, place.read_side(COMES)?.map(|note| note.token));
     // Ended, but for its removal.
-    let comes = comes.filter(|comes| holds.is_none_or(|holds| !holds.same_stream(comes)));
+    let comes = comes.filter(|comes| holds.as_ref().is_none_or(|holds| !holds.token.same_stream(comes)));
     if let (Some(file), Some(comes)) = (&there, &comes)
         && comes.same_stream(&fresh)
         && header.start <= comes.offset
@@ -264,7 +302,11 @@ fn enter(place: &Place, force: bool, header: &Header) -> Result<Arc<dyn File>> {
             return Err(Error::not_found(format!("there is no file {name} that could hold the base '{}'", base.name))
                 .hint("the stream is an increment: receive a full one first (`afterimage send` without --from)"));
         }
-        (Some(base), Some(_)) if !force => check_base(place, base, holds.as_ref(), len)?,
+        (Some(base), Some(len)) if !force => {
+            let modified =
+                there.as_ref().map(|file| file.modified()).transpose().map_err(|e| place.fail("look at", e))?;
+            check_base(place, base, holds.as_ref(), (len, modified.flatten()))?;
+        }
         (None, Some(len)) if !force && (len > 0 || place.device.is_some()) => {
             return Err(Error::exists(format!("{name} is there already, and the stream is a full one"))
                 .hint("--force overwrites it"));
@@ -273,22 +315,31 @@ fn enter(place: &Place, force: bool, header: &Header) -> Result<Arc<dyn File>> {
     }
     let file = match there {
         Some(file) => file,
-        None => place.make()?,
+        None => {
+            let file = place.make()?;
+            place.lock(&*file)?;
+            file
+        }
     };
     if place.device.is_some() && len.is_some_and(|len| len < header.target.size) {
         return Err(Error::no_space(format!("{name} is smaller than the disk in the stream")));
     }
-    place.write_side(COMES, &fresh)?;
+    place.write_side(COMES, &Note::coming(fresh))?;
     place.remove_side(HOLDS)?;
     Ok(file)
 }
 
-fn check_base(place: &Place, base: &super::format::StateId, holds: Option<&Token>, len: Option<u64>) -> Result<()> {
+fn check_base(place: &Place, base: &StateId, holds: Option<&Note>, now: (u64, Option<u64>)) -> Result<()> {
     let name = &place.name;
     let why = match holds {
         None => format!("there is no {}.{} that says which state it holds", place.stem, HOLDS.0),
-        Some(holds) if holds.target != base.uuid => format!("it does not hold the base '{}' of the stream", base.name),
-        Some(_) if place.device.is_none() && len != Some(base.size) => "its size has changed".to_owned(),
+        Some(holds) if holds.token.target != base.uuid => {
+            format!("it does not hold the base '{}' of the stream", base.name)
+        }
+        Some(_) if place.device.is_none() && now.0 != base.size => "its size has changed".to_owned(),
+        Some(Note { modified: Some(noted), .. }) if now.1.is_some_and(|time| time != *noted) => {
+            format!("it was written to since it got its state, at {}", clock::show(now.1.unwrap_or_default()))
+        }
         Some(_) => return Ok(()),
     };
     Err(Error::failed(format!("the stream does not fit {name}: {why}"))
@@ -330,7 +381,7 @@ fn fill(
         };
         if pace.arrived(arrived) {
             file.sync().map_err(fail)?;
-            place.write_side(COMES, &Token::of(&header, reader.position()))?;
+            place.write_side(COMES, &Note::coming(Token::of(&header, reader.position())))?;
         }
     }
     file.sync().map_err(fail)
@@ -339,7 +390,8 @@ fn fill(
 /// Makes what arrived safe, as far as that is possible, and says how to go on.
 fn stop(place: &Place, file: &dyn File, reader: &StreamReader<'_>, error: Error) -> Error {
     let token = Token::of(&reader.header, reader.applied());
-    let safe = file.sync().map_err(|e| place.fail("write", e)).and_then(|()| place.write_side(COMES, &token));
+    let safe =
+        file.sync().map_err(|e| place.fail("write", e)).and_then(|()| place.write_side(COMES, &Note::coming(token)));
     match safe {
         Ok(()) => with_token(error, &token, "--force"),
         Err(_) => error,

@@ -9,6 +9,7 @@
 use std::io::Read;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::format::Header;
@@ -36,7 +37,7 @@ pub struct ReceiveOptions {
 }
 
 /// What was received.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReceiveReport {
     /// The disk.
     pub disk: String,

@@ -1,7 +1,7 @@
 //! `snapshot.json` in a tree of one snapshot: what the extent files beside it belong to.
 //!
 //! # Rules
-//! 1. Its time lies behind those of all extents, and is another one for every snapshot.
+//! 1. Its time lies behind those of all extents, and is another one for every snapshot of a lineage.
 //! 2. It says what was so when the tree was mounted.
 //!
 //! # Why

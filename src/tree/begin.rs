@@ -31,6 +31,7 @@ impl Tree {
         {
             return None;
         }
+        handle.note_reader();
         let device = handle.device().ok()?;
         let left = usize::try_from(device.size().saturating_sub(offset)).unwrap_or(usize::MAX);
         let len = len.min(left);
@@ -38,9 +39,12 @@ impl Tree {
         Some((located, len))
     }
 
-    /// Returns a number that is another one after every change of a file's content; `None` when that cannot be told.
+    /// Returns a number that is another one after every change of a file's content; `None` when that cannot be told. Who
+    /// asks may give the kernel what was read at that number.
     pub fn stamp(&self, handle: u64) -> Option<u64> {
-        match self.handle(handle).ok()?.as_ref() {
+        let handle = self.handle(handle).ok()?;
+        handle.note_reader();
+        match handle.as_ref() {
             Handle::Disk(disk) if disk.file.is_cloning.load(Ordering::Acquire) => None,
             Handle::Disk(disk) => Some(disk.file.disk().changes()),
             Handle::Snapshot(_) => Some(0),

@@ -17,7 +17,7 @@ use super::extent::{self, Cut, Known, NEVER, Slot};
 use super::fixed::Fixed;
 use super::names::{Entry, Listing};
 use super::node::{self, Node, Sort};
-use super::state::{Attr, Tree};
+use super::state::{Attr, HOLDER, Tree};
 use super::window::Held;
 use crate::clock;
 use crate::error::{Error, Result};
@@ -159,7 +159,12 @@ impl Tree {
 
     /// Tells whether opening may wait.
     pub fn open_may_wait(&self, ino: u64) -> bool {
-        matches!(self.node(ino), Ok(Node::Record(_) | Node::Member { .. }))
+        match self.node(ino) {
+            Ok(Node::Record(_) | Node::Member { .. }) => true,
+            // For a lease that is about to fall.
+            Ok(Node::Disk(id)) => self.store.is_leased_by_other(id, HOLDER),
+            _ => false,
+        }
     }
 
     /// Opens a file that never changes; the flag tells whether what the kernel has cached of it holds.

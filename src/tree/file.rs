@@ -4,8 +4,9 @@
 //! written, and can be cut to nothing. That difference is made up here.
 //!
 //! # Rules
-//! 1. A handle opened for writing holds a lease on its disk until it is released; so does a cut or growth by name while
-//!    it lasts. All handles of the mount count as one writer.
+//! 1. A handle opened for writing holds a lease on its disk until it is released; so does a cut by name while it lasts.
+//!    All handles of the mount count as one writer. A close(2) of a handle that writes is announced by the kernel before
+//!    it returns, its release comes later: from the announcement on others wait for the lease.
 //! 2. A write whose flags ask for O_DSYNC is flushed before it is answered. For files the kernel caches it sends an
 //!    fsync as well, which then finds nothing to do; for direct and asynchronous ones it does not, so this is the only
 //!    place that holds for all.
@@ -80,6 +81,8 @@ pub struct Opened {
     pub keep_cache: bool,
     /// I/O goes past the kernel's cache: the program asked for it, or somebody else writes the disk.
     pub direct: bool,
+    /// It has a lease, so its close is of interest ([`Tree::closing`]).
+    pub writes: bool,
 }
 
 impl DiskFile {
@@ -163,11 +166,13 @@ impl DiskFile {
         if size > DISK_SIZE_MAX {
             return Err(Errno::EFBIG);
         }
-        let _lease = self.disk.lease(HOLDER)?;
         self.settle()?;
         let _growing = self.growing.lock();
-        if size != self.disk.size() {
-            self.disk.resize(size, true)?;
+        let now = self.disk.size();
+        // Growing does nobody harm, whoever writes.
+        let _lease = if size < now { Some(self.disk.lease(HOLDER)?) } else { None };
+        if size != now {
+            self.disk.resize(size, size < now)?;
         }
         Ok(())
     }
@@ -265,6 +270,13 @@ impl Handle {
         }
     }
 
+    /// Called before bytes of the file are given to the kernel, which may keep them.
+    pub(super) fn note_reader(&self) {
+        if let Self::Disk(handle) = self {
+            handle.file.disk.note_reader();
+        }
+    }
+
     /// Returns the flags a disk was opened with.
     pub(super) fn sync_always(&self) -> bool {
         matches!(self, Self::Disk(handle) if handle.flags & libc::O_DSYNC != 0)
@@ -272,6 +284,7 @@ impl Handle {
 
     /// Reads as far as the file goes.
     pub(super) fn read(&self, buf: &mut [u8], offset: u64) -> Answer<usize> {
+        self.note_reader();
         read_clipped(self.device()?, &|| self.size(), buf, offset)
     }
 }
@@ -316,14 +329,15 @@ impl Tree {
                 // them after the write; other kernels are not relied on to.)
                 let keep_cache = self.trust_cache(id) && file.direct_writers.load(Ordering::Acquire) == 0;
                 file.direct_writers.fetch_add(usize::from(direct && lease.is_some()), Ordering::AcqRel);
+                let writes = lease.is_some();
                 let handle = self.enter(Handle::Disk(DiskHandle { file, lease, direct, flags }));
-                Ok(Opened { handle, keep_cache, direct })
+                Ok(Opened { handle, keep_cache, direct, writes })
             }
             Node::Snapshot(_) if writes(flags) && !new => Err(Errno::EROFS),
             node @ Node::Snapshot(_) => {
                 let device = self.snapshot_device(node)?;
                 let handle = self.enter(Handle::Snapshot(SnapshotHandle { node, device }));
-                Ok(Opened { handle, keep_cache: true, direct })
+                Ok(Opened { handle, keep_cache: true, direct, writes: false })
             }
             node => {
                 if node.sort() == Sort::File && writes(flags) {
@@ -331,8 +345,15 @@ impl Tree {
                 }
                 let (file, keep_cache) = self.open_fixed(node)?;
                 let handle = self.enter(Handle::Fixed(file));
-                Ok(Opened { handle, keep_cache, direct })
+                Ok(Opened { handle, keep_cache, direct, writes: false })
             }
+        }
+    }
+
+    /// Notes that one of those who share a handle closes it. Its release may follow.
+    pub fn closing(&self, handle: u64) {
+        if let Ok(Handle::Disk(DiskHandle { lease: Some(lease), .. })) = self.handle(handle).as_deref() {
+            lease.closing();
         }
     }
 

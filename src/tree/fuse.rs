@@ -13,8 +13,8 @@
 //! # What the kernel is asked for
 //! Direct I/O in parallel (ASYNC_DIO, and PARALLEL_DIRECT_WRITES for files opened with O_DIRECT), listings with
 //! attributes, explicit invalidation. Never WRITEBACK_CACHE: a write that was answered must be in the next snapshot.
-//! Extended attributes and flush are answered with ENOSYS, which the kernel remembers: otherwise each write asks for
-//! `security.capability` and each close makes a round trip.
+//! Extended attributes are answered with ENOSYS, which the kernel remembers: otherwise each write asks for
+//! `security.capability`. A close is told of (FLUSH) only for files that are open for writing, see [`super::file`].
 
 use std::cell::RefCell;
 use std::ffi::OsStr;
@@ -163,13 +163,14 @@ fn written(answer: Answer<u64>, reply: ReplyWrite) {
 }
 
 fn open_flags(opened: &Opened) -> FopenFlags {
-    if opened.direct {
+    let cache = if opened.direct {
         FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES
     } else if opened.keep_cache {
         FopenFlags::FOPEN_KEEP_CACHE
     } else {
         FopenFlags::empty()
-    }
+    };
+    if opened.writes { cache } else { cache | FopenFlags::FOPEN_NOFLUSH }
 }
 
 /// Gives `read` a page-aligned buffer of `size` bytes, this thread's own.
@@ -277,6 +278,10 @@ impl Filesystem for Mount {
     }
 
     fn unlink(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        if self.tree.unlink_may_wait(parent.0, name) {
+            let name = name.to_owned();
+            return self.run_aside("unlink", move |tree| empty(tree.unlink(parent.0, &name), reply));
+        }
         self.run("unlink", |tree| empty(tree.unlink(parent.0, name), reply));
     }
 
@@ -361,8 +366,11 @@ impl Filesystem for Mount {
         });
     }
 
-    fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
-        reply.error(code(Errno::ENOSYS));
+    fn flush(&self, _: &Request, _: INodeNo, handle: FileHandle, _: LockOwner, reply: ReplyEmpty) {
+        self.run("flush", |tree| {
+            tree.closing(handle.0);
+            reply.ok();
+        });
     }
 
     fn fsync(&self, _: &Request, ino: INodeNo, handle: FileHandle, _: bool, reply: ReplyEmpty) {

@@ -18,7 +18,19 @@
 //! 2. What is answered is done. A write that was answered is in the next snapshot; one that was synced survives power
 //!    loss.
 //! 3. A change made elsewhere (command line, API, NBD) shows here before the one who made it is answered ([`stale`]).
-//! 4. Only the `fuse` files know fuser. The rest can be tested, and served over another transport, without it.
+//! 4. A disk has one writer ([`crate::disk::Lease`]). All files of the mount that are open for writing are one; an open for
+//!    writing while another front end has the lease is EBUSY.
+//! 5. Only the `fuse` files know fuser. The rest can be tested, and served over another transport, without it.
+//!
+//! # While another front end writes a disk
+//! Reading goes on. When that one takes the lease, the kernel forgets all pages of the disk before it may write. A file
+//! opened from then on goes past the cache (FOPEN_DIRECT_IO). A file that was open, and any mapping, is still read
+//! through pages, as the kernel fixes that at open; so each read through the mount leaves a mark, and the next write of
+//! the other front end that finds one makes the kernel forget the pages again before it is acknowledged. So what was
+//! acknowledged there is seen here by whoever asks after that, through old and new files and through mappings (shared
+//! and private ones, in pages that were not written to), and a disk that nobody reads here costs its writer nothing.
+//! Attributes are not cached meanwhile. A file that is open or mapped for writing keeps the lease, so no other front end
+//! can have it: the kernel writes what a mapping changed before it releases the file.
 //!
 //! # What a crash leaves
 //! Nothing of its own. A killed server leaves a dead mount, which the next one on the same pool takes away.

@@ -8,27 +8,18 @@
 //! 2. What leaves its kind is refused with EPERM, never EXDEV: `mv` would copy and delete. A snapshot may go to `retired/`
 //!    under its name, which retires it.
 //! 3. `rm` takes no snapshots with it.
-//!
-//! # Why removal may wait a moment
-//! The kernel sends the release of a file after close(2) has returned, so `dd of=disk; rm disk` would sometimes find
-//! the disk in use by nobody.
 
 use std::ffi::OsStr;
-use std::time::Duration;
 
 use super::about::ABOUT;
 use super::errno::{Answer, Errno};
 use super::extent::{self, Cut};
 use super::node::{self, DISK_NAME_MAX, Node, SNAPSHOT_NAME_MAX, Sort};
-use super::state::{Attr, HOLDER, Tree};
-use crate::clock;
+use super::state::{Attr, Tree};
 use crate::disk;
 use crate::error::{Error, Kind};
 use crate::snapshot;
 use crate::units::DiskId;
-
-/// How long a removal waits for the release of a file that was closed a moment ago.
-const RELEASE_WAIT: Duration = Duration::from_millis(300);
 
 /// One line of a directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -211,7 +202,7 @@ impl Tree {
     /// EBUSY for a disk with snapshots or an open writer and for a snapshot that is held, EPERM for anything else.
     pub fn unlink(&self, parent: u64, name: &OsStr) -> Answer<()> {
         match self.node(parent)? {
-            Node::Disks => self.remove_disk(node::named(name).ok_or(Errno::ENOENT)?),
+            Node::Disks => Ok(disk::remove(&self.store, node::named(name).ok_or(Errno::ENOENT)?, false)?),
             Node::SnapshotsOf(id) => {
                 let info = self.snapshot_named(id, name)?;
                 Ok(snapshot::remove(&self.store, &info.disk, &info.name)?)
@@ -224,21 +215,11 @@ impl Tree {
         }
     }
 
-    fn remove_disk(&self, name: &str) -> Answer<()> {
-        let until = clock::now() + RELEASE_WAIT;
-        loop {
-            let seen = self.releases();
-            let error = match disk::remove(&self.store, name, false) {
-                Ok(()) => return Ok(()),
-                Err(error) => error,
-            };
-            let info = self.store.disk_info(name)?;
-            let ours = info.holder.as_deref() == Some(HOLDER) || info.holder.is_none();
-            let passing = error.kind() == Kind::Busy && info.snapshots == 0 && ours;
-            if !passing || !self.wait_release(seen, until) {
-                return Err(error.into());
-            }
-        }
+    /// Tells whether a removal may wait: for a file that was closed a moment ago and is not released yet.
+    pub fn unlink_may_wait(&self, parent: u64, name: &OsStr) -> bool {
+        let (Ok(Node::Disks), Some(name)) = (self.node(parent), node::named(name)) else { return false };
+        let id = self.store.tables.read().disk_id(name);
+        id.is_ok_and(|id| self.store.is_leased(id))
     }
 
     /// Renames a disk or a snapshot within its directory, or retires a snapshot: from `snapshots/NAME/SNAP.raw` to

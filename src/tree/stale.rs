@@ -80,6 +80,7 @@ pub fn after(change: &Change, ours: bool) -> Vec<Stale> {
             }
             stale.extend([Node::Snapshots, Node::Retired, Node::Exports].map(|dir| Stale::Attr(dir.ino())));
         }
+        Change::Written { disk } => stale.push(Stale::Data(Node::Disk(*disk).ino())),
         Change::Snapshot { disk, id, name, was, gone, retired, .. } => {
             let (snapshots, records) = (Node::SnapshotsOf(*disk).ino(), Node::RetiredOf(*disk).ino());
             let exports = Node::ExportsOf(*disk).ino();

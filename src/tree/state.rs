@@ -26,11 +26,11 @@ use crate::error::{Error, Kind};
 use crate::media::Space;
 use crate::snapshot;
 use crate::store::{Change, DiskInfo, SnapshotInfo, SnapshotState, Store};
-use crate::sync::{Condvar, Mutex, RwLock};
+use crate::sync::{Mutex, RwLock};
 use crate::units::{DiskId, SnapshotId};
 
 /// The name this mount takes leases under.
-pub(super) const HOLDER: &str = "mount";
+pub(super) const HOLDER: &str = disk::MOUNT;
 
 /// What stat(2) shows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,8 +83,6 @@ pub struct Tree {
     pub(super) only: Option<(Arc<Held>, Cut)>,
     /// What stands in `snapshot.json` then.
     pub(super) about: Option<About>,
-    releases: Mutex<u64>,
-    released: Condvar,
 }
 
 impl Tree {
@@ -104,8 +102,6 @@ impl Tree {
             increments: Increments::default(),
             only: None,
             about: None,
-            releases: Mutex::new(0),
-            released: Condvar::new(),
         }
     }
 
@@ -136,6 +132,7 @@ impl Tree {
                 }
                 (dirs, (!names && !ours).then_some(*id))
             }
+            Change::Written { disk } => (Vec::new(), (!ours).then_some(*disk)),
             Change::Snapshot { disk, id, gone, retired, was, .. } => {
                 if *gone || *retired {
                     self.extents.forget(*id);
@@ -310,24 +307,6 @@ impl Tree {
             self.doubtful.lock().insert(id);
         }
         drop(handle);
-        *self.releases.lock() += 1;
-        self.released.notify_all();
-    }
-
-    /// Returns how many handles were released so far, for [`Tree::wait_release`].
-    pub(super) fn releases(&self) -> u64 {
-        *self.releases.lock()
-    }
-
-    /// Waits until more handles than `seen` were released, or `until` has come; tells which.
-    pub(super) fn wait_release(&self, seen: u64, until: clock::Instant) -> bool {
-        let mut releases = self.releases.lock();
-        while *releases == seen {
-            if self.released.wait_until(&mut releases, until).timed_out() {
-                return *releases != seen;
-            }
-        }
-        true
     }
 
     /// Releases everything, as when the mount is gone.

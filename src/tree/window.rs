@@ -104,7 +104,10 @@ impl Window {
                 let start = (run.start as u64 * BLOCK_SIZE).max(within);
                 let stop = ((run.start + run.len) as u64 * BLOCK_SIZE).min(end);
                 let part = &mut now[to_usize(start - within)..to_usize(stop - within)];
-                self.store.read_run(&run, part, start - run.start as u64 * BLOCK_SIZE)?;
+                self.store.read_run(&run, part, start - run.start as u64 * BLOCK_SIZE).map_err(|error| {
+                    let error = self.store.name_bytes(error, &run, chunk, (start, stop));
+                    self.store.name_snapshot(error, self.cut.id)
+                })?;
             }
             at += here as u64;
             rest = later;

@@ -132,6 +132,7 @@ def fio(path, size, pattern, block, depth, seconds, buffer="--refill_buffers=0",
 
     What was written is synced at the end and the time of that counts, so no page cache below makes a target look fast.
     Random patterns visit a block once; a run ends at its time or when all was visited, so nothing is read twice.
+    Options are named as those of fio; None takes one away.
     """
     options = {
         "name": "step", "filename": path, "size": size, "rw": pattern, "bs": block, "iodepth": depth,
@@ -140,7 +141,7 @@ def fio(path, size, pattern, block, depth, seconds, buffer="--refill_buffers=0",
     }  # fmt: skip
     if seconds:
         options["runtime"] = f"{seconds * 1000:.0f}ms"
-    out = run("fio", buffer, *(f"--{key}={value}" for key, value in options.items()))
+    out = run("fio", buffer, *(f"--{key}={value}" for key, value in options.items() if value is not None))
     job = json.loads(out[out.index("{") :])["jobs"][0]
     side = job["write" if "write" in pattern else "read"]
     if job["error"] or not side["total_ios"]:
@@ -362,6 +363,36 @@ class Report:
             for line in self.lines
         ]
         table(["", "figure", "", "bound", ""], rows)
+
+
+def profile(server, work, rows, step):
+    """Runs each row under perf and under strace, and prints where the server spends its time.
+
+    `step` measures a row and returns its figure.
+    """
+    pid = str(server.process.pid)
+    data = work / "perf.data"
+    watchers = {
+        "perf": ["perf", "record", "-q", "-g", "-F", "499", "-p", pid, "-o", data],
+        "strace": ["strace", "-f", "-c", "-w", "-S", "time", "-p", pid, "-o", work / "strace"],
+    }
+    for row in rows:
+        for name, command in watchers.items():
+            if shutil.which(name) is None:
+                print(f"\n{name} is not installed")
+                continue
+            watcher = subprocess.Popen([str(word) for word in command], stderr=subprocess.DEVNULL)
+            time.sleep(1)
+            figure = step(row)
+            watcher.send_signal(signal.SIGINT)
+            watcher.wait()
+            print(f"\n{row} on ours under {name}: {number(figure)}")
+            if name == "perf":
+                flat = ["perf", "report", "-i", data, "--no-children", "-g", "none", "--percent-limit", "1.2", "--stdio"]
+                out = subprocess.run([str(word) for word in flat], capture_output=True, text=True).stdout
+                print("\n".join([line for line in out.splitlines() if line.strip() and line[0] != "#"][:25]))
+            else:
+                print("\n".join((work / "strace").read_text().splitlines()[:14]))
 
 
 def host_line(kind):

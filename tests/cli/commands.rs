@@ -13,7 +13,7 @@ fn a_pool_is_made_once() {
     assert_eq!((made["answer"].as_str(), made["uuid"].as_str().unwrap().len()), (Some("pool"), 36));
     let (code, error) = it.error(&["init"]);
     assert_eq!((code, error["kind"].as_str()), (1, Some("exists")));
-    assert_eq!(it.json(&["ls"]), json!({ "answer": "disks", "disks": [], "health": null }));
+    assert_eq!(it.json(&["ls"]), json!({ "answer": "disks", "disks": [], "health": null, "damage": null }));
 }
 
 #[test]
@@ -38,6 +38,8 @@ fn disks_are_made_listed_renamed_resized_and_removed() {
     assert_eq!(names, ["db", "web"]);
     assert_eq!(list["disks"][0]["size"], 1024, "rounded up");
     assert_eq!(it.json(&["rename", "db", "data"])["name"], "data");
+    let nothing = it.json(&["diff", "web", "-"]);
+    assert_eq!((&nothing["to"], &nothing["extents"]), (&json!("-"), &json!([])));
     assert_eq!(it.json(&["resize", "web", "2G"])["size"], 2 * GIB);
     assert_eq!(it.error(&["resize", "web", "1G"]).0, 1, "not without --shrink");
     assert_eq!(it.json(&["resize", "web", "1G", "--shrink"])["size"], GIB);
@@ -58,16 +60,31 @@ fn snapshots_are_taken_cloned_reverted_and_removed() {
     assert_eq!(it.json(&["ls", "b"])["snapshots"].as_array().unwrap().len(), 1);
     let clone = it.json(&["clone", "a@one", "c"]);
     assert_eq!((&clone["name"], &clone["origin"]), (&json!("c"), &json!("a@one")));
+    assert_eq!(clone["origin_gone"], json!(false));
     it.json(&["resize", "a", "3G"]);
     let reverted = it.json(&["revert", "a@one", "--keep", "grown"]);
     assert_eq!((&reverted["answer"], &reverted["kept"]), (&json!("reverted"), &json!("grown")));
     assert_eq!(it.json(&["info", "a"])["size"], GIB);
     assert_eq!(it.json(&["info", "a@grown"])["size"], 3 * GIB);
+    let origin = || {
+        let info = it.json(&["info", "c"]);
+        (info["origin"].as_str().unwrap().to_owned(), info["origin_gone"].as_bool().unwrap())
+    };
     assert_eq!(it.json(&["rename", "a@one", "a@first"])["name"], "first");
+    it.json(&["rename", "a", "old"]);
+    assert_eq!(origin(), ("old@first".into(), false));
+    it.json(&["rename", "old", "a"]);
     assert_eq!(it.error(&["rm", "a"]).0, 4, "it has snapshots");
     it.json(&["rm", "a@first"]);
     it.json(&["rm", "a", "--recursive"]);
     assert_eq!(it.json(&["info", "c"])["size"], GIB, "the clone stays");
+    assert_eq!(origin(), ("a@one".into(), true));
+    // The name is given again, and is nothing that it comes from.
+    it.json(&["create", "a", "-s", "1G"]);
+    it.json(&["snapshot", "a@one"]);
+    assert_eq!(origin(), ("a@one".into(), true));
+    let listed = it.run(&["ls"]).stdout;
+    assert!(super::text(&listed).contains("a@one (gone)"));
 }
 
 #[test]

@@ -67,11 +67,15 @@ fn the_background_server_answers_until_it_is_unmounted() {
     let other = other.to_str().unwrap();
     assert_eq!(it.error(&["mount", "--daemon", other]).0, 3, "there is no such directory");
     std::fs::create_dir(other).unwrap();
+    let log = || std::fs::read_to_string(it.pool().join("server.log")).unwrap();
+    let said = log();
+    assert!(said.contains(&format!("process {} serves", status["pid"])), "{said}");
     for flag in [&["--daemon"][..], &[]] {
         let words = [&["mount", other], flag].concat();
         let (code, error) = it.error(&words);
         assert_eq!(code, 4, "{error}");
         assert!(error["message"].as_str().unwrap().contains(&status["pid"].to_string()), "{error}");
+        assert_eq!(log(), said, "a server that is refused has nothing to say there");
     }
     let open = std::fs::File::open(mount.join("disks/web.raw")).unwrap();
     assert_eq!(it.error(&["umount", at]).0, 4, "a file is open");

@@ -53,6 +53,8 @@ fn a_lost_catalog_is_named_and_comes_back_from_the_journal() {
 #[test]
 fn without_a_journal_the_snapshots_come_back_from_their_seals() {
     let it = pool();
+    it.json(&["snapshot", "web@old"]);
+    it.json(&["retire", "--wait", "web@old"]);
     // Seals are written in the background of a server, and by a scrub.
     it.json(&["scrub"]);
     let was = it.json(&["info", "web@first"]);
@@ -73,7 +75,10 @@ fn without_a_journal_the_snapshots_come_back_from_their_seals() {
     assert!(said.contains("  lost: what was written to it since snapshot 'first'\n"), "{said}");
     assert!(said.contains("the old one is catalog.damaged-1.redb now\n"), "{said}");
     assert_eq!(fs::read(it.pool().join("catalog.damaged-1.redb")).unwrap(), b"not a catalog");
+    assert!(said.contains("retired snapshots are not there any more") && said.contains("retired.damaged-1"), "{said}");
     assert_eq!(it.json(&["check"])["problems"], json!([]));
+    assert_eq!(fs::read_dir(it.pool().join("retired.damaged-1")).unwrap().count(), 1, "and stay there");
+    assert_eq!(it.error(&["info", "web@old"]).0, 3);
     let scrub = it.json(&["scrub"]);
     assert_eq!((&scrub["damaged"], &scrub["blocks"]), (&json!([]), &json!(300)));
     let now = it.json(&["info", "web@first"]);

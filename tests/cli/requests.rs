@@ -2,7 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use afterimage::api::{Keep, Request};
+use afterimage::api::{Keep, Request, Response};
+use afterimage::disk::{Damage, ScrubReport};
+use afterimage::pool::ExportKind;
+use afterimage::store::{CheckReport, Problem, RebuildReport, RebuiltDisk};
+use afterimage::stream::{ReceiveReport, SendReport};
 
 fn golden() -> Vec<(Request, &'static str)> {
     let web = || "web".to_owned();
@@ -57,6 +61,43 @@ fn golden() -> Vec<(Request, &'static str)> {
             Request::MountExport { snapshot: monday(), path: "/m".into(), allow_other: false },
             r#"{"command":"mount-export","snapshot":"web@monday","path":"/m"}"#,
         ),
+        (
+            Request::Attach {
+                kind: ExportKind::Nbd,
+                disks: vec![web(), monday()],
+                socket: Some("/s".into()),
+                listen: None,
+                tls_cert: None,
+                tls_key: None,
+                tls_ca: None,
+                unprotected: false,
+                read_only: false,
+                queues: None,
+                persist: false,
+            },
+            r#"{"command":"attach","kind":"nbd","disks":["web","web@monday"],"socket":"/s"}"#,
+        ),
+        (
+            Request::Attach {
+                kind: ExportKind::VhostUser,
+                disks: vec![web()],
+                socket: None,
+                listen: Some("[::1]:1".into()),
+                tls_cert: Some("/c".into()),
+                tls_key: Some("/k".into()),
+                tls_ca: Some("/r".into()),
+                unprotected: true,
+                read_only: true,
+                queues: Some(2),
+                persist: true,
+            },
+            concat!(
+                r#"{"command":"attach","kind":"vhost-user","disks":["web"],"listen":"[::1]:1","tls_cert":"/c","#,
+                r#""tls_key":"/k","tls_ca":"/r","unprotected":true,"read_only":true,"queues":2,"persist":true}"#
+            ),
+        ),
+        (Request::Detach { name: "3".into() }, r#"{"command":"detach","name":"3"}"#),
+        (Request::Exports {}, r#"{"command":"exports"}"#),
         (Request::Flush {}, r#"{"command":"flush"}"#),
         (
             Request::Import { path: "/i".into(), format: Some("raw".into()), disk: web() },
@@ -102,6 +143,76 @@ fn requests_are_written_and_read_as_ever() {
     for (request, json) in golden() {
         assert_eq!(serde_json::to_string(&request).unwrap(), json);
         assert_eq!(serde_json::from_str::<Request>(json).unwrap(), request);
+    }
+}
+
+/// The structs of the core that are answers as they are: their fields are what programs read.
+#[test]
+fn reports_are_written_as_ever() {
+    let uuid = uuid::Uuid::from_u128(7);
+    let damage = Damage { disk: "d".into(), snapshot: None, offset: 1, segment: 2, why: "w".into() };
+    let rebuilt = RebuiltDisk { disk: "d".into(), snapshots: 1, referenced: 2, live: None, lost: vec!["l".into()] };
+    let golden = [
+        (
+            Response::Checked(CheckReport {
+                problems: vec![Problem { what: "w".into(), fixed: true }],
+                disks: 1,
+                snapshots: 2,
+                segments: 3,
+                blocks: 4,
+                leaked: 5,
+                kept: 6,
+            }),
+            r#"{"answer":"checked","problems":[{"what":"w","fixed":true}],"disks":1,"snapshots":2,"segments":3,"blocks":4,"leaked":5,"kept":6}"#,
+        ),
+        (
+            Response::Scrubbed(ScrubReport { blocks: 1, bytes: 2, unverified: 3, damaged: vec![damage], more: 4 }),
+            r#"{"answer":"scrubbed","blocks":1,"bytes":2,"unverified":3,"damaged":[{"disk":"d","snapshot":null,"offset":1,"segment":2,"why":"w"}],"more":4}"#,
+        ),
+        (
+            Response::Rebuilt(RebuildReport {
+                rebuilt: true,
+                complete: false,
+                source: Some("s".into()),
+                frames: 1,
+                kept: None,
+                unnamed: 2,
+                disks: vec![rebuilt],
+                notes: vec!["n".into()],
+            }),
+            r#"{"answer":"rebuilt","rebuilt":true,"complete":false,"source":"s","frames":1,"kept":null,"unnamed":2,"disks":[{"disk":"d","snapshots":1,"referenced":2,"live":null,"lost":["l"]}],"notes":["n"]}"#,
+        ),
+        (
+            Response::Sent(SendReport {
+                disk: "d".into(),
+                snapshot: "s".into(),
+                uuid,
+                base: None,
+                start: 1,
+                data: 2,
+                zeros: 3,
+                stream: 4,
+                unverified: 5,
+            }),
+            r#"{"answer":"sent","disk":"d","snapshot":"s","uuid":"00000000-0000-0000-0000-000000000007","base":null,"start":1,"data":2,"zeros":3,"stream":4,"unverified":5}"#,
+        ),
+        (
+            Response::Received(ReceiveReport {
+                disk: "d".into(),
+                snapshot: "s".into(),
+                uuid,
+                base: Some(uuid),
+                start: 1,
+                data: 2,
+                zeros: 3,
+                kept: None,
+            }),
+            r#"{"answer":"received","disk":"d","snapshot":"s","uuid":"00000000-0000-0000-0000-000000000007","base":"00000000-0000-0000-0000-000000000007","start":1,"data":2,"zeros":3,"kept":null}"#,
+        ),
+    ];
+    for (answer, json) in golden {
+        assert_eq!(serde_json::to_string(&answer).unwrap(), json);
+        assert_eq!(serde_json::from_str::<Response>(json).unwrap(), answer);
     }
 }
 

@@ -85,13 +85,27 @@ fn what_is_not_at_the_base_is_refused() {
         fs::rename(bench.path("marker"), bench.path("target.afterimage")).unwrap();
         let said = bench.refuses(shell, "far", &["target"]);
         assert!(said.contains("is at web@s 1'") && said.contains("begins at web@s 5'"), "{said}");
+        let time = fs::metadata(bench.path("target")).unwrap().modified().unwrap();
         fs::write(bench.path("target"), "short").unwrap();
         assert!(bench.refuses(shell, "next", &["target"]).contains("has 5 bytes"));
+        assert!(bench.refuses(shell, "full", &["target"]).contains("has 5 bytes"));
         fs::write(bench.path("target"), &one).unwrap();
+        // Somebody wrote to it, or may have.
+        let set_time = |time| fs::File::open(bench.path("target")).unwrap().set_modified(time).unwrap();
+        set_time(time + Duration::from_secs(2));
+        for dir in ["full", "next"] {
+            let said = bench.refuses(shell, dir, &["target"]);
+            assert!(said.contains("was written to since"), "{said}");
+        }
+        set_time(time);
         bench.applies(shell, "next", &["--", "target"]);
         assert!(fs::read(bench.path("target")).unwrap() == two);
         // A newer full one may take the place of what is known to be ours; anything else by force only.
         bench.applies(shell, "far", &["--force", "target"]);
+        bench.applies(shell, "full", &["target"]);
+        assert!(fs::read(bench.path("target")).unwrap() == one);
+        // A marker without its target says nothing.
+        fs::remove_file(bench.path("target")).unwrap();
         bench.applies(shell, "full", &["target"]);
         assert!(fs::read(bench.path("target")).unwrap() == one);
         for words in [&[][..], &["a", "b"], &["--nonsense", "a"], &["--marker"]] {

@@ -1,6 +1,7 @@
 //! Exports of a pool: whatever happened to a disk, a chain of increments brings a raw file from snapshot to snapshot.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -129,6 +130,14 @@ fn what_cannot_be_exported_says_why() {
     fs::create_dir(bench.path("empty")).unwrap();
     std::os::unix::fs::symlink("empty", bench.path("link")).unwrap();
     assert_eq!(write("link", &Silent).unwrap(), bench.path("empty").canonicalize().unwrap());
+    // The script can be started as what it is, by nobody but the owner.
+    let mode = |name: &str| fs::metadata(bench.path(name)).unwrap().mode() & 0o777;
+    assert_eq!((mode("empty"), mode("empty/apply"), mode("empty/manifest.json")), (0o700, 0o700, 0o600));
+    let started = std::process::Command::new(bench.path("empty/apply")).arg(bench.path("image")).output().unwrap();
+    assert!(started.status.success(), "{started:?}");
+    for name in ["image", "image.afterimage"] {
+        fs::remove_file(bench.path(name)).unwrap();
+    }
     let mut names: Vec<_> = fs::read_dir(bench.dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
     names.sort();
     assert_eq!(names, ["empty", "link", "pool", "taken"], "nothing half-made is left");

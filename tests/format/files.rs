@@ -1,4 +1,4 @@
-//! Files with a header: superblock, journal, seals of segments and of states.
+//! Files with a header: superblock, list of exports, journal, seals of segments and of states.
 
 use std::sync::Arc;
 
@@ -6,7 +6,7 @@ use afterimage::codec::{Writer, crc32};
 use afterimage::error::{Kind, Result};
 use afterimage::map::Entry;
 use afterimage::media::{File, Media, Open, SimMedia};
-use afterimage::pool::{SUPERBLOCK, Superblock};
+use afterimage::pool::{EXPORT_LIST, ExportKind, ExportList, ExportRow, LeaseRow, SUPERBLOCK, Superblock};
 use afterimage::store::rows::{BranchRow, Key, Row, decode_entry};
 use afterimage::store::seal_file::{SealFile, SealedSlab, seal_path};
 use afterimage::store::state_file::{StateSeal, state_path};
@@ -71,6 +71,94 @@ fn a_damaged_superblock_never_passes_for_another_format() {
     }
     let newer = String::from_utf8(superblock()).unwrap().replace("format = 1", "format = 2\nshape = \"other\"");
     assert_eq!(read_superblock(newer.as_bytes()).unwrap_err().kind(), Kind::Unsupported);
+}
+
+fn export_list() -> ExportList {
+    let nbd = ExportRow {
+        id: 3,
+        kind: ExportKind::Nbd,
+        disks: vec![7, 9],
+        snapshots: vec![12],
+        socket: None,
+        listen: Some("0.0.0.0:10809".into()),
+        tls_cert: Some("/etc/c.pem".into()),
+        tls_key: Some("/etc/k.pem".into()),
+        tls_ca: Some("/etc/ca.pem".into()),
+        read_only: false,
+        queues: 0,
+    };
+    let vhost = ExportRow {
+        id: 5,
+        kind: ExportKind::VhostUser,
+        disks: vec![8],
+        snapshots: Vec::new(),
+        socket: Some("/run/a \"b\".sock".into()),
+        listen: None,
+        tls_cert: None,
+        tls_key: None,
+        tls_ca: None,
+        read_only: true,
+        queues: 64,
+    };
+    let leases = vec![LeaseRow { disk: 7, holder: "export 3 (nbd 0.0.0.0:10809)".into() }];
+    ExportList { exports: vec![nbd, vhost], leases, ..ExportList::default() }
+}
+
+/// The list of exports as it is written.
+pub fn exports() -> Vec<u8> {
+    let media = SimMedia::new(1);
+    export_list().write(&media).unwrap();
+    bytes_of(&media.open(EXPORT_LIST, Open::ReadOnly).unwrap())
+}
+
+fn read_exports(bytes: &[u8]) -> Result<ExportList> {
+    let media = SimMedia::new(1);
+    file_of(&media, EXPORT_LIST, bytes);
+    ExportList::read(&media)
+}
+
+#[test]
+fn the_list_of_exports_is_golden() {
+    assert_eq!(fixture("exports"), exports());
+    assert_eq!(read_exports(&fixture("exports")).unwrap(), export_list());
+    assert_eq!(ExportList::read(&SimMedia::new(1)).unwrap(), ExportList::default(), "there need not be one");
+}
+
+/// It is text for people and has no checksum: what can still be read makes sense by itself.
+#[test]
+fn a_damaged_list_of_exports_is_corrupt_or_another_list() {
+    each_flip(&exports(), |bit, bad| {
+        if let Err(error) = read_exports(bad) {
+            assert!(matches!(error.kind(), Kind::Corrupt | Kind::Unsupported), "bit {bit}: {error}");
+        }
+    });
+    for len in 1..exports().len() {
+        if let Err(error) = read_exports(&exports()[..len]) {
+            assert_eq!(error.kind(), Kind::Corrupt, "{error}");
+        }
+    }
+    let text = String::from_utf8(exports()).unwrap();
+    let newer = text.replace("format = 1", "format = 2\nshape = \"other\"");
+    assert_eq!(read_exports(newer.as_bytes()).unwrap_err().kind(), Kind::Unsupported);
+    for (good, bad) in [
+        ("format = 1", "format = 0"),
+        ("id = 3", "id = 0"),
+        ("id = 3", "id = 5"),
+        ("id = 3", "id = 3\nother = 1"),
+        ("disks = [8]", ""),
+        ("socket = ", "listen = \"127.0.0.1:1\"\nsocket = "),
+        ("\"/etc/k.pem\"", "\"etc/k.pem\""),
+        ("tls-key = \"/etc/k.pem\"", ""),
+        ("queues = 64", "queues = 65"),
+        ("queues = 64", "queues = 0"),
+        ("queues = 0", "queues = 1"),
+        ("kind = \"nbd\"", "kind = \"iscsi\""),
+        ("disk = 7", "disk = -7"),
+    ] {
+        assert!(text.contains(good), "{good}");
+        let error = read_exports(text.replacen(good, bad, 1).as_bytes()).unwrap_err();
+        assert_eq!(error.kind(), Kind::Corrupt, "{bad}: {error}");
+    }
 }
 
 /// The rows of the golden frames.

@@ -16,8 +16,12 @@ fn make() {
     if std::env::var_os("AFTERIMAGE_MAKE_FIXTURES").is_none() {
         return;
     }
-    let mut golden: Vec<(&str, Vec<u8>)> =
-        vec![("superblock", files::superblock()), ("journal", files::journal()), ("seal", files::seal())];
+    let mut golden: Vec<(&str, Vec<u8>)> = vec![
+        ("superblock", files::superblock()),
+        ("exports", files::exports()),
+        ("journal", files::journal()),
+        ("seal", files::seal()),
+    ];
     golden.push(("stream", crate::stream::format::golden()));
     golden.push(("record", super::record::record_of(&super::record::RECIPE)));
     golden.extend(samples::all().into_iter().map(|sample| (sample.name, sample.bytes)));

@@ -89,7 +89,7 @@ fn opens(media: Arc<dyn Media>) {
     sound(&store);
     let alpha = store.disk_info("alpha").unwrap();
     assert_eq!((alpha.settings.quota, alpha.settings.iops), (Some(1 << 30), Some(500)));
-    assert_eq!(store.disk_info("gamma").unwrap().origin.as_deref(), Some("alpha@one"));
+    assert_eq!(store.disk_info("gamma").unwrap().origin.unwrap().name, "alpha@one");
     assert_eq!(store.snapshot_info("alpha", "three").unwrap().holds, ["backup"]);
     assert!(!store.seals_on_disk().unwrap().is_empty());
     let scrub = disk::scrub(&store, &Silent).unwrap();

@@ -6,7 +6,7 @@ use afterimage::disk::{self, BlockDevice};
 use afterimage::error::Result;
 use afterimage::media::{Media, Open, SimMedia};
 use afterimage::snapshot;
-use afterimage::snapshot::record::{self, Record, RecordIdentity, record_path};
+use afterimage::snapshot::record::{self, Memory, Record, RecordIdentity, record_path};
 use afterimage::store::{InitOptions, Moment, RetiredRow, Store};
 use afterimage::units::{BranchId, Epoch};
 use uuid::Uuid;
@@ -80,13 +80,13 @@ fn read(bytes: &[u8]) -> Result<Record> {
     let media = SimMedia::new(1);
     let file = media.open("record", Open::New).unwrap();
     file.write_at(bytes, 0).unwrap();
-    Record::read("the record", &*file)
+    Record::read("the record", &file)
 }
 
 fn blocks(record: &Record) -> Vec<u64> {
-    let mut walk = record.walk();
+    let mut walk = record.walk().unwrap();
     let mut all = Vec::new();
-    while let Some((chunk, pieces)) = walk.step() {
+    while let Some((chunk, pieces)) = walk.step().unwrap() {
         let first = u64::from(chunk.0) * 512;
         all.extend(pieces.iter().flat_map(|piece| piece.set.iter()).map(|block| first + block as u64));
     }
@@ -104,9 +104,9 @@ fn a_record_is_golden_and_comes_back() {
     assert_eq!(blocks(&record), RECIPE.blocks);
     // In parts it is the same, wherever they begin.
     for first in 0..=u32::try_from(RECIPE.blocks.iter().max().unwrap() / 512).unwrap() {
-        let mut walk = record.walk_between(first..first + 1);
+        let mut walk = record.walk_between(first..first + 1).unwrap();
         let mut all = Vec::new();
-        while let Some((chunk, pieces)) = walk.step() {
+        while let Some((chunk, pieces)) = walk.step().unwrap() {
             assert_eq!(chunk.0, first);
             all.extend(
                 pieces.iter().flat_map(|piece| piece.set.iter()).map(|block| u64::from(first) * 512 + block as u64),
@@ -118,6 +118,51 @@ fn a_record_is_golden_and_comes_back() {
     }
     let two = Recipe { reopen: true, ..RECIPE };
     assert_eq!(blocks(&read(&record_of(&two)).unwrap()), RECIPE.blocks);
+}
+
+/// A record that does not fit into memory is walked over all the same.
+#[test]
+fn a_record_is_the_same_with_little_memory() {
+    let many = Recipe { reopen: true, ..RECIPE };
+    for bytes in [record_of(&many), record_of(&scattered())] {
+        let media = SimMedia::new(1);
+        let file = media.open("record", Open::New).unwrap();
+        file.write_at(&bytes, 0).unwrap();
+        let whole = Record::read("the record", &file).unwrap();
+        let expected = blocks(&whole);
+        for (sets, runs) in [(0, usize::MAX), (u64::MAX, 1), (0, 1), (0, 2), (0, 3), (0, 7), (0, 64)] {
+            let little = Record::read_within("the record", &file, Memory { sets, runs }).unwrap();
+            assert_eq!(blocks(&little), expected, "{sets} bytes of sets, {runs} runs");
+            let chunks: std::collections::BTreeSet<u64> = expected.iter().map(|block| block / 512).collect();
+            let last = u32::try_from(*chunks.last().unwrap()).unwrap();
+            // From any chunk on, and chunk by chunk, also those that have nothing.
+            for first in [0, 1, last / 2, last, last + 1, last + 5000] {
+                let walk = |record: &Record| {
+                    let mut walk = record.walk_between(first..first + 40).unwrap();
+                    let mut all = Vec::new();
+                    while let Some((chunk, pieces)) = walk.step().unwrap() {
+                        all.push((chunk, pieces.to_vec()));
+                    }
+                    all
+                };
+                assert_eq!(walk(&little), walk(&whole), "from chunk {first}, {sets}, {runs}");
+                let (mut a, mut b) =
+                    (little.walk_between(first..u32::MAX).unwrap(), whole.walk_between(first..u32::MAX).unwrap());
+                for chunk in (first..first + 200).step_by(3) {
+                    let chunk = afterimage::units::ChunkIndex(chunk);
+                    assert_eq!(a.pick(chunk).unwrap(), b.pick(chunk).unwrap());
+                }
+            }
+        }
+    }
+}
+
+/// Every other block of many chunks, written in an order that no run can tell.
+fn scattered() -> Recipe {
+    static BLOCKS: std::sync::LazyLock<Vec<u64>> = std::sync::LazyLock::new(|| {
+        (0..31).flat_map(|n| (0..9).map(move |i| (n * 12 % 31) * 512 + i * 56 + n % 3)).collect()
+    });
+    Recipe { blocks: &BLOCKS, ..RECIPE }
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use afterimage::disk;
+use afterimage::disk::{self, BlockDevice};
 use afterimage::error::Kind;
 use afterimage::media::{HostMedia, Media, Open};
 use afterimage::progress::Silent;
@@ -11,7 +11,7 @@ use afterimage::snapshot::diff::{self, StateName};
 use afterimage::snapshot::record::record_path;
 use afterimage::store::{InitOptions, SnapshotState, Store};
 
-use super::{BLOCK, MIB, Pool, data, fill, options};
+use super::{BLOCK, MIB, Pool, data, fill, options, zero};
 
 #[test]
 fn a_retired_snapshot_is_listed_renamed_held_and_deleted_and_nothing_else() {
@@ -98,11 +98,11 @@ fn a_lost_record_is_named_and_comes_back_from_a_copy() {
     let error = diff::open(&pool.store, &names[0], &names[1]).unwrap_err();
     assert_eq!(error.kind(), Kind::NotFound, "{error}");
     assert!(error.next_step().is_some_and(|hint| hint.contains("record import")));
-    snapshot::import_record(&pool.store, "copy", &*copy).unwrap();
+    snapshot::import_record(&pool.store, "copy", &copy).unwrap();
     assert_eq!(pool.diff("d@a", "d"), [data(0, BLOCK)]);
     // Also one that was deleted: it is a base again.
     snapshot::remove(&pool.store, "d", "a").unwrap();
-    snapshot::import_record(&pool.store, "copy", &*copy).unwrap();
+    snapshot::import_record(&pool.store, "copy", &copy).unwrap();
     assert_eq!(pool.diff("d@a", "d"), [data(0, BLOCK)]);
     pool.sound();
     // Damage is an error, not a smaller diff.
@@ -110,7 +110,7 @@ fn a_lost_record_is_named_and_comes_back_from_a_copy() {
     pool.media.remove("copy").unwrap();
     let copy = pool.media.open("copy", Open::New).unwrap();
     copy.write_at(&bytes, 0).unwrap();
-    let error = snapshot::import_record(&pool.store, "copy", &*copy).unwrap_err();
+    let error = snapshot::import_record(&pool.store, "copy", &copy).unwrap_err();
     assert_eq!(error.kind(), Kind::Corrupt, "{error}");
 }
 
@@ -155,11 +155,11 @@ fn pool_directory_rolled_back_to_an_older_copy() {
     fill(&disk::open(&store, "d").unwrap(), BLOCK, 2 * BLOCK, 3);
     let folder = HostMedia::new(dir.path()).unwrap();
     let file = folder.open("saved.aimg", Open::ReadOnly).unwrap();
-    let error = snapshot::import_record(&store, "saved.aimg", &*file).unwrap_err();
+    let error = snapshot::import_record(&store, "saved.aimg", &file).unwrap_err();
     assert!(error.to_string().contains("taken back to an earlier day"), "{error}");
     // Also once the new course has used the same numbers itself.
     snapshot::take(&store, &[("d".into(), "other".into())]).unwrap();
-    let error = snapshot::import_record(&store, "saved.aimg", &*file).unwrap_err();
+    let error = snapshot::import_record(&store, "saved.aimg", &file).unwrap_err();
     assert!(error.to_string().contains("taken back to an earlier day"), "{error}");
     // Its own retired snapshots are good, over openings too.
     snapshot::retire(&store, &[("d".into(), "other".into())]).unwrap();
@@ -211,4 +211,28 @@ fn the_proof_on_demand_finds_nothing_wrong() {
     assert_eq!(verify("-", "d").compared, 6 * MIB);
     assert_eq!(pool.store.snapshots("d").unwrap().len(), 2, "the snapshot taken for it is gone");
     pool.sound();
+}
+
+/// Everything that a state has is told of when it is compared with nothing, from a live disk, a snapshot or a record.
+#[test]
+fn to_nothing_everything_is_zeros() {
+    let pool = Pool::new();
+    let disk = pool.disk("d", 8 * MIB + 512);
+    fill(&disk, MIB, 3 * MIB, 1);
+    pool.take("d", "a");
+    fill(&disk, 8 * MIB, 8 * MIB + 512, 2);
+    disk.flush().unwrap();
+    let whole = [zero(MIB, 2 * MIB), zero(8 * MIB, 512)];
+    assert_eq!(pool.diff("d", "-"), whole);
+    assert_eq!(pool.diff("d@a", "-"), whole[..1]);
+    pool.retire("d", "a");
+    assert_eq!(pool.diff("d@a", "-"), whole[..1]);
+    let diff = diff::open(&pool.store, &StateName::parse("d"), &StateName::Nothing).unwrap();
+    assert_eq!((diff.from_size(), diff.to_size()), (8 * MIB + 512, 8 * MIB + 512));
+    let total = diff.total().unwrap();
+    assert_eq!((total.data, total.zero, total.extents), (0, 2 * MIB + 512, 2));
+    assert_eq!(pool.diff("-", "-"), []);
+    let report = diff::verify(&pool.store, &StateName::parse("d"), &StateName::Nothing, &Silent).unwrap();
+    assert_eq!((report.missed, report.not_zero, report.first_wrong), (0, 0, None));
+    assert_eq!(report.told, 2 * MIB + 512);
 }

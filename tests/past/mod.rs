@@ -5,6 +5,7 @@
 mod bases;
 mod bugs;
 mod crashes;
+mod lost;
 
 use std::sync::Arc;
 

@@ -216,16 +216,63 @@ fn a_truncated_or_foreign_segment_is_told_and_other_disks_stay_readable() {
     server.stop();
 }
 
+/// The other disks are served; what lay in the file is EIO, and comes back with it.
 #[test]
-fn a_missing_segment_is_named() {
+fn a_missing_segment_keeps_nobody_from_the_other_disks() {
     let Some(place) = pool() else { return };
     let (segment, _) = find(&place.cli.pool(), &noise(1 << 20, 1)[..4096]);
     let away = place.cli.path("away");
     fs::rename(&segment, &away).unwrap();
-    let name = segment.file_name().unwrap().to_str().unwrap();
-    let message = refused(&place.cli, &["ls"], &[5]);
-    assert!(message.contains(name), "{message}");
+    let name = segment.file_name().unwrap().to_str().unwrap().to_owned();
+    let listed = place.cli.json(&["ls"]);
+    assert!(listed["damage"].as_str().unwrap().contains(&name) && listed["health"].is_null(), "{listed}");
+    for command in ["check", "scrub"] {
+        let output = place.cli.run(&[command]);
+        let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert!(output.status.code() == Some(5) && said.contains(&name), "{command}: {said}");
+    }
+    let server = place.serve();
+    assert!(fs::read(place.disk("b")).unwrap() == noise(1 << 20, 3));
+    assert_eq!(fs::read(place.disk("a")).unwrap_err().raw_os_error(), Some(libc::EIO));
+    let file = fs::OpenOptions::new().read(true).write(true).open(place.disk("a")).unwrap();
+    // A part of a block that is lost: refused, and nobody else is kept from writing for that.
+    assert_eq!(file.write_all_at(&[9; 100], 4096).unwrap_err().raw_os_error(), Some(libc::EIO));
+    file.write_all_at(&[9; 4096], 8192).unwrap();
+    file.sync_all().unwrap();
+    let mut block = [0; 4096];
+    file.read_exact_at(&mut block, 8192).unwrap();
+    assert_eq!(block, [9; 4096]);
+    drop(file);
+    fs::write(place.disk("new"), noise(1 << 20, 4)).unwrap();
+    place.cli.json(&["snapshot", "b@t", "new@t", "a@t"]);
+    place.cli.json(&["rm", "a@s"]);
+    place.cli.json(&["reclaim", "--wait"]);
+    assert!(place.cli.json(&["ls"])["health"].is_null());
+    server.stop();
+
     fs::rename(&away, &segment).unwrap();
+    place.check();
+    let server = place.serve();
+    let mut expected = noise(1 << 20, 1);
+    expected[8192..12288].fill(9);
+    assert!(fs::read(place.disk("a")).unwrap() == expected);
+    assert!(fs::read(place.disk("new")).unwrap() == noise(1 << 20, 4));
+    place.cli.json(&["reclaim", "--wait"]);
+    server.stop();
+    place.check();
+}
+
+#[test]
+fn a_pool_without_any_segment_stays_closed() {
+    let Some(place) = pool() else { return };
+    let (segments, away) = (place.cli.pool().join("segments"), place.cli.path("away"));
+    fs::rename(&segments, &away).unwrap();
+    fs::create_dir(&segments).unwrap();
+    let (code, error) = place.cli.error(&["ls"]);
+    assert_eq!(code, 5, "{error}");
+    assert!(error["hint"].as_str().unwrap().contains("mounted"), "{error}");
+    fs::remove_dir(&segments).unwrap();
+    fs::rename(&away, &segments).unwrap();
     place.check();
 }
 

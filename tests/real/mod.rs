@@ -39,7 +39,7 @@ pub(crate) fn require(there: bool, what: &str) -> bool {
 }
 
 /// Tells whether loop devices can be attached and mounted.
-fn require_loop() -> bool {
+pub(crate) fn require_loop() -> bool {
     let can = rustix::process::geteuid().is_root() && Path::new("/dev/loop-control").exists();
     crate::tree::require_fuse() && require(can, "root and /dev/loop-control")
 }
@@ -49,14 +49,14 @@ pub(crate) fn require_programs(programs: &[&str]) -> bool {
     programs.iter().all(|program| require(is_installed(program), program))
 }
 
-fn is_installed(program: &str) -> bool {
+pub(crate) fn is_installed(program: &str) -> bool {
     let path = search_path();
     std::env::split_paths(&path).any(|dir| dir.join(program).is_file())
 }
 
 /// The search path with the directories of the administrator, which ordinary users often lack, and the one into which
 /// `tests/run` puts what it builds.
-fn search_path() -> std::ffi::OsString {
+pub(crate) fn search_path() -> std::ffi::OsString {
     let mut path = std::env::var_os("PATH").unwrap_or_default();
     path.push(concat!(":/usr/sbin:/sbin:", env!("CARGO_TARGET_TMPDIR"), "/../tools/bin"));
     path
@@ -68,8 +68,8 @@ fn scratch() -> tempfile::TempDir {
 }
 
 /// A pool with a place to mount it.
-struct Place {
-    cli: Afterimage,
+pub(crate) struct Place {
+    pub(crate) cli: Afterimage,
     mnt: PathBuf,
     /// What the servers log; not beside the pool, where there may be no room for it.
     log: tempfile::NamedTempFile,
@@ -77,7 +77,7 @@ struct Place {
 
 impl Place {
     /// Makes a pool; `None` where FUSE cannot be used.
-    fn new() -> Option<Self> {
+    pub(crate) fn new() -> Option<Self> {
         crate::tree::require_fuse().then(|| Self::within(scratch()))
     }
 
@@ -92,7 +92,7 @@ impl Place {
     }
 
     /// Starts the server.
-    fn serve(&self) -> Server {
+    pub(crate) fn serve(&self) -> Server {
         let words = ["-v", "--json", "mount", self.mnt.to_str().unwrap()];
         let log = fs::OpenOptions::new().append(true).open(self.log.path()).unwrap();
         let mut child = self.cli.command(&words).stdout(Stdio::piped()).stderr(log).spawn().unwrap();
@@ -109,23 +109,23 @@ impl Place {
         lines.lines().skip(last).collect::<Vec<_>>().join("\n")
     }
 
-    fn disk(&self, name: &str) -> PathBuf {
+    pub(crate) fn disk(&self, name: &str) -> PathBuf {
         self.mnt.join(format!("disks/{name}.raw"))
     }
 
-    fn snapshot(&self, disk: &str, name: &str) -> PathBuf {
+    pub(crate) fn snapshot(&self, disk: &str, name: &str) -> PathBuf {
         self.mnt.join(format!("snapshots/{disk}/{name}.raw"))
     }
 
     /// Returns a number of an answer.
-    fn number(&self, words: &[&str], key: &str) -> u64 {
+    pub(crate) fn number(&self, words: &[&str], key: &str) -> u64 {
         let answer = self.cli.json(words);
         answer[key].as_u64().unwrap_or_else(|| panic!("{key} in {answer}"))
     }
 
     /// Proves that the pool is sound, and returns what the command said on stderr about opening it.
     #[track_caller]
-    fn check(&self) -> String {
+    pub(crate) fn check(&self) -> String {
         let output = self.cli.run(&["check", "-v"]);
         let (said, told) = (text(&output.stdout), text(&output.stderr));
         assert!(output.status.success(), "check: {said}{told}\nlog of the server:\n{}", self.log());
@@ -133,13 +133,13 @@ impl Place {
     }
 
     /// Waits until nobody writes a disk: the kernel sends the release of a closed file a moment after close(2).
-    fn wait_until_free(&self, disk: &str) {
+    pub(crate) fn wait_until_free(&self, disk: &str) {
         wait_for(&format!("{disk} is let go of"), || self.cli.json(&["info", disk])["holder"].is_null());
     }
 }
 
 /// A server in the foreground, killed at the latest when this is dropped.
-struct Server {
+pub(crate) struct Server {
     child: Child,
     mnt: PathBuf,
 }
@@ -162,13 +162,13 @@ impl Server {
     }
 
     /// Asks it to end and waits until it has.
-    fn stop(self) {
+    pub(crate) fn stop(self) {
         self.signal(Signal::TERM);
         assert_eq!(self.wait().code(), Some(0));
     }
 
     /// Kills it as the kernel would when memory runs out, and takes the dead mount away.
-    fn kill(mut self) {
+    pub(crate) fn kill(mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
         run("fusermount3", ["-u", "-z", self.mnt.to_str().unwrap()]);
@@ -186,10 +186,10 @@ impl Drop for Server {
 }
 
 /// A loop device, detached when this is dropped.
-struct Loop(String);
+pub(crate) struct Loop(String);
 
 impl Loop {
-    fn attach(file: &Path, options: &[&str]) -> Self {
+    pub(crate) fn attach(file: &Path, options: &[&str]) -> Self {
         // Somebody else may take the free device between the question and the answer.
         for _ in 0..20 {
             let words = ["-f", "--show"].iter().chain(options).map(OsStr::new).chain([file.as_os_str()]);
@@ -213,10 +213,10 @@ impl Drop for Loop {
 }
 
 /// A mounted file system, unmounted when this is dropped.
-struct FileSystem(PathBuf);
+pub(crate) struct FileSystem(PathBuf);
 
 impl FileSystem {
-    fn mount(device: &Loop, at: &Path, options: &str) -> Self {
+    pub(crate) fn mount(device: &Loop, at: &Path, options: &str) -> Self {
         fs::create_dir_all(at).unwrap();
         run("mount", [OsStr::new("-o"), options.as_ref(), device.0.as_ref(), at.as_os_str()]);
         Self(at.to_path_buf())
@@ -260,7 +260,7 @@ pub(crate) fn shell(line: &str, words: &[&OsStr]) -> String {
 }
 
 #[track_caller]
-fn wait_for(what: &str, mut is: impl FnMut() -> bool) {
+pub(crate) fn wait_for(what: &str, mut is: impl FnMut() -> bool) {
     let begun = Instant::now();
     while !is() {
         assert!(begun.elapsed() < PATIENCE, "in vain: {what}");

@@ -3,6 +3,7 @@
 mod files;
 pub mod format;
 mod histories;
+mod pipes;
 mod pools;
 mod refusals;
 

@@ -13,6 +13,7 @@ mod extents;
 mod files;
 mod hostile;
 mod increments;
+mod leases;
 mod names;
 mod news;
 mod retired;

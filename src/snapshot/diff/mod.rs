@@ -6,6 +6,7 @@
 //! # Rules
 //! 1. An address in TO and not in FROM is data; a block mapped in FROM and no longer in TO is zeros.
 //! 2. What lies beyond the end of FROM is new: data where it is mapped, zeros elsewhere. From nothing, that is all of it.
+//!    To nothing, everything mapped becomes zeros: it counts as an empty disk as large as FROM.
 //! 3. More may be told than differs, never less. A base that cannot be trusted is an error that says why.
 //! 4. Extents come sorted, disjoint, as long as they can be, and end at the size of TO.
 //! 5. Both sides are taken at one instant. The live side of a disk is what was acknowledged by then.
@@ -47,7 +48,7 @@ pub struct Extent {
 /// A state by name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StateName {
-    /// `-`: nothing, so that everything is a change.
+    /// `-`: nothing, so that everything is a change: from it, all of the other side; to it, zeros for all that is mapped.
     Nothing,
     /// `DISK`: as it is now.
     Disk(String),
@@ -183,7 +184,10 @@ fn fix(
     let tables = store.tables.read();
     let frozen = Arc::new(store.ledger.frozen());
     let mut fixing = Fixing { tables: &tables, frozen: Arc::clone(&frozen), live, records };
-    let (Some(from), Some(to)) = (fixing.side(from)?, fixing.side(to)?) else { return Ok(None) };
+    let (Some(from), Some(mut to)) = (fixing.side(from)?, fixing.side(to)?) else { return Ok(None) };
+    if matches!(to.map, Map::Nothing) {
+        to.size = from.size;
+    }
     let stretches = related::between(&tables, &from, &to);
     drop((tables, orders));
     Ok(Some(([from, to], Instant { frozen, stretches })))
@@ -280,7 +284,7 @@ impl Diff {
         self.from.size
     }
 
-    /// Returns the bytes of TO.
+    /// Returns the bytes of TO; those of FROM for nothing.
     #[must_use]
     pub fn to_size(&self) -> u64 {
         self.to.size
@@ -398,7 +402,7 @@ impl Comparable for Side {
 
 impl Comparable for Record {
     fn part(&self, part: Range<u32>) -> Result<Box<dyn ChunkPieces + '_>> {
-        Ok(Box::new(self.walk_between(part)))
+        Ok(Box::new(self.walk_between(part)?))
     }
 }
 
@@ -433,7 +437,7 @@ fn sorted(entry: Entry) -> Vec<Piece> {
 
 impl ChunkPieces for RecordWalk<'_> {
     fn step(&mut self) -> Result<Option<(ChunkIndex, &[Piece])>> {
-        Ok(RecordWalk::step(self))
+        RecordWalk::step(self)
     }
 }
 
@@ -454,7 +458,10 @@ impl Comparable for Picked<'_> {
     fn part(&self, part: Range<u32>) -> Result<Box<dyn ChunkPieces + '_>> {
         let chunks = &self.chunks[part.start as usize..part.end as usize];
         let (map, first) = (&self.side.map, chunks.first().map_or(0, |chunk| chunk.0));
-        let record = if let Map::Record(record) = map { Some(record.walk_between(first..u32::MAX)) } else { None };
+        let record = match map {
+            Map::Record(record) => Some(record.walk_between(first..u32::MAX)?),
+            _ => None,
+        };
         Ok(Box::new(PickedWalk { map, record, chunks: chunks.iter(), pieces: Vec::new() }))
     }
 }
@@ -463,7 +470,7 @@ impl ChunkPieces for PickedWalk<'_> {
     fn step(&mut self) -> Result<Option<(ChunkIndex, &[Piece])>> {
         let Some(chunk) = self.chunks.next() else { return Ok(None) };
         if let Some(record) = &mut self.record {
-            return Ok(Some((*chunk, record.pick(*chunk))));
+            return Ok(Some((*chunk, record.pick(*chunk)?)));
         }
         if let Map::View(view) = self.map {
             self.pieces = sorted(view.entry(*chunk)?);

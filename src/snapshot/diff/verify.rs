@@ -83,7 +83,7 @@ fn side(store: &Arc<Store>, name: &StateName) -> Result<Data> {
 
 fn run(diff: &Diff, from: &dyn BlockDevice, to: &dyn BlockDevice, progress: &dyn Progress) -> Result<VerifyReport> {
     let mut report = VerifyReport::default();
-    progress.total(to.size());
+    progress.total(diff.to_size());
     let mut at = 0;
     diff.each(&mut |extent| {
         compare_range(at, extent.offset, None, from, to, &mut report, progress)?;
@@ -92,7 +92,7 @@ fn run(diff: &Diff, from: &dyn BlockDevice, to: &dyn BlockDevice, progress: &dyn
         at = end;
         Ok(())
     })?;
-    compare_range(at, to.size(), None, from, to, &mut report, progress)?;
+    compare_range(at, diff.to_size(), None, from, to, &mut report, progress)?;
     Ok(report)
 }
 
@@ -112,11 +112,13 @@ fn compare_range(
         }
         let len = PART.min(end - at);
         let (mut old, mut new) = (vec![0; to_usize(len)], vec![0; to_usize(len)]);
-        let known = from.size().saturating_sub(at).min(len);
-        if known > 0 {
-            from.read(&mut old[..to_usize(known)], at)?;
+        for (side, bytes) in [(from, &mut old), (to, &mut new)] {
+            // Beyond its end a side is zeros.
+            let known = side.size().saturating_sub(at).min(len);
+            if known > 0 {
+                side.read(&mut bytes[..to_usize(known)], at)?;
+            }
         }
-        to.read(&mut new, at)?;
         let block = to_usize(BLOCK_SIZE);
         for (n, (a, b)) in old.chunks(block).zip(new.chunks(block)).enumerate() {
             let bytes = b.len() as u64;

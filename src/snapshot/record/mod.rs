@@ -4,7 +4,7 @@
 //! 1. A record is made from the map entries of the snapshot as of one instant, and is durable before they go.
 //! 2. A record is believed by the pool that made it only, and there only if its snapshot lies in the past of that pool as
 //!    it is now: in a copy, or a pool taken back to an earlier day, the same addresses may hold other bytes.
-//! 3. Every byte of a file is checked when it is opened; nothing in it can fail later.
+//! 3. Every byte of a file is checked when it is opened; later only reading it again can fail, if it is a large one.
 //!
 //! # After a crash
 //! A record is whole or not there; until the catalog names it, the map entries are the record.
@@ -14,25 +14,26 @@
 mod read;
 mod sets;
 mod slabs;
+#[cfg(test)]
+mod tests;
 mod write;
 
 use uuid::Uuid;
 
-pub use read::{Record, RecordWalk};
+pub use read::{Memory, Record, RecordWalk};
 pub use write::{copy, write};
 
 use crate::codec::{Reader, Writer, unseal};
 use crate::error::{Error, Result};
-use crate::store::{Moment, RetiredRow, StateRow, Status};
-use crate::units::{BranchId, DISK_SIZE_MAX, DiskId, Epoch, SnapshotId};
+use crate::pool::RETIRED_DIR;
+use crate::store::{Moment, RetiredRow, StateRow};
+use crate::units::{BranchId, DiskId, Epoch, SnapshotId};
 
 const MAGIC: [u8; 8] = *b"\x89AFTAI\r\n";
 const VERSION: u32 = 1;
 const HEADER_LEN: usize = 64;
 const IDENTITY_MAX: usize = 4096;
 const ENTRY_LEN: usize = 60;
-/// Folder of the records in a pool.
-pub const RETIRED_DIR: &str = "retired";
 
 /// Returns the path of a record below the pool.
 #[must_use]
@@ -63,8 +64,7 @@ impl RecordIdentity {
         out.u64(self.moment.opening).u64(self.moment.nonce);
         out.u64(state.disk.0).raw(self.disk_uuid.as_bytes()).text(&self.disk_name);
         out.u64(state.snapshot.0).raw(state.uuid.as_bytes()).text(&state.name);
-        out.u64(state.size).u8(u8::from(state.trim)).u64(state.created).u64(state.stamp);
-        out.u64(state.referenced).u64(state.written).u64(state.floor);
+        state.write_figures(&mut out);
         out.sealed()
     }
 
@@ -76,25 +76,8 @@ impl RecordIdentity {
         let moment = Moment { opening: from.u64()?, nonce: from.u64()? };
         let disk = DiskId(from.u64()?);
         let (disk_uuid, disk_name) = (uuid(&mut from)?, from.text()?);
-        let state = StateRow {
-            status: Status::Retired,
-            disk,
-            snapshot: SnapshotId(from.u64()?),
-            uuid: uuid(&mut from)?,
-            name: from.text()?,
-            size: from.u64()?,
-            trim: from.flag()?,
-            created: from.u64()?,
-            stamp: from.u64()?,
-            referenced: from.u64()?,
-            written: from.u64()?,
-            floor: from.u64()?,
-            sealed: true,
-            holds: Vec::new(),
-        };
-        if state.size > DISK_SIZE_MAX {
-            return Err(from.corrupt("its size is beyond 64 TiB"));
-        }
+        let (snapshot, snapshot_uuid, name) = (SnapshotId(from.u64()?), uuid(&mut from)?, from.text()?);
+        let state = StateRow::read_figures(&mut from, snapshot, disk, name, snapshot_uuid)?;
         from.end()?;
         Ok(Self { pool, moment, disk_uuid, disk_name, row: RetiredRow { branch, epoch, lineage, state } })
     }

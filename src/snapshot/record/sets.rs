@@ -3,11 +3,17 @@
 //! tests, hides its containers and answers bit by bit; that took ten times as long.)
 //!
 //! # Rules
-//! 1. Everything is checked when a set is opened: keys, cardinalities, order, lengths. After that nothing can fail.
+//! 1. Everything is checked when a set is opened: keys, cardinalities, order, lengths.
+//! 2. After that a set in memory cannot fail. One that was left in its file is read again where it is asked for, 8 KiB at a
+//!    time at most; the file is never changed, so only the reading can fail.
+
+use std::borrow::Cow;
+use std::sync::Arc;
 
 use crate::codec::Reader;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::map::BlockSet;
+use crate::media::File;
 use crate::units::{CHUNK_BLOCKS, SLOT_BITS, to_usize};
 
 const COOKIE_RUNS: u32 = 12_347;
@@ -37,10 +43,18 @@ struct Container {
     cardinality: usize,
 }
 
+/// Where the bytes of a set are.
+#[derive(Debug)]
+enum Bytes {
+    Memory(Vec<u8>),
+    /// From this byte of a file on.
+    File(Arc<dyn File>, u64),
+}
+
 /// A set of slots of one segment.
 #[derive(Debug)]
 pub(super) struct SlotSet {
-    bytes: Vec<u8>,
+    bytes: Bytes,
     containers: Vec<Container>,
     /// For each key 1 + the container; 0 when there is none.
     by_key: Box<[u16]>,
@@ -75,7 +89,8 @@ impl SlotSet {
         let has_offsets = !with_runs || count >= OFFSETS_FROM;
         let offsets = if has_offsets { from.raw(count * 4)? } else { &[] };
         let mut containers = Vec::with_capacity(count);
-        let mut by_key = vec![0; KEYS].into_boxed_slice();
+        // No longer than it has to be: there may be many small segments.
+        let mut by_key = vec![0; heads.last().map_or(0, |last| last.0 + 1)].into_boxed_slice();
         let mut len = 0;
         for (n, (key, cardinality)) in heads.iter().enumerate() {
             let at = bytes.len() - from.left();
@@ -90,11 +105,31 @@ impl SlotSet {
             len += *cardinality as u64;
         }
         from.end()?;
-        Ok(Self { bytes, containers, by_key, len })
+        Ok(Self { bytes: Bytes::Memory(bytes), containers, by_key, len })
+    }
+
+    /// Gives the bytes up: from here on they are read where they lie in a file.
+    pub(super) fn leave_in(&mut self, file: &Arc<dyn File>, at: u64) {
+        self.bytes = Bytes::File(Arc::clone(file), at);
+    }
+
+    fn bytes(&self, at: usize, len: usize) -> Result<Cow<'_, [u8]>> {
+        match &self.bytes {
+            Bytes::Memory(bytes) => Ok(Cow::Borrowed(&bytes[at..at + len])),
+            Bytes::File(file, start) => {
+                let mut bytes = vec![0; len];
+                let read = file.read_exact_at(&mut bytes, start + at as u64);
+                read.map_err(|e| Error::io("cannot read the record of a retired snapshot", e))?;
+                Ok(Cow::Owned(bytes))
+            }
+        }
     }
 
     /// Returns how many slots of a range that begins and ends at multiples of 512 are in the set.
-    pub(super) fn count_between(&self, slots: std::ops::Range<u64>) -> u64 {
+    ///
+    /// # Errors
+    /// As [`SlotSet::window`].
+    pub(super) fn count_between(&self, slots: std::ops::Range<u64>) -> Result<u64> {
         const CONTAINER: u64 = 1 << 16;
         let mut count = 0;
         let mut at = slots.start;
@@ -106,52 +141,29 @@ impl SlotSet {
                 count += found.checked_sub(1).map_or(0, |n| self.containers[usize::from(n)].cardinality as u64);
                 at = (at / CONTAINER + 1) * CONTAINER;
             } else {
-                count += u64::from(self.window(u32::try_from(at).expect("below 2^28")).count());
+                count += u64::from(self.window(u32::try_from(at).expect("below 2^28"))?.count());
                 at += CHUNK_BLOCKS;
             }
         }
-        count
+        Ok(count)
     }
 
     /// Returns which of the 512 slots from `first` on are in the set; `first` is a multiple of 512.
-    pub(super) fn window(&self, first: u32) -> BlockSet {
+    ///
+    /// # Errors
+    /// Any error of reading the file that the set was left in.
+    pub(super) fn window(&self, first: u32) -> Result<BlockSet> {
         let found = self.by_key.get((first >> 16) as usize).copied().unwrap_or(0);
         let Some(container) = found.checked_sub(1).map(|n| self.containers[usize::from(n)]) else {
-            return BlockSet::EMPTY;
+            return Ok(BlockSet::EMPTY);
         };
         let low = (first & 0xffff) as usize;
-        let u16_at = |at: usize| usize::from(u16::from_le_bytes([self.bytes[at], self.bytes[at + 1]]));
-        match container.form {
-            Form::Bitmap => {
-                let mut words = [0; WINDOW / 64];
-                let start = container.at + low / 8;
-                for (word, bytes) in words.iter_mut().zip(self.bytes[start..start + WINDOW / 8].chunks_exact(8)) {
-                    *word = u64::from_le_bytes(bytes.try_into().expect("eight bytes"));
-                }
-                BlockSet::from_words(words)
-            }
-            Form::Array => {
-                let value = |n: usize| u16_at(container.at + 2 * n);
-                let begin = partition(container.count, |n| value(n) < low);
-                let inside = (begin..container.count).map(value).take_while(|value| *value < low + WINDOW);
-                inside.map(|value| value - low).collect()
-            }
-            Form::Runs => {
-                let run = |n: usize| {
-                    let start = u16_at(container.at + 4 * n);
-                    (start, start + u16_at(container.at + 4 * n + 2) + 1)
-                };
-                let begin = partition(container.count, |n| run(n).1 <= low);
-                if begin < container.count && run(begin).0 <= low && run(begin).1 >= low + WINDOW {
-                    return BlockSet::FULL;
-                }
-                let mut set = BlockSet::EMPTY;
-                for (start, end) in (begin..container.count).map(run).take_while(|run| run.0 < low + WINDOW) {
-                    set = set.or(&BlockSet::range(start.max(low) - low, end.min(low + WINDOW) - low));
-                }
-                set
-            }
-        }
+        let (at, len) = match container.form {
+            Form::Bitmap => (container.at + low / 8, WINDOW / 8),
+            Form::Array => (container.at, 2 * container.count),
+            Form::Runs => (container.at, 4 * container.count),
+        };
+        Ok(container.window(low, &self.bytes(at, len)?))
     }
 }
 
@@ -166,6 +178,41 @@ fn partition(count: usize, below: impl Fn(usize) -> bool) -> usize {
 }
 
 impl Container {
+    /// Returns the 512 numbers from `low` on; `bytes` are those of a bitmap that has them, or of all the rest.
+    fn window(&self, low: usize, bytes: &[u8]) -> BlockSet {
+        let u16_at = |at: usize| usize::from(u16::from_le_bytes([bytes[at], bytes[at + 1]]));
+        match self.form {
+            Form::Bitmap => {
+                let mut words = [0; WINDOW / 64];
+                for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(8)) {
+                    *word = u64::from_le_bytes(bytes.try_into().expect("eight bytes"));
+                }
+                BlockSet::from_words(words)
+            }
+            Form::Array => {
+                let value = |n: usize| u16_at(2 * n);
+                let begin = partition(self.count, |n| value(n) < low);
+                let inside = (begin..self.count).map(value).take_while(|value| *value < low + WINDOW);
+                inside.map(|value| value - low).collect()
+            }
+            Form::Runs => {
+                let run = |n: usize| {
+                    let start = u16_at(4 * n);
+                    (start, start + u16_at(4 * n + 2) + 1)
+                };
+                let begin = partition(self.count, |n| run(n).1 <= low);
+                if begin < self.count && run(begin).0 <= low && run(begin).1 >= low + WINDOW {
+                    return BlockSet::FULL;
+                }
+                let mut set = BlockSet::EMPTY;
+                for (start, end) in (begin..self.count).map(run).take_while(|run| run.0 < low + WINDOW) {
+                    set = set.or(&BlockSet::range(start.max(low) - low, end.min(low + WINDOW) - low));
+                }
+                set
+            }
+        }
+    }
+
     fn check(from: &mut Reader<'_>, at: usize, cardinality: usize, runs: bool) -> Result<Self> {
         if runs {
             let count = usize::from(from.u16()?);
@@ -220,7 +267,7 @@ mod tests {
             assert_eq!(read.len, set.len());
             for first in (0..1 << 20).step_by(512) {
                 let expected: BlockSet = set.range(first..first + 512).map(|slot| (slot - first) as usize).collect();
-                assert!(read.window(first) == expected, "window at {first}");
+                assert!(read.window(first).unwrap() == expected, "window at {first}");
             }
         }
     }
@@ -248,7 +295,7 @@ mod tests {
             let mut bad = bytes.clone();
             bad[bit / 8] ^= 1 << (bit % 8);
             if let Ok(read) = SlotSet::open("flipped", bad) {
-                assert!((0..1 << 19).step_by(512).all(|first| read.window(first).count() <= 512));
+                assert!((0..1 << 19).step_by(512).all(|first| read.window(first).unwrap().count() <= 512));
             }
         }
         SlotSet::open("plain", COOKIE_PLAIN.to_le_bytes().into_iter().chain(u32::MAX.to_le_bytes()).collect())

@@ -9,10 +9,11 @@ use roaring::RoaringBitmap;
 use uuid::Uuid;
 
 use super::slabs::{self, gather};
-use super::{DirectoryEntry, HEADER_LEN, Header, RETIRED_DIR, RecordIdentity, record_path};
+use super::{DirectoryEntry, HEADER_LEN, Header, RecordIdentity, record_path};
 use crate::codec::{Writer, seal};
 use crate::error::{Error, Result};
 use crate::media::{File, Media, Open};
+use crate::pool::RETIRED_DIR;
 use crate::store::MapView;
 use crate::units::{CHUNK_BLOCKS, ChunkIndex, SegmentId};
 
@@ -36,9 +37,10 @@ impl Share {
 
 /// What is gathered of a segment.
 #[derive(Debug, Default)]
-struct Gathered {
-    slabs: Vec<(u32, u32)>,
-    set: RoaringBitmap,
+pub(super) struct Gathered {
+    /// Number and chunk of each slab.
+    pub(super) slabs: Vec<(u32, u32)>,
+    pub(super) set: RoaringBitmap,
 }
 
 /// Writes the record of a snapshot durably; one that is there is replaced. `nonce` tells the nonce of a segment.
@@ -179,12 +181,18 @@ fn gather_segments(map: &MapView, first: SegmentId, last: SegmentId) -> Result<B
 }
 
 /// Appends bytes; returns where they are and how many.
-type Put<'a> = &'a mut dyn FnMut(&[u8]) -> Result<(u64, u64)>;
+pub(super) type Put<'a> = &'a mut dyn FnMut(&[u8]) -> Result<(u64, u64)>;
 
 const SLAB: u32 = 512;
 const _: () = assert!(SLAB as u64 == CHUNK_BLOCKS);
 
-fn put_segment(segment: SegmentId, nonce: u64, mut gathered: Gathered, put: Put<'_>) -> Result<DirectoryEntry> {
+/// Appends the parts of one segment; returns where they are.
+pub(super) fn put_segment(
+    segment: SegmentId,
+    nonce: u64,
+    mut gathered: Gathered,
+    put: Put<'_>,
+) -> Result<DirectoryEntry> {
     gathered.slabs.sort_unstable();
     let slab_count = u32::try_from(gathered.slabs.len()).expect("a segment has fewer than 2^19 slabs");
     let mut table = Writer::new();

@@ -5,13 +5,15 @@
 //!    after it. The ring keeps frames until their room is needed, so a backup of yesterday is often enough. Nothing is
 //!    lost then.
 //! 2. [`sealed`]: the seals of states. Every snapshot that was sealed is there again with its exact map. A disk becomes
-//!    what its newest snapshot is; what was written to it since is lost, and the report says so.
+//!    what its newest snapshot is; what was written to it since is lost, and the report says so. Retired snapshots are not
+//!    there any more: a record is believed only by a pool that knows its own past, which the catalog did.
 //!
 //! # Rules
 //! 1. Nothing that is there is changed before the new catalog is whole and durable: backups and the damaged catalog are
 //!    read through a view that keeps writes to itself.
 //! 2. Nothing is deleted: the old catalog is renamed to `catalog.damaged-<n>.redb`, a journal without a header to
-//!    `journal.damaged-<n>`, a segment without one to `<id>.seg.damaged`.
+//!    `journal.damaged-<n>`, a segment without one to `<id>.seg.damaged`, and the records of retired snapshots that are none
+//!    any more go to `retired.damaged-<n>/`.
 //! 3. Ids and addresses that might ever have been handed out are not handed out again.
 //! 4. What no map names is not punched: it may be the data of an epoch that was never sealed. It stays until somebody who
 //!    has looked at the disks says `check --repair`.

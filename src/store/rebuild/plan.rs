@@ -19,7 +19,7 @@ use super::hints::{Hints, most};
 use super::sealed::{Found, Sealed, branch_at};
 use crate::clock;
 use crate::error::Result;
-use crate::units::{BlockAddress, BranchId, DiskId, Epoch, SegmentId, SnapshotId};
+use crate::units::{BLOCK_SIZE, BlockAddress, BranchId, DiskId, Epoch, SegmentId, SnapshotId};
 
 /// Ids that may have been handed out since what is known was written.
 const JUMP: u64 = 1 << 20;
@@ -129,7 +129,7 @@ impl Plan {
         let lost = lost_of(id, hints, found, state.as_ref());
         let snapshots = edit.tables.snapshot_count(id) as u64;
         let live = state.map(|state| state.name);
-        self.disks.push(RebuiltDisk { name: row.name.clone(), snapshots, blocks: 0, live, lost });
+        self.disks.push(RebuiltDisk { disk: row.name.clone(), snapshots, referenced: 0, live, lost });
         self.bases.push(base.map(|base| base.1));
         edit.put_disk(id, row);
         let _rows = edit.finish();
@@ -151,7 +151,7 @@ impl Plan {
         for (n, id) in ids.into_iter().enumerate() {
             let blocks = self.bases[n].as_ref().map_or(0, count);
             edit.change_disk(id, |row| row.referenced = blocks)?;
-            self.disks[n].blocks = blocks;
+            self.disks[n].referenced = blocks * BLOCK_SIZE;
         }
         let mut rows = edit.finish();
         rows.extend(self.tables.branches().map(|(id, row)| Row::put(Key::branch(id), row.encode())));

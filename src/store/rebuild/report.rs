@@ -6,11 +6,11 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RebuiltDisk {
     /// Its name.
-    pub name: String,
+    pub disk: String,
     /// Snapshots that are there again.
     pub snapshots: u64,
-    /// Blocks that the disk and its snapshots map.
-    pub blocks: u64,
+    /// Bytes that the disk maps.
+    pub referenced: u64,
     /// The snapshot that the disk begins as now; `None` when it is as it was, or empty.
     pub live: Option<String>,
     /// What is not there any more, in sentences.

@@ -27,7 +27,7 @@ use super::whole::{segment_header, segment_ids};
 use super::{Output, Work};
 use crate::error::{Error, Kind, Result};
 use crate::map::{BlockSet, Entry};
-use crate::pool::segment_path;
+use crate::pool::{RETIRED_DIR, segment_path};
 use crate::units::{BLOCK_SIZE, BlockAddress, BranchId, CHUNK_SIZE, ChunkIndex, Epoch, SegmentId};
 
 /// A seal that was read.
@@ -93,7 +93,37 @@ pub(super) fn write(work: &mut Work<'_>, source: Option<&Source>) -> Result<()> 
     let plan = Plan::make(&found, &hints, found.files.keys().next_back().copied().unwrap_or_default())?;
     let mut output = Output::create(&**work.media, fresh_mark(hints.lsn)?)?;
     fill(work, &found, plan, &view, &mut output)?;
-    output.finish()
+    output.finish()?;
+    set_records_aside(work)
+}
+
+/// Puts records that the new catalog does not name where the next opening does not take them for leftovers.
+fn set_records_aside(work: &mut Work<'_>) -> Result<()> {
+    let media = &**work.media;
+    let records = match media.list(RETIRED_DIR) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        other => other.map_err(|e| Error::io(format!("cannot list {RETIRED_DIR}"), e))?,
+    };
+    if records.is_empty() {
+        return Ok(());
+    }
+    let names = work.names()?;
+    let aside = (1..).map(|n| format!("{RETIRED_DIR}.damaged-{n}")).find(|name| !names.contains(name));
+    let aside = aside.expect("numbers do not end");
+    let fail = |e| Error::io(format!("cannot move the records of retired snapshots to {aside}"), e);
+    media.make_dir(&aside).map_err(fail)?;
+    media.sync_dir("").map_err(fail)?;
+    for name in &records {
+        media.rename(&format!("{RETIRED_DIR}/{name}"), &format!("{aside}/{name}")).map_err(fail)?;
+    }
+    media.sync_dir(&aside).map_err(fail)?;
+    media.sync_dir(RETIRED_DIR).map_err(fail)?;
+    work.report.notes.push(format!(
+        "retired snapshots are not there any more, and the next backup of each disk is a full one; their records ({}) are \
+         in {aside} now",
+        records.len()
+    ));
+    Ok(())
 }
 
 pub(super) fn name_of(seal: &StateSeal) -> String {

@@ -3,7 +3,8 @@
 //! # Rules
 //! 1. The frames must be an unbroken line from the one after the catalog's mark to the newest in the ring.
 //! 2. Frames up to the last fold that the journal tells of go into the new catalog; the rest stays in the journal, and the
-//!    next opening replays it as always. Copies of blocks in folded frames are out of date and are left out.
+//!    next opening replays it as always. Copies of blocks in folded frames are out of date and are left out; what deletes
+//!    them is not, for the catalog may have some of a segment whose file was missing.
 //! 3. A segment with data that the rows do not know contradicts rule 1, whatever the numbers say: opening the pool would
 //!    remove it. Then this way is not gone.
 
@@ -16,7 +17,7 @@ use crate::media::Media;
 use crate::pool::{CATALOG, SegmentHeader, Segments};
 use crate::store::journal::{Mark, Survey};
 use crate::store::rows::{Key, KeyParts, Meta, Row, Table};
-use crate::units::{CHUNK_SIZE, DiskId, SegmentId};
+use crate::units::{BLOCK_SIZE, CHUNK_SIZE, DiskId, SegmentId};
 
 /// What there is to begin from.
 pub(super) enum Found {
@@ -127,7 +128,7 @@ pub(super) fn write(work: &mut Work<'_>, source: Option<&Source>) -> Result<()> 
     }
     for lsn in start.lsn + 1..=upto {
         for row in survey.rows(lsn)? {
-            if !row.key.is_of(Table::Data) {
+            if !row.key.is_of(Table::Data) || row.value.is_none() {
                 output.put(row)?;
             }
         }
@@ -164,8 +165,8 @@ fn tell_disks(work: &mut Work<'_>, source: Option<&Source>, start: Mark) -> Resu
             KeyParts::Disk(id) => {
                 let row = crate::store::DiskRow::decode(value)?;
                 let disk = disks.entry(id).or_default();
-                disk.name = row.name;
-                disk.blocks = row.referenced;
+                disk.disk = row.name;
+                disk.referenced = row.referenced * BLOCK_SIZE;
             }
             KeyParts::State(..) => {
                 let row = crate::store::StateRow::decode(value)?;

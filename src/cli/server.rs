@@ -1,0 +1,216 @@
+//! The server of a pool: what `mount` and `serve` start, in the foreground or behind them.
+//!
+//! # Rules
+//! 1. Order up: lock, store, what was attached to stay, socket, then what this server is for: the mount, or an export.
+//!    Order down: mount, exports (what is in flight is finished), socket, store, lock. So what persists has its disks
+//!    before anybody can ask for them, and nothing is served any more when the store closes.
+//! 2. A server that mounts ends when nothing is mounted any more; one that was started to serve ends when nothing is
+//!    attached any more. A signal and a `shutdown` unmount or end it: there is one way down.
+//! 3. Files that are still open then are cut off, and clients too; `umount` without --force refuses instead.
+//!
+//! # After a crash
+//! The mount is dead ("transport endpoint is not connected") until the next `mount` or `umount` there takes it away.
+//! Clients see their connection closed, and can connect again once a server has started what persists.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
+
+use super::signal;
+use crate::api::{Answer, Client, Entry, Request, Response, Server, Service, Target, enter, open_store};
+use crate::error::{Error, Result};
+use crate::pool::PoolLock;
+use crate::progress::Silent;
+use crate::store::{OpenOptions, Store};
+use crate::tree::{self, MountOptions};
+
+/// What a server is started for.
+#[derive(Debug)]
+pub(super) enum Duty {
+    /// To mount.
+    Mount(Show),
+    /// To serve what this request attaches.
+    Attach(Request),
+}
+
+/// What is mounted, where, and for whom.
+#[derive(Debug)]
+pub(super) struct Show {
+    pub(super) at: PathBuf,
+    pub(super) allow_other: bool,
+    /// Only the extent files of this snapshot.
+    pub(super) export: Option<String>,
+}
+
+impl Show {
+    fn mount(&self, store: &Arc<Store>, pool: &Path) -> Result<tree::Mounted> {
+        let options = MountOptions { allow_other: self.allow_other, ..MountOptions::of_pool(pool) };
+        match &self.export {
+            None => tree::mount(store, &self.at, &options),
+            Some(snapshot) => {
+                let (disk, snapshot) = Target::snapshot(snapshot)?;
+                let id = store.snapshot_info(&disk, &snapshot)?.id;
+                tree::mount_extents(store, id, &self.at, &options)
+            }
+        }
+    }
+}
+
+/// What a server waits for.
+enum Work {
+    Mounted(tree::Mounted),
+    /// Until it is asked to end.
+    Attached(Receiver<()>),
+}
+
+/// A pool that is open and answers, without what it is there for.
+struct Opened {
+    service: Arc<Service>,
+    store: Arc<Store>,
+    server: Server,
+    pool: PathBuf,
+    // Dropped last: it is held until the store is closed.
+    lock: PoolLock,
+}
+
+impl Opened {
+    /// Ends it in the order of rule 1.
+    fn close(self) -> Result<()> {
+        let Self { service, store, server, pool, lock } = self;
+        service.set_mount(None);
+        service.end_exports();
+        server.stop();
+        let closed = store.close();
+        match &closed {
+            Ok(()) => tracing::info!("the pool {} is closed", pool.display()),
+            Err(error) => tracing::error!("the pool {} could not be closed: {error}", pool.display()),
+        }
+        drop(lock);
+        closed
+    }
+}
+
+/// A pool that is served.
+pub(super) struct PoolServer {
+    opened: Opened,
+    work: Work,
+    /// What the pool answers to who started it.
+    answer: Response,
+}
+
+impl PoolServer {
+    /// Opens the pool, whose lock is [`take_lock`]'s, and begins.
+    pub(super) fn start(lock: PoolLock, pool: &Path, duty: &Duty) -> Result<Self> {
+        if let Err(error) = crate::sys::process::raise_open_files() {
+            tracing::debug!("the limit of open files stays as it is: {error}");
+        }
+        let store = open_store(pool, OpenOptions::default())?;
+        let (ask, asked) = channel();
+        // The receiver lives as long as the one who waits for it, which is as long as the process.
+        let asker = || {
+            let ask = ask.clone();
+            Box::new(move || {
+                ask.send(()).ok();
+            })
+        };
+        let service = Arc::new(Service::new(Arc::clone(&store), pool).on_shutdown(asker()));
+        service.start_exports();
+        let server = match Server::start(pool, &lock, Arc::clone(&service) as Arc<dyn Answer>) {
+            Ok(server) => server,
+            Err(error) => {
+                service.end_exports();
+                if let Err(error) = store.close() {
+                    tracing::error!("the pool {} could not be closed: {error}", pool.display());
+                }
+                return Err(error);
+            }
+        };
+        let opened = Opened { service, store, server, pool: pool.to_owned(), lock };
+        let begun = match duty {
+            Duty::Mount(show) => opened.mount(show, asked),
+            Duty::Attach(request) => {
+                opened.service.on_idle(asker());
+                let attached = opened.service.answer(request.clone(), &Silent);
+                attached.map(|answer| (Work::Attached(asked), answer))
+            }
+        };
+        let (work, answer) = match begun {
+            Ok(begun) => begun,
+            Err(error) => {
+                // What could not be closed is in the log; what could not be begun is the reason.
+                opened.close().ok();
+                return Err(error);
+            }
+        };
+        let stop = asker();
+        signal::watch(move |signal| {
+            tracing::info!("{signal:?}: ending");
+            stop();
+        })?;
+        tracing::info!("process {} serves {}", std::process::id(), pool.display());
+        Ok(Self { opened, work, answer })
+    }
+
+    /// Returns what to tell whoever started it.
+    pub(super) fn answer(&self) -> Response {
+        self.answer.clone()
+    }
+
+    /// Serves until it is unmounted or asked to end, then closes the pool.
+    pub(super) fn wait(self) -> Result<()> {
+        let Self { opened, work, .. } = self;
+        let served = match work {
+            Work::Mounted(mounted) => mounted.wait(),
+            // An error means that nobody is left to ask.
+            Work::Attached(asked) => {
+                asked.recv().ok();
+                Ok(())
+            }
+        };
+        served.and(opened.close())
+    }
+}
+
+impl Opened {
+    fn mount(&self, show: &Show, asked: Receiver<()>) -> Result<(Work, Response)> {
+        let mounted = show.mount(&self.store, &self.pool)?;
+        self.service.set_mount(Some(show.at.clone()));
+        spawn_unmounter(asked, mounted.unmounter())?;
+        let status = self.service.answer(Request::Status {}, &Silent)?;
+        Ok((Work::Mounted(mounted), status))
+    }
+}
+
+/// Unmounts whenever asked; again if asked again, since open files may have been in the way.
+fn spawn_unmounter(asked: Receiver<()>, unmount: Box<dyn Fn() + Send + Sync>) -> Result<()> {
+    let body = move || {
+        while asked.recv().is_ok() {
+            unmount();
+        }
+    };
+    std::thread::Builder::new()
+        .name("unmounter".into())
+        .spawn(body)
+        .map_err(|e| Error::io("cannot start a thread", e))?;
+    Ok(())
+}
+
+/// Takes the lock of a pool that is to be served.
+pub(super) fn take_lock(pool: &Path) -> Result<PoolLock> {
+    match enter(pool)? {
+        Entry::Lock(lock) => Ok(lock),
+        Entry::Server(client) => Err(already_served(pool, &client)),
+    }
+}
+
+fn already_served(pool: &Path, client: &Client) -> Error {
+    let shown = pool.display();
+    let Ok(Response::Status(status)) = client.ask(&Request::Status {}, &Silent) else {
+        return Error::busy(format!("the pool {shown} is served by another process"));
+    };
+    let (at, hint) = match status.mount {
+        Some(at) => (format!(" at {at}"), "use it there, or 'afterimage umount' it first".to_owned()),
+        None => (String::new(), format!("it ends with the last 'afterimage detach', or with 'kill {}'", status.pid)),
+    };
+    Error::busy(format!("the pool {shown} is served by process {}{at} already", status.pid)).hint(hint)
+}

@@ -1,0 +1,122 @@
+//! What a server that ends, or is killed, leaves for the next one.
+
+use super::client::Nbd;
+use super::{Server, mode, wait_until};
+
+/// Everything that is attached, without what changes by itself.
+fn attached(server: &Server) -> Vec<String> {
+    let line = |export: &serde_json::Value| {
+        format!("{} {} {} {} {}", export["id"], export["kind"], export["disks"], export["socket"], export["state"])
+    };
+    server.exports().iter().map(line).collect()
+}
+
+#[test]
+fn what_persists_comes_back_and_the_rest_does_not() {
+    let Some(server) = Server::mounted() else { return };
+    server.json("snapshot web@a");
+    server.json("create db -s 1M");
+    server.json("attach nbd web --socket DIR/one --persist");
+    server.json("attach nbd web@a --socket DIR/two");
+    server.json("attach vhost-user db --socket DIR/three --queues 2 --persist");
+    let before: Vec<String> = attached(&server).into_iter().filter(|line| !line.contains("two")).collect();
+    for kill in [false, true] {
+        if kill {
+            server.kill();
+        } else {
+            server.end();
+        }
+        assert_eq!(attached(&server).len(), 2, "without a server they are listed, too");
+        assert!(attached(&server).iter().all(|line| line.ends_with("\"off\"")));
+        server.mount();
+        assert_eq!(attached(&server), before, "after a kill: {kill}");
+        assert_eq!(server.exports()[1]["queues"], 2);
+        assert_eq!(mode(&server.it.path("one")), 0o600);
+        assert_eq!(server.open_to_write("db").unwrap_err().raw_os_error(), Some(libc::EBUSY));
+        Nbd::open(&server.it.path("one"), "web").unwrap();
+    }
+    let four = server.json("attach nbd web@a --socket DIR/four");
+    assert_eq!(four["id"], 4, "numbers of what persists are not given out again");
+    server.json("detach db");
+    server.end();
+    server.mount();
+    assert_eq!(attached(&server), &before[..1]);
+}
+
+#[test]
+fn who_was_writing_finds_its_disk_reserved() {
+    let Some(server) = Server::mounted() else { return };
+    server.json("attach nbd web --socket SOCK --persist");
+    for kill in [true, false] {
+        let mut client = Nbd::open(&server.sock(), "web").unwrap();
+        assert_eq!(client.write(&[5; 4096], 0).unwrap(), 0);
+        assert_eq!(client.flush().unwrap(), 0);
+        if kill {
+            server.kill();
+        } else {
+            server.end();
+        }
+        server.mount();
+        let holder = format!("export 1 (nbd {})", server.sock().display());
+        assert_eq!(server.json("info web")["reserved"], holder);
+        assert_eq!(server.open_to_write("web").unwrap_err().raw_os_error(), Some(libc::EBUSY));
+        for words in ["rm web", "resize web 1M --shrink"] {
+            assert_eq!(server.error(words).0, 4, "{words}");
+        }
+        let mut again = Nbd::open(&server.sock(), "web").expect("it has come back");
+        assert_eq!(again.read(4096, 0).unwrap(), [5; 4096]);
+        assert_eq!(server.json("info web")["reserved"], serde_json::Value::Null);
+        drop(again);
+        wait_until("it has let go", || server.open_to_write("web").is_ok());
+    }
+    // Who let go has no claim.
+    server.kill();
+    server.mount();
+    server.open_to_write("web").unwrap();
+}
+
+#[test]
+fn what_is_gone_is_dropped_and_what_cannot_start_is_kept() {
+    let server = Server::without();
+    server.json("create db -s 1M");
+    server.json("snapshot web@a");
+    server.json("serve nbd web web@a --socket DIR/one --persist --daemon");
+    server.json("attach nbd db --socket DIR/two --persist");
+    server.json("attach nbd web@a --socket DIR/three --persist");
+    server.end();
+    server.json("rm web@a");
+    server.json("rename web www");
+    std::fs::write(server.it.path("two"), "in the way").unwrap();
+    server.json("serve nbd www --read-only --socket SOCK --daemon");
+    let exports = server.exports();
+    assert_eq!(exports.len(), 3, "{exports:?}");
+    assert_eq!(exports[0]["disks"], serde_json::json!(["www"]), "without the snapshot, under the new name");
+    assert_eq!((&exports[1]["id"], &exports[1]["state"]), (&2.into(), &"failed".into()));
+    assert!(exports[1]["error"].as_str().unwrap().contains("two"), "{}", exports[1]);
+    assert_eq!(exports[2]["id"], 3);
+    std::fs::remove_file(server.it.path("two")).unwrap();
+    server.end();
+    server.json("serve nbd www --read-only --socket SOCK --daemon");
+    assert_eq!(server.exports()[1]["state"], "on", "it was only in the way for a while");
+    let log = std::fs::read_to_string(server.it.pool().join("server.log")).unwrap();
+    assert!(log.contains("export 3"), "{log}");
+}
+
+#[test]
+fn a_damaged_list_keeps_nobody_from_the_disks() {
+    let server = Server::without();
+    server.json("serve nbd web --socket SOCK --persist --daemon");
+    server.end();
+    let list = server.it.pool().join("exports.toml");
+    let good = std::fs::read_to_string(&list).unwrap();
+    std::fs::write(&list, good.replace("kind", "kin")).unwrap();
+    assert_eq!(server.error("exports").0, 5);
+    server.json("ls");
+    server.json("serve nbd web --socket SOCK --daemon");
+    Nbd::open(&server.sock(), "web").unwrap();
+    assert_eq!(server.error("attach nbd web --read-only --socket DIR/b --persist").0, 5);
+    server.end();
+    std::fs::write(&list, good).unwrap();
+    server.json("detach web");
+    assert_eq!(server.exports(), [""; 0]);
+}

@@ -1,0 +1,266 @@
+//! Guests and front ends that mean no good: whatever they do, the server serves the next one.
+
+use std::fs::File;
+use std::io::{IoSlice, Write};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::Ordering;
+
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use vhost::vhost_user::message::VhostUserInflight;
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::guest::{INDIRECT, NEXT, SIZE, WRITE, header};
+use super::{Ram, Served};
+
+struct Dice(u64);
+
+impl Dice {
+    fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    fn below(&mut self, below: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 11) % below
+    }
+
+    fn of<T: Copy>(&mut self, these: &[T]) -> T {
+        these[self.below(these.len() as u64) as usize]
+    }
+}
+
+/// The seeds to try: one, if the environment names it.
+fn seeds(count: u64) -> std::ops::Range<u64> {
+    match std::env::var("AFTERIMAGE_SEED").ok().and_then(|seed| seed.parse().ok()) {
+        Some(seed) => seed..seed + 1,
+        None => 1..count + 1,
+    }
+}
+
+#[test]
+fn descriptors_of_any_kind_end_their_request_and_nothing_else() {
+    let ram = Ram::new(1 << 20);
+    let served = Served::new(ram, 1);
+    for seed in seeds(20) {
+        let mut dice = Dice::new(seed);
+        let mut guest = served.guest(1);
+        for _ in 0..100 {
+            let count = 1 + dice.below(20) as u16;
+            let base = guest.room(4096);
+            // The rings themselves are spared: a guest that writes over them has no queue any more, which another test
+            // is about.
+            for index in 0..count {
+                let address = match dice.below(8) {
+                    0 => dice.below(u64::MAX >> 11) << 11,
+                    1 => u64::MAX - dice.below(32),
+                    2 => (16 << 20) - dice.below(64),
+                    _ => base + dice.below(4096),
+                };
+                let len = match dice.below(6) {
+                    0 => dice.below(1 << 32) as u32,
+                    1 => 0,
+                    2 => 16 * dice.below(20) as u32,
+                    _ => dice.of(&[1, 15, 16, 17, 512, 513, 1024, 4096]),
+                };
+                let flags = dice.of(&[0, NEXT, NEXT, NEXT, WRITE, NEXT | WRITE, INDIRECT, INDIRECT | NEXT, 0xFFFF]);
+                let next = dice.below(u64::from(count) + 2) as u16;
+                guest.describe(u64::from(index) * 16, (address, len, flags, next));
+            }
+            // Some of them begin as a request should, and some tables are tables.
+            let request = header(dice.of(&[0, 1, 4, 8, 11, 13, 99]), dice.below(4000));
+            guest.memory.write_slice(&request, GuestAddress(base)).unwrap();
+            if dice.below(2) == 0 {
+                let flags = dice.of(&[NEXT, NEXT | INDIRECT, INDIRECT]);
+                guest.describe(0, (base, 16, flags, 1));
+            }
+            for at in 1..20 {
+                let flags = dice.of(&[NEXT, WRITE, NEXT | WRITE, INDIRECT]);
+                guest.describe(base + 512 + at * 16, (base + dice.below(2048), 512, flags, dice.below(24) as u16));
+            }
+            let heads = 1 + dice.below(4);
+            for _ in 0..heads {
+                let head = dice.below(u64::from(count)) as u16;
+                guest.offer(0, head);
+            }
+            guest.kick(0);
+            for _ in 0..heads {
+                let (_, len) = guest.answer(0);
+                assert!(len <= (1 << 20) + 1 || len == 0, "seed {seed}: {len} bytes of a disk of 1 MiB");
+            }
+        }
+        guest.write(0, 7, &[seed as u8; 512]);
+        assert_eq!(guest.read(0, 7, 512), [seed as u8; 512], "seed {seed}");
+    }
+}
+
+#[test]
+fn a_ring_that_makes_no_sense_ends_its_queue_and_no_other() {
+    let served = Served::new(Ram::new(1 << 20), 2);
+    for case in 0..3 {
+        let mut guest = served.guest(2);
+        let error = EventFd::new(EFD_NONBLOCK).unwrap();
+        guest.front.as_ref().unwrap().set_vring_err(0, &error).unwrap();
+        guest.read(0, 0, 512);
+        match case {
+            // More requests than a ring has.
+            0 => guest.memory.store(1000_u16, GuestAddress(0x4002), Ordering::Release).unwrap(),
+            // No such descriptor.
+            1 => guest.offer(0, SIZE),
+            _ => guest.offer(0, u16::MAX),
+        }
+        guest.kick(0);
+        while error.read().is_err() {
+            std::thread::yield_now();
+        }
+        guest.read(1, 0, 512);
+        guest.disconnect();
+    }
+    served.guest(1).read(0, 0, 512);
+}
+
+#[test]
+fn a_front_end_cannot_share_memory_that_is_not_there() {
+    let served = Served::new(Ram::new(1 << 20), 1);
+    let front = || {
+        let mut front = Frontend::from_stream(UnixStream::connect(&served.socket).unwrap(), 1);
+        front.set_owner().unwrap();
+        let features = front.get_features().unwrap();
+        let protocol = front.get_protocol_features().unwrap();
+        front.set_protocol_features(protocol).unwrap();
+        front.set_hdr_flags(vhost::vhost_user::message::VhostUserHeaderFlag::NEED_REPLY);
+        front.set_features(features).unwrap();
+        front
+    };
+    let file = File::from(rustix::fs::memfd_create("small", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+    file.set_len(1 << 20).unwrap();
+    let region = |offset, size| VhostUserMemoryRegionInfo {
+        guest_phys_addr: 0,
+        memory_size: size,
+        userspace_addr: 1 << 40,
+        mmap_offset: offset,
+        mmap_handle: file.as_raw_fd(),
+    };
+    for (offset, size) in [(0, 2 << 20), (4096, 1 << 20), (1 << 20, 4096), (1, 4096), (0, 1 << 62)] {
+        assert!(front().set_mem_table(&[region(offset, size)]).is_err(), "{size} bytes at {offset}");
+        assert!(front().add_mem_region(&region(offset, size)).is_err(), "{size} bytes at {offset}");
+    }
+    assert!(front().set_mem_table(&[region(0, 4096), region(0, 8192)]).is_err(), "two at one place");
+    // Rings that lie elsewhere, partly elsewhere, or askew.
+    let addresses = |descriptors, available, used| VringConfigData {
+        queue_max_size: 256,
+        queue_size: 256,
+        flags: 0,
+        desc_table_addr: descriptors,
+        avail_ring_addr: available,
+        used_ring_addr: used,
+        log_addr: None,
+    };
+    let at = |offset: u64| (1 << 40) + offset;
+    let end = 1 << 20;
+    for config in [
+        addresses(at(0), at(8192), at(end)),
+        addresses(at(end - 16), at(8192), at(16384)),
+        addresses(at(0), at(end - 2), at(16384)),
+        addresses(at(0), at(8192), at(end - 8)),
+        addresses(at(8), at(8192), at(16384)),
+        addresses(at(0), at(8193), at(16384)),
+        addresses(!15, at(8192), at(16384)),
+    ] {
+        let mut front = front();
+        front.set_mem_table(&[region(0, end)]).unwrap();
+        front.set_vring_num(0, 256).unwrap();
+        let kick = EventFd::new(EFD_NONBLOCK).unwrap();
+        let set = front
+            .set_vring_addr(0, &config)
+            .and_then(|()| front.set_vring_kick(0, &kick))
+            .map_err(|e| e.to_string())
+            .and_then(|()| front.set_vring_enable(0, true).map_err(|e| e.to_string()));
+        assert!(set.is_err());
+    }
+    for size in [3, 2048] {
+        assert!(front().set_vring_num(0, size).is_err());
+    }
+    assert!(front().set_inflight_fd(&VhostUserInflight::new(64, 0, 1, 64), file.as_raw_fd()).is_err());
+    assert!(front().set_inflight_fd(&VhostUserInflight::new(1 << 40, 1 << 20, 1, 64), file.as_raw_fd()).is_err());
+    assert!(front().get_inflight_fd(&VhostUserInflight::new(0, 0, 2, 64)).is_err());
+    assert!(front().get_inflight_fd(&VhostUserInflight::new(0, 0, 1, u16::MAX)).is_err());
+    served.guest(1).read(0, 0, 512);
+}
+
+#[test]
+fn messages_of_any_kind_end_their_connection_and_nothing_else() {
+    let served = Served::new(Ram::new(1 << 20), 2);
+    let file = File::from(rustix::fs::memfd_create("some", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+    file.set_len(1 << 20).unwrap();
+    for seed in seeds(600) {
+        let mut dice = Dice::new(seed);
+        let mut stream = UnixStream::connect(&served.socket).unwrap();
+        for _ in 0..1 + dice.below(12) {
+            let mut message = vec![0; 12];
+            // Most of them have the form of a message, so that they get further than the first check.
+            let size = dice.of(&[0, 8, 8, 8, 12, 16, 20, 40, 60, 300]);
+            message[..4].copy_from_slice(&(dice.below(46) as u32).to_le_bytes());
+            message[4..8].copy_from_slice(&dice.of(&[1_u32, 1, 9, 9, 5, 0, 0xFFFF_FFFF]).to_le_bytes());
+            let said = if dice.below(10) == 0 { dice.below(1 << 32) as u32 } else { size };
+            message[8..12].copy_from_slice(&said.to_le_bytes());
+            for _ in 0..size {
+                let byte = dice.below(256) as u8;
+                message.push(dice.of(&[0, 0, 1, 0x40, byte]));
+            }
+            let cut = if dice.below(10) == 0 { dice.below(message.len() as u64) as usize } else { message.len() };
+            let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(9))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            let files = vec![file.as_fd(); dice.of(&[0, 0, 1, 1, 2, 9])];
+            if !files.is_empty() {
+                assert!(control.push(SendAncillaryMessage::ScmRights(&files)));
+            }
+            let data = [IoSlice::new(&message[..cut])];
+            if rustix::net::sendmsg(&stream, &data, &mut control, SendFlags::NOSIGNAL).is_err() {
+                break;
+            }
+        }
+        if dice.below(2) == 0 {
+            stream.flush().unwrap();
+            stream.shutdown(std::net::Shutdown::Write).unwrap();
+        }
+    }
+    let mut guest = served.guest(2);
+    guest.write(0, 0, &[1; 512]);
+    assert_eq!(guest.read(1, 0, 512), [1; 512]);
+}
+
+#[test]
+fn a_kick_that_is_no_kick_holds_nothing_up() {
+    let mut served = Served::new(Ram::new(1 << 20), 1);
+    // Always readable, and cannot be written to.
+    let zeros = File::open("/dev/zero").unwrap();
+    let mut guest = served.guest(1);
+    guest.rings[0].kick = as_event(zeros);
+    let front = guest.front.take().unwrap();
+    front.set_vring_kick(0, &guest.rings[0].kick).unwrap();
+    guest.front = Some(front);
+    guest.send(0, 0, 0, &[], 512);
+    guest.answer(0);
+    guest.disconnect();
+    // Never readable, and full.
+    let (reader, writer) = rustix::pipe::pipe().unwrap();
+    let mut guest = served.guest(1);
+    guest.rings[0].kick = as_event(File::from(reader));
+    guest.front.as_ref().unwrap().set_vring_kick(0, &guest.rings[0].kick).unwrap();
+    guest.send(0, 0, 0, &[], 512);
+    served.server.take().unwrap().stop();
+    drop(writer);
+}
+
+#[expect(unsafe_code, reason = "an event descriptor is not made of anything else in any other way")]
+fn as_event(file: File) -> EventFd {
+    use std::os::fd::IntoRawFd;
+    // SAFETY: the descriptor is given away, and nothing else has it.
+    unsafe { EventFd::from_raw_fd(file.into_raw_fd()) }
+}
