@@ -14,9 +14,9 @@ use hyper::body::{Bytes, Incoming};
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 
-use super::socket::SocketPath;
-use super::{Line, Request, Response};
+use super::{Line, Request, Response, SOCKET_NAME};
 use crate::error::{Error, Result};
+use crate::media::socket::ShortPath;
 use crate::progress::Progress;
 
 /// Most bytes of one line: 100,000 snapshots have 40 MiB.
@@ -29,7 +29,7 @@ const CANCEL_INTERVAL: Duration = Duration::from_millis(50);
 #[derive(Debug)]
 pub struct Client {
     pool: PathBuf,
-    socket: SocketPath,
+    socket: ShortPath,
 }
 
 impl Client {
@@ -38,7 +38,8 @@ impl Client {
     /// # Errors
     /// `Kind::Denied` and its like when there is a socket that cannot be used.
     pub fn find(pool: &Path) -> Result<Option<Self>> {
-        let socket = SocketPath::of(pool)?;
+        let socket = ShortPath::of(&pool.join(SOCKET_NAME))
+            .map_err(|e| Error::io(format!("cannot open {}", pool.display()), e))?;
         match std::os::unix::net::UnixStream::connect(socket.path()) {
             Ok(_) => Ok(Some(Self { pool: pool.to_owned(), socket })),
             Err(error) => match error.kind() {

@@ -30,7 +30,6 @@ mod past;
 mod request;
 pub mod server;
 mod service;
-mod socket;
 mod transfer;
 mod way;
 
@@ -42,4 +41,7 @@ pub use name::Target;
 pub use request::{Keep, Request};
 pub use server::Server;
 pub use service::{Answer, Service};
+/// File name of the control socket in the pool directory.
+const SOCKET_NAME: &str = "control.sock";
+
 pub use way::{Entry, Way, check_is_pool, enter, open_store, rebuild};

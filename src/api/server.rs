@@ -5,7 +5,7 @@
 //!
 //! # Rules
 //! 1. The socket has mode 0600 from the moment it exists, and each peer is asked for its user besides.
-//! 2. A socket file that is there already is removed only by the holder of the pool's lock: nobody listens on it.
+//! 2. Only the holder of the pool's lock listens ([`Socket`] has the rest).
 //! 3. The status of an answer is that of its first line. Once progress was reported it is 200 and the last line counts.
 //! 4. A client that goes away cancels its request; so does the end of the server.
 //!
@@ -13,8 +13,6 @@
 //! The socket file stays and refuses connections, until rule 2.
 
 use std::fmt;
-use std::io;
-use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -33,13 +31,13 @@ use axum::response::Response as HttpResponse;
 use axum::routing::{get, post};
 use axum::serve::IncomingStream;
 use hyper::body::{Bytes, Frame};
-use tokio::net::{UnixListener, UnixSocket};
+use tokio::net::UnixListener;
 use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, oneshot};
 
-use super::socket::SocketPath;
-use super::{Answer, Failure, Line, Request, Response};
+use super::{Answer, Failure, Line, Request, Response, SOCKET_NAME};
 use crate::error::{Error, Kind, Result};
+use crate::media::socket::Socket;
 use crate::pool::PoolLock;
 use crate::progress::Progress;
 use crate::sync::Mutex;
@@ -54,13 +52,13 @@ const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
 const STOP_TIME_MAX: Duration = Duration::from_secs(10);
 
 /// Connections the kernel keeps before they are accepted.
-const BACKLOG: u32 = 128;
+const BACKLOG: i32 = 128;
 
 /// A running server.
 pub struct Server {
     stop: oneshot::Sender<()>,
     thread: JoinHandle<()>,
-    socket: SocketPath,
+    socket: Socket,
 }
 
 impl Server {
@@ -69,9 +67,13 @@ impl Server {
     /// # Errors
     /// `Kind::Io` and its like when the socket cannot be made.
     pub fn start(pool: &Path, _lock: &PoolLock, answer: Arc<dyn Answer>) -> Result<Self> {
-        let socket = SocketPath::of(pool)?;
-        let what = format!("cannot make the socket {}", socket.path().display());
-        remove_stale(socket.path()).map_err(|e| Error::io(&what, e))?;
+        let socket = Socket::listen(&pool.join(SOCKET_NAME), BACKLOG)?;
+        let copy = || {
+            let listener = socket.listener().try_clone()?;
+            listener.set_nonblocking(true)?;
+            Ok(listener)
+        };
+        let listener = copy().map_err(|e| Error::io("cannot start the server", e))?;
         // Two threads: one would do, but then a stuck peer check would stop everybody.
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
@@ -81,7 +83,7 @@ impl Server {
             .map_err(|e| Error::io("cannot start the server", e))?;
         let listener = {
             let _inside = runtime.enter();
-            listen(socket.path()).map_err(|e| Error::io(&what, e))?
+            UnixListener::from_std(listener).map_err(|e| Error::io("cannot start the server", e))?
         };
         let (stop, stopped) = oneshot::channel();
         let thread = std::thread::Builder::new()
@@ -98,9 +100,7 @@ impl Server {
         if self.thread.join().is_err() {
             tracing::error!("the thread of the control socket panicked");
         }
-        if let Err(error) = std::fs::remove_file(self.socket.path()) {
-            tracing::warn!("cannot remove {}: {error}", self.socket.path().display());
-        }
+        self.socket.remove();
     }
 }
 
@@ -108,24 +108,6 @@ impl fmt::Debug for Server {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Server").field("socket", &self.socket).finish_non_exhaustive()
     }
-}
-
-/// Removes a socket nobody listens on; anything else by that name is left alone, and binding will say so.
-fn remove_stale(path: &Path) -> io::Result<()> {
-    match std::fs::symlink_metadata(path) {
-        Ok(meta) if meta.file_type().is_socket() => std::fs::remove_file(path),
-        Ok(_) => Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(error),
-    }
-}
-
-/// Binds and listens. On Linux the file takes the mode of the socket, so it never has a wider one.
-fn listen(path: &Path) -> io::Result<UnixListener> {
-    let socket = UnixSocket::new_stream()?;
-    rustix::fs::fchmod(&socket, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR)?;
-    socket.bind(path)?;
-    socket.listen(BACKLOG)
 }
 
 #[derive(Clone)]

@@ -20,6 +20,7 @@ pub mod device;
 mod direct;
 pub mod host;
 pub mod sim;
+pub mod socket;
 
 use std::fmt::Debug;
 use std::io;

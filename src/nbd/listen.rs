@@ -1,27 +1,20 @@
 //! Where a server listens: a socket in the file system, or a port.
 //!
 //! # Rules
-//! 1. A socket file is for its owner (0600) from the moment it exists.
-//! 2. One that is in the way is removed if nobody listens on it, as after a crash. A live one, or anything else by that
-//!    name, is not touched.
+//! 1. A socket in the file system is as [`Socket`] has it: for its owner, and in nobody's way.
+//! 2. A peer on a port that has gone without a word is found out and given up.
 
-use std::fs::{self, File};
 use std::io;
 use std::net::{SocketAddr, TcpListener};
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
 use std::time::Duration;
 
-use rustix::fs::Mode;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
+use rustix::net::{SocketFlags, sockopt};
 
 use crate::error::{Error, Result};
+use crate::media::socket::Socket;
 
-/// Longest path that `sun_path` holds beside its closing zero (unix(7)).
-const PATH_LEN_MAX: usize = 107;
 /// Connections the kernel keeps before they are accepted.
 const BACKLOG: i32 = 128;
 /// What a socket is asked to keep for a reader that is slow: some large replies.
@@ -45,19 +38,24 @@ pub enum Listen {
 /// A socket that listens; a socket file is removed with it.
 #[derive(Debug)]
 pub(super) struct Listener {
-    pub(super) socket: OwnedFd,
+    bound: Bound,
     /// As people write it.
     pub(super) address: String,
-    file: Option<SocketFile>,
 }
 
 #[derive(Debug)]
-struct SocketFile {
-    path: PathBuf,
-    /// Device and inode.
-    identity: (u64, u64),
-    /// It was removed: the next one there may have the same inode.
-    removed: AtomicBool,
+enum Bound {
+    Unix(Socket),
+    Tcp(TcpListener),
+}
+
+impl AsFd for Bound {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Unix(socket) => socket.as_fd(),
+            Self::Tcp(listener) => listener.as_fd(),
+        }
+    }
 }
 
 impl Listener {
@@ -71,29 +69,20 @@ impl Listener {
                 let fail = |e| Error::io(format!("cannot listen on {address}"), e);
                 let listener = TcpListener::bind(address).map_err(fail)?;
                 let address = listener.local_addr().map_err(fail)?.to_string();
-                Ok(Self { socket: listener.into(), address, file: None })
+                Ok(Self { bound: Bound::Tcp(listener), address })
             }
             Listen::Unix(path) => {
-                let fail = |e| Error::io(format!("cannot listen on {}", path.display()), e);
-                let (short, _directory) = shorten(path).map_err(fail)?;
-                if is_stale(path, &short)? {
-                    fs::remove_file(path).map_err(fail)?;
-                }
-                let socket = bind(&short).map_err(fail)?;
-                let meta = fs::symlink_metadata(path).map_err(fail)?;
-                let path = path.clone();
-                let address = path.display().to_string();
-                let file = SocketFile { path, identity: (meta.dev(), meta.ino()), removed: AtomicBool::new(false) };
-                Ok(Self { socket, address, file: Some(file) })
+                let socket = Socket::listen(path, BACKLOG)?;
+                Ok(Self { bound: Bound::Unix(socket), address: path.display().to_string() })
             }
         }
     }
 
     /// Waits for a connection.
     pub(super) fn accept(&self) -> io::Result<OwnedFd> {
-        let socket = rustix::net::accept_with(&self.socket, SocketFlags::CLOEXEC)?;
+        let socket = rustix::net::accept_with(&self.bound, SocketFlags::CLOEXEC)?;
         // All of these only make it better; a host that refuses them is served all the same.
-        if self.file.is_some() {
+        if matches!(self.bound, Bound::Unix(_)) {
             if sockopt::set_socket_send_buffer_size_force(&socket, SEND_BUFFER).is_err() {
                 sockopt::set_socket_send_buffer_size(&socket, SEND_BUFFER).ok();
             }
@@ -109,65 +98,11 @@ impl Listener {
 
     /// Ends all waiting for connections, for ever, and removes the socket file.
     pub(super) fn close(&self) {
-        if let Err(error) = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both) {
+        if let Err(error) = rustix::net::shutdown(&self.bound, rustix::net::Shutdown::Both) {
             tracing::warn!("cannot close the listening socket {}: {error}", self.address);
         }
-        self.remove();
-    }
-
-    fn remove(&self) {
-        let Some(SocketFile { path, identity, removed }) = &self.file else { return };
-        // Somebody may have put another one there.
-        if !removed.swap(true, Ordering::Relaxed)
-            && fs::symlink_metadata(path).is_ok_and(|meta| (meta.dev(), meta.ino()) == *identity)
-            && let Err(error) = fs::remove_file(path)
-        {
-            tracing::warn!("cannot remove {}: {error}", path.display());
+        if let Bound::Unix(socket) = &self.bound {
+            socket.remove();
         }
     }
-}
-
-impl Drop for Listener {
-    fn drop(&mut self) {
-        self.remove();
-    }
-}
-
-/// Returns a way to a path that is short enough for a socket, for as long as the directory is open.
-fn shorten(path: &Path) -> io::Result<(PathBuf, Option<File>)> {
-    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
-        return Err(io::ErrorKind::InvalidInput.into());
-    };
-    if path.as_os_str().len() <= PATH_LEN_MAX {
-        return Ok((path.to_owned(), None));
-    }
-    let directory = File::open(parent)?;
-    let short = PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd())).join(name);
-    Ok((short, Some(directory)))
-}
-
-/// Tells whether a socket that nobody listens on is in the way.
-fn is_stale(path: &Path, short: &Path) -> Result<bool> {
-    let shown = path.display();
-    match fs::symlink_metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(Error::io(format!("cannot look at {shown}"), error)),
-        Ok(meta) if !meta.file_type().is_socket() => {
-            Err(Error::exists(format!("{shown} is there already and is no socket")).hint("name another path"))
-        }
-        Ok(_) => match UnixStream::connect(short) {
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => Ok(true),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-            _ => Err(Error::busy(format!("somebody listens on {shown}")).hint("name another path, or end that server")),
-        },
-    }
-}
-
-fn bind(path: &Path) -> io::Result<OwnedFd> {
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
-    // On Linux the file takes the mode of the socket, so it never has a wider one.
-    rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
-    rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
-    rustix::net::listen(&socket, BACKLOG)?;
-    Ok(socket)
 }

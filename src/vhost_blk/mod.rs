@@ -30,7 +30,6 @@ mod queue;
 pub mod request;
 mod server;
 mod session;
-mod socket;
 
 use std::any::Any;
 use std::path::PathBuf;
@@ -40,11 +39,13 @@ use std::thread::JoinHandle;
 
 use crate::disk::BlockDevice;
 use crate::error::{Error, Result};
+use crate::media::socket::Socket;
 use queue::Target;
 use request::SERIAL;
 use server::Shared;
-use socket::Socket;
 
+/// Front ends that may wait to be accepted.
+const BACKLOG: i32 = 16;
 /// Queues of a device at most.
 const QUEUES_MAX: usize = 64;
 
@@ -87,7 +88,8 @@ pub fn start(options: Options, device: Arc<dyn BlockDevice>, keep: Box<dyn Any +
     let target = Arc::new(Target { device, serial, read_only, failures: AtomicU64::new(0) });
     let host = |e| Error::io("cannot serve a disk over vhost-user", e);
     let shared = Arc::new(Shared::new(target, options.queues).map_err(host)?);
-    let socket = Socket::listen(&options.socket)?;
+    let socket = Socket::listen(&options.socket, BACKLOG)?;
+    socket.listener().set_nonblocking(true).map_err(host)?;
     let thread = server::run(socket, Arc::clone(&shared)).map_err(host)?;
     Ok(Server { shared, thread: Some(thread), _keep: keep })
 }

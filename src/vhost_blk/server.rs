@@ -24,8 +24,8 @@ use vhost::vhost_user::{BackendReqHandler, Error as ProtocolError};
 use super::bell;
 use super::queue::Target;
 use super::session::Session;
-use super::socket::Socket;
 use crate::clock;
+use crate::media::socket::Socket;
 use crate::sync::Mutex;
 
 /// Bytes of the head of a message: request, flags, length of what follows.
