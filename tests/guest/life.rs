@@ -193,9 +193,11 @@ fn overwrite_under_a_kill(mut stage: Stage, guest: &mut Machine) -> Stage {
     guest.run("yes new | dd of=/tmp/new bs=64k count=16 iflag=fullblock");
     // From now on each block gets a new place when it is written.
     stage.place.cli.json(&["snapshot", &format!("{DISK}@old")]);
-    guest.run("dd if=/tmp/new of=/file bs=64k oflag=direct conv=notrunc");
+    let is_new =
+        "dd if=/file bs=64k iflag=direct of=/tmp/seen; cmp /tmp/seen /tmp/new || { head -n 1 /tmp/seen; exit 1; }";
+    guest.run(&format!("dd if=/tmp/new of=/file bs=64k oflag=direct conv=notrunc; {is_new}"));
     stage = stage.kill_server();
-    guest.run("sync; dd if=/file bs=64k iflag=direct of=/tmp/seen; cmp /tmp/seen /tmp/new");
+    guest.run(&format!("sync; {is_new}"));
     stage
 }
 
