@@ -125,7 +125,8 @@ fn requests_of_any_kind_are_answered_as_long_as_they_are_requests() {
             let dice = noise(32, seed * 1000 + number);
             let word = |at: usize| u32::from_le_bytes(dice[at..at + 4].try_into().unwrap());
             // Mostly near the disk, sometimes anywhere.
-            let offset = if dice[0].is_multiple_of(8) { u64::from(word(4)) << 32 } else { u64::from(word(4)) % (MIB + 9000) };
+            let offset =
+                if dice[0].is_multiple_of(8) { u64::from(word(4)) << 32 } else { u64::from(word(4)) % (MIB + 9000) };
             let length = if dice[1].is_multiple_of(8) { word(8) } else { word(8) % 20_000 };
             let kind = u16::from(dice[2] % 10);
             let length = if kind == 1 { length % (40 << 20) } else { length };
