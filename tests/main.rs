@@ -15,3 +15,4 @@ mod real;
 mod stream;
 mod tidy;
 mod tree;
+mod vhost;

@@ -1,0 +1,75 @@
+//! The descriptors by which front end and server wake each other.
+//!
+//! # Rules
+//! 1. They come from the front end, so they may be anything: none is ever waited for in a read or write.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags};
+use rustix::fs::OFlags;
+
+use crate::sync::Mutex;
+
+/// Makes reads and writes of a descriptor return at once.
+pub(super) fn never_wait(file: &File) -> io::Result<()> {
+    let flags = rustix::fs::fcntl_getfl(file)?;
+    Ok(rustix::fs::fcntl_setfl(file, flags | OFlags::NONBLOCK)?)
+}
+
+/// Makes a descriptor that this program rings itself.
+pub(super) fn eventfd() -> io::Result<File> {
+    Ok(File::from(rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?))
+}
+
+/// Makes a descriptor readable.
+pub(super) fn ring(file: &File) {
+    // Full means readable already, and one that nobody reads any more wakes nobody.
+    if let Err(error) = rustix::io::write(file, &1_u64.to_le_bytes())
+        && error != rustix::io::Errno::AGAIN
+    {
+        tracing::debug!("a notification was not sent: {error}");
+    }
+}
+
+/// Takes what made a descriptor readable.
+pub(super) fn silence(file: &File) {
+    if let Err(error) = rustix::io::read(file, &mut [0_u8; 8])
+        && error != rustix::io::Errno::AGAIN
+    {
+        tracing::debug!("a notification was not read: {error}");
+    }
+}
+
+/// Waits until one of two descriptors is readable; tells whether the first is.
+pub(super) fn wait(first: &impl AsFd, second: &File) -> io::Result<bool> {
+    let mut fds = [PollFd::new(first, PollFlags::IN), PollFd::new(second, PollFlags::IN)];
+    loop {
+        match rustix::event::poll(&mut fds, None) {
+            Ok(_) => return Ok(!fds[0].revents().is_empty()),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Where the guest is told that requests are answered; the front end may put another one there at any time.
+#[derive(Debug, Default)]
+pub(super) struct Bell {
+    file: Mutex<Option<File>>,
+}
+
+impl Bell {
+    /// Puts another one there, or none.
+    pub(super) fn set(&self, file: Option<File>) {
+        *self.file.lock() = file;
+    }
+
+    /// Tells the guest.
+    pub(super) fn ring(&self) {
+        if let Some(file) = &*self.file.lock() {
+            ring(file);
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! Disks for virtual machines of any VMM that speaks vhost-user: QEMU, Cloud Hypervisor, libkrun and others.
+//!
+//! The guest sees a virtio block device. Its requests and their data are in its memory, which the VMM (the front end)
+//! shares with this program over a Unix socket; from then on the VMM is not involved.
+//!
+//! ```text
+//!   VMM --messages--> server, session       set up: memory, queues, descriptors to wake each other
+//!   guest --rings in its memory--> queue    one thread each: request -> BlockDevice -> answer
+//! ```
+//!
+//! # Rules
+//! 1. What a guest or a front end says is checked before it is used: a bad request ends that request, a bad ring that queue,
+//!    a bad message that connection; none ends the server.
+//! 2. A flush is answered when every write answered before it is durable.
+//! 3. Before a queue stops, what it took is finished. What could not be, because the server was killed, is done again by the
+//!    next one (see `inflight`).
+//! 4. Guest memory is only ever copied from and to.
+//!
+//! # After a crash
+//! The disk is as after a power cut; a VMM that reconnects (QEMU: `reconnect-ms`) resumes where it was.
+//!
+//! [`request`] serves devices of other kinds, too.
+
+mod bell;
+pub mod chain;
+mod config;
+mod inflight;
+mod queue;
+pub mod request;
+mod server;
+mod session;
+mod socket;
+
+use std::any::Any;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::thread::JoinHandle;
+
+use crate::disk::BlockDevice;
+use crate::error::{Error, Result};
+use queue::Target;
+use request::SERIAL;
+use server::Shared;
+use socket::Socket;
+
+/// Queues of a device at most.
+const QUEUES_MAX: usize = 64;
+
+/// How a disk is served.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Where front ends connect.
+    pub socket: PathBuf,
+    /// Queues that are offered, 1 to 64; more than the guest has processors are of no use.
+    pub queues: usize,
+    /// What the guest sees as the serial number; cut to 20 bytes.
+    pub serial: String,
+}
+
+/// A disk that is served, until this is dropped.
+pub struct Server {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+    /// What must live as long, such as the lease.
+    _keep: Box<dyn Any + Send + Sync>,
+}
+
+impl std::fmt::Debug for Server {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Server").field("queues", &self.shared.queues).finish_non_exhaustive()
+    }
+}
+
+/// Serves a disk: listens at once, answers from threads of its own. `keep` is dropped when it is all over.
+///
+/// # Errors
+/// `Usage` for a number of queues that cannot be; `Busy` or `Exists` when the path is taken; any error of the host.
+pub fn start(options: Options, device: Arc<dyn BlockDevice>, keep: Box<dyn Any + Send + Sync>) -> Result<Server> {
+    if !(1..=QUEUES_MAX).contains(&options.queues) {
+        return Err(Error::usage(format!("{} queues cannot be: a device has 1 to {QUEUES_MAX}", options.queues)));
+    }
+    let mut serial = [0; SERIAL];
+    serial.iter_mut().zip(options.serial.bytes()).for_each(|(to, from)| *to = from);
+    let read_only = device.read_only();
+    let target = Arc::new(Target { device, serial, read_only, failures: AtomicU64::new(0) });
+    let host = |e| Error::io("cannot serve a disk over vhost-user", e);
+    let shared = Arc::new(Shared::new(target, options.queues).map_err(host)?);
+    let socket = Socket::listen(&options.socket)?;
+    let thread = server::run(socket, Arc::clone(&shared)).map_err(host)?;
+    Ok(Server { shared, thread: Some(thread), _keep: keep })
+}
+
+impl Server {
+    /// Tells the guest, if there is one, that the size of the disk has changed.
+    pub fn resized(&self) {
+        self.shared.tell_changed();
+    }
+
+    /// Finishes what is in flight and stops.
+    pub fn stop(self) {
+        drop(self);
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.shared.stop();
+        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!("the server of a disk failed on a mistake in this program");
+        }
+    }
+}

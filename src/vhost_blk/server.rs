@@ -1,0 +1,182 @@
+//! The socket of a disk: takes one front end after another and tells it of a new size.
+//!
+//! # Rules
+//! 1. A disk has one front end at a time, as a device has one driver; the next one waits until it is gone.
+//! 2. Whatever a front end does wrong ends its connection, and the server goes on listening.
+//! 3. When the server stops, or a front end goes, what its queues had taken is finished first.
+//!
+//! # Why the message for a new size is written here
+//! `vhost` keeps the channel to the front end to itself and sends only what it knows, and of a changed configuration it
+//! does not know. A descriptor that is looked at before it is received (MSG_PEEK) is there twice: one is ours.
+
+use std::fs::File;
+use std::io::{self, IoSliceMut};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags};
+use vhost::vhost_user::message::{BackendReq, FrontendReq};
+use vhost::vhost_user::{BackendReqHandler, Error as ProtocolError};
+
+use super::bell;
+use super::queue::Target;
+use super::session::Session;
+use super::socket::Socket;
+use crate::sync::Mutex;
+
+/// Bytes of the head of a message: request, flags, length of what follows.
+const HEAD: usize = 12;
+/// The version of the protocol, in the flags.
+const VERSION: u32 = 1;
+
+/// What the thread and the handle share.
+pub(super) struct Shared {
+    pub(super) target: Arc<Target>,
+    pub(super) queues: usize,
+    stopping: AtomicBool,
+    stop: File,
+    /// The connection there is, to end it.
+    connection: Mutex<Option<UnixStream>>,
+    /// Where its front end hears of changes.
+    channel: Mutex<Option<OwnedFd>>,
+}
+
+impl Shared {
+    pub(super) fn new(target: Arc<Target>, queues: usize) -> io::Result<Self> {
+        Ok(Self {
+            target,
+            queues,
+            stopping: AtomicBool::new(false),
+            stop: bell::eventfd()?,
+            connection: Mutex::default(),
+            channel: Mutex::default(),
+        })
+    }
+
+    /// Tells the front end, if there is one, to look at the configuration again.
+    pub(super) fn tell_changed(&self) {
+        let Some(channel) = &*self.channel.lock() else { return };
+        let mut message = [0; HEAD];
+        message[..4].copy_from_slice(&u32::from(BackendReq::CONFIG_CHANGE_MSG).to_le_bytes());
+        message[4..8].copy_from_slice(&VERSION.to_le_bytes());
+        // A front end that does not read its channel is not waited for.
+        if let Err(error) = rustix::net::send(channel, &message, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+            tracing::debug!("a front end was not told of a new size: {error}");
+        }
+    }
+
+    /// Ends the connection and takes no other.
+    pub(super) fn stop(&self) {
+        self.stopping.store(true, Ordering::SeqCst);
+        bell::ring(&self.stop);
+        if let Some(connection) = &*self.connection.lock()
+            && let Err(error) = connection.shutdown(std::net::Shutdown::Both)
+        {
+            tracing::debug!("a connection was closed already: {error}");
+        }
+    }
+
+    fn stops(&self) -> bool {
+        self.stopping.load(Ordering::SeqCst)
+    }
+}
+
+/// Serves until it is told to stop.
+pub(super) fn run(socket: Socket, shared: Arc<Shared>) -> io::Result<JoinHandle<()>> {
+    std::thread::Builder::new().name("vhost-blk".into()).spawn(move || {
+        while !shared.stops() {
+            match accept(socket.listener(), &shared) {
+                Ok(Some(stream)) => serve(stream, &shared),
+                Ok(None) => {}
+                Err(error) => {
+                    tracing::error!("no front end can connect to {} any more: {error}", socket.path().display());
+                    break;
+                }
+            }
+        }
+    })
+}
+
+/// Waits for a front end.
+fn accept(listener: &UnixListener, shared: &Shared) -> io::Result<Option<UnixStream>> {
+    if !bell::wait(listener, &shared.stop)? {
+        return Ok(None);
+    }
+    match listener.accept() {
+        Ok((stream, _)) => {
+            stream.set_nonblocking(false)?;
+            Ok(Some(stream))
+        }
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted
+            ) =>
+        {
+            Ok(None)
+        }
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM)) => {
+            tracing::warn!("a front end cannot connect now: {error}");
+            std::thread::sleep(std::time::Duration::from_millis(100));
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Serves one front end until it goes.
+fn serve(stream: UnixStream, shared: &Shared) {
+    let session = Arc::new(Session::new(Arc::clone(&shared.target), shared.queues));
+    let copies = stream.try_clone().and_then(|copy| Ok((copy, stream.try_clone()?)));
+    let Ok((peeked, kept)) = copies else {
+        tracing::error!("the host has no descriptor for a front end");
+        return;
+    };
+    *shared.connection.lock() = Some(kept);
+    if shared.stops() {
+        return;
+    }
+    tracing::debug!("a front end has connected");
+    let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(&session));
+    let ended = loop {
+        if let Some(channel) = peek_channel(&peeked) {
+            *shared.channel.lock() = Some(channel);
+        }
+        if let Err(error) = handler.handle_request() {
+            break error;
+        }
+    };
+    *shared.channel.lock() = None;
+    session.end();
+    *shared.connection.lock() = None;
+    match ended {
+        ProtocolError::Disconnected | ProtocolError::SocketBroken(_) => tracing::debug!("a front end has gone"),
+        error if shared.stops() => tracing::debug!("a front end was disconnected: {error}"),
+        error => tracing::warn!("a front end was disconnected, for it sent something that cannot be: {error}"),
+    }
+}
+
+/// Waits for the next message and, if it brings the channel to the front end, returns a descriptor of that.
+fn peek_channel(stream: &UnixStream) -> Option<OwnedFd> {
+    let mut head = [0; HEAD];
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut received = RecvAncillaryBuffer::new(&mut space);
+    let message = rustix::net::recvmsg(
+        stream,
+        &mut [IoSliceMut::new(&mut head)],
+        &mut received,
+        RecvFlags::PEEK | RecvFlags::CMSG_CLOEXEC,
+    )
+    .ok()?;
+    // All descriptors are closed that are not returned.
+    let files = received.drain().filter_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(files) => Some(files),
+        _ => None,
+    });
+    let first = files.flatten().next();
+    let request = u32::from_le_bytes(head[..4].try_into().expect("4 bytes"));
+    (message.bytes == HEAD && request == u32::from(FrontendReq::SET_BACKEND_REQ_FD)).then_some(first)?
+}

@@ -1,0 +1,1 @@
+//! Guests and front ends that mean no good.

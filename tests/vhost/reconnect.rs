@@ -1,0 +1,1 @@
+//! Front ends and servers that go and come again.
