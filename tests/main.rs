@@ -16,3 +16,4 @@ mod stream;
 mod tidy;
 mod tree;
 mod vhost;
+mod vmm;

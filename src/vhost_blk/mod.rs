@@ -23,7 +23,7 @@
 
 mod bell;
 pub mod chain;
-mod config;
+pub(crate) mod config;
 mod inflight;
 mod queue;
 pub mod request;

@@ -19,7 +19,7 @@ use parking_lot::{Condvar, Mutex};
 use guest::Guest;
 
 /// A disk in memory that can be made to wait and to fail.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub(crate) struct Ram {
     data: Mutex<Vec<u8>>,
     /// Writes and flushes wait while this is set.

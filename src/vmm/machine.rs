@@ -1,0 +1,279 @@
+//! A virtual machine, put together.
+//!
+//! # Rules
+//! 1. Whatever can be wrong with what is asked for is found before the guest runs.
+//! 2. Order down: processors first, devices then, memory last.
+//! 3. A reboot is a new machine from the same settings: nothing of the old one is left to be wrong.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use kvm_bindings::{
+    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC, KVM_PIT_SPEAKER_DUMMY, KvmIrqRouting, kvm_irq_routing_entry,
+    kvm_irq_routing_irqchip, kvm_pit_config,
+};
+use kvm_ioctls::Kvm;
+use uuid::Uuid;
+use vm_memory::Bytes;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::boot::{self, Boot};
+use super::bus::Bus;
+use super::cpuid::Supported;
+use super::cpus::Cpus;
+use super::ending::Ending;
+use super::power::{self, Power};
+use super::serial::{Log, Serial, SerialSocket};
+use super::virtio::{Block, Device, Net, Rng, Transport};
+use super::{acpi, layout, memory};
+use crate::disk::BlockDevice;
+use crate::error::{Error, Kind, Result};
+use crate::sync::Mutex;
+use crate::sys::kvm::Vm;
+
+/// Processors of a guest at most: numbers of local APICs have eight bits, and the last means all.
+const CPUS_MAX: u8 = 254;
+/// The one version of the interface of KVM there ever was.
+const KVM_VERSION: i32 = 12;
+/// Inputs of the IO-APIC.
+const PINS: u32 = 24;
+const DEVICE: &str = "/dev/kvm";
+
+/// What a machine is made of.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// What it starts.
+    pub boot: Boot,
+    /// Bytes of its memory.
+    pub memory: u64,
+    /// Its processors.
+    pub cpus: u8,
+    /// Its disks, in order: `/dev/vda`, `/dev/vdb` ...
+    pub disks: Vec<DiskSettings>,
+    /// Its network cards, in order.
+    pub nets: Vec<NetSettings>,
+    /// What identifies this life of the machine; a restored one has another.
+    pub generation: Uuid,
+}
+
+/// A disk of a machine.
+#[derive(Debug, Clone)]
+pub struct DiskSettings {
+    /// Where its blocks are.
+    pub device: Arc<dyn BlockDevice>,
+    /// The guest cannot change it.
+    pub read_only: bool,
+    /// What the guest sees as its serial number; cut to 20 bytes.
+    pub serial: String,
+}
+
+/// A network card of a machine.
+#[derive(Debug, Clone)]
+pub struct NetSettings {
+    /// The tap of the host that it is plugged into.
+    pub tap: String,
+    /// Its address.
+    pub mac: [u8; 6],
+}
+
+/// A virtual machine. Dropping it ends the guest as a power cut does.
+#[derive(Debug)]
+pub struct Machine {
+    // In the order in which they are dropped.
+    cpus: Cpus,
+    socket: Mutex<Option<SerialSocket>>,
+    bus: Arc<Bus>,
+    /// Identifies this start of the guest for those who watch it.
+    start: Uuid,
+    vm: Arc<Vm>,
+}
+
+impl Machine {
+    /// Makes a machine, with its kernel in memory and its processors at rest; [`Machine::resume`] starts it.
+    ///
+    /// # Errors
+    /// `Usage` for settings that cannot be, what is wrong with the files, and what the host lacks.
+    pub fn new(settings: &Settings) -> Result<Self> {
+        check(settings)?;
+        let kvm = open_kvm()?;
+        let cpus_max = kvm.get_max_vcpus();
+        if usize::from(settings.cpus) > cpus_max {
+            return Err(Error::usage(format!(
+                "a guest cannot have {} processors here: KVM takes {cpus_max} at most",
+                settings.cpus
+            )));
+        }
+        let host = |e: kvm_ioctls::Error| Error::io("KVM cannot make a machine", e.into());
+        let memory = memory::make(settings.memory)?;
+        let fd = kvm.create_vm().map_err(host)?;
+        fd.set_identity_map_address(layout::IDENTITY_MAP).map_err(host)?;
+        fd.set_tss_address(layout::TASK_STATE).map_err(host)?;
+        fd.create_irq_chip().map_err(host)?;
+        fd.create_pit2(kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..kvm_pit_config::default() }).map_err(host)?;
+        fd.set_gsi_routing(&routes()?).map_err(host)?;
+        let vm = Vm::new(fd, memory).map_err(|e| Error::io("KVM does not take the memory of the guest", e))?;
+        let bus = Arc::new(make_bus(settings, &vm)?);
+        let tables = acpi::write(vm.memory(), settings.cpus, bus.virtio.len())?;
+        write_generation(vm.memory(), settings.generation)?;
+        let entry = boot::load(&settings.boot, vm.memory(), settings.memory, tables)?;
+        let supported = Supported::ask(&kvm, settings.cpus)?;
+        let mut cpus = Vec::new();
+        for index in 0..settings.cpus {
+            let cpu = vm.cpu(u64::from(index)).map_err(|e| Error::io("KVM cannot make a processor", e))?;
+            cpu.set_cpuid2(&supported.of(index)).map_err(host)?;
+            if index == 0 {
+                boot::set_up(&cpu, vm.memory(), entry)?;
+            } else {
+                boot::set_up_waiting(&cpu)?;
+            }
+            cpus.push(cpu);
+        }
+        let cpus = Cpus::start(&vm, cpus, Arc::clone(&bus))?;
+        Ok(Self { cpus, socket: Mutex::new(None), bus, start: Uuid::new_v4(), vm })
+    }
+
+    /// Shows the serial port at a socket.
+    ///
+    /// # Errors
+    /// Those of the host.
+    pub fn serve_serial(&self, path: &Path) -> Result<()> {
+        let socket = SerialSocket::listen(path, Arc::clone(&self.bus), self.start)?;
+        *self.socket.lock() = Some(socket);
+        Ok(())
+    }
+
+    /// Returns what the guest says on its serial port.
+    #[must_use]
+    pub fn console(&self) -> Arc<Log> {
+        Arc::clone(self.bus.serial.log())
+    }
+
+    /// Types on the serial port.
+    pub fn type_in(&self, bytes: &[u8]) {
+        self.bus.serial.type_in(bytes);
+    }
+
+    /// Lets the guest run, at first or after a pause.
+    pub fn resume(&self) {
+        self.bus.virtio.iter().for_each(|device| device.lock().resume());
+        self.cpus.run();
+    }
+
+    /// Stops the guest and its devices. When this returns, nothing is half done.
+    pub fn pause(&self) {
+        self.cpus.pause();
+        self.bus.virtio.iter().for_each(|device| device.lock().pause());
+    }
+
+    /// Presses the power button; what comes of it is up to the guest.
+    pub fn press_power_button(&self) {
+        self.bus.power.tell(power::BUTTON);
+    }
+
+    /// Ends the guest as a power cut does.
+    pub fn stop(&self) {
+        self.cpus.end(Ending::Stopped);
+    }
+
+    /// Waits until the guest has ended, and returns how. Requests that its disks had taken are done then.
+    #[must_use]
+    pub fn wait(&self) -> Ending {
+        let ending = self.cpus.wait();
+        self.bus.virtio.iter().for_each(|device| device.lock().pause());
+        self.bus.serial.log().close();
+        ending
+    }
+
+    /// Returns how the guest has ended; `None` while it lives.
+    #[must_use]
+    pub fn ending(&self) -> Option<Ending> {
+        self.cpus.ending()
+    }
+
+    /// Reads memory of the guest.
+    ///
+    /// # Errors
+    /// `Usage` where it has none.
+    pub fn read_memory(&self, at: u64, into: &mut [u8]) -> Result<()> {
+        let outside = |e| Error::usage(format!("the guest has no memory at {at:#x}")).because(e);
+        self.vm.memory().read_slice(into, vm_memory::GuestAddress(at)).map_err(outside)
+    }
+}
+
+fn check(settings: &Settings) -> Result<()> {
+    if !(1..=CPUS_MAX).contains(&settings.cpus) {
+        return Err(Error::usage(format!(
+            "a guest cannot have {} processors: it takes 1 to {CPUS_MAX}",
+            settings.cpus
+        )));
+    }
+    let devices = settings.disks.len() + settings.nets.len() + 1;
+    if devices > layout::VIRTIO_MAX {
+        let most = layout::VIRTIO_MAX - 1;
+        return Err(Error::usage(format!(
+            "{} disks and network cards are too many: a guest takes {most} of them",
+            devices - 1
+        )));
+    }
+    Ok(())
+}
+
+fn open_kvm() -> Result<Kvm> {
+    let kvm = Kvm::new().map_err(|e| {
+        let error = Error::io(format!("cannot open {DEVICE}"), e.into());
+        match error.kind() {
+            Kind::Denied => error.hint(format!("you need to write to {DEVICE}: join the group 'kvm', or be root")),
+            Kind::NotFound => error.hint("the host has no KVM: switch virtualization on in its firmware, modprobe kvm"),
+            _ => error,
+        }
+    })?;
+    match kvm.get_api_version() {
+        KVM_VERSION => Ok(kvm),
+        other => Err(Error::unsupported(format!("{DEVICE} is of version {other}, not {KVM_VERSION}"))),
+    }
+}
+
+/// Interrupts go to the IO-APIC alone. There is a PIC in KVM, too, which would send them a second time from the start; the
+/// tables say that there is none.
+fn routes() -> Result<KvmIrqRouting> {
+    let route = |pin| {
+        let mut route = kvm_irq_routing_entry { gsi: pin, type_: KVM_IRQ_ROUTING_IRQCHIP, ..Default::default() };
+        route.u.irqchip = kvm_irq_routing_irqchip { irqchip: KVM_IRQCHIP_IOAPIC, pin };
+        route
+    };
+    let routes: Vec<_> = (0..PINS).map(route).collect();
+    KvmIrqRouting::from_entries(&routes).map_err(|e| Error::failed(format!("no room for interrupts: {e:?}")))
+}
+
+fn write_generation(memory: &memory::Memory, generation: Uuid) -> Result<()> {
+    let cannot = |e| Error::failed("the generation id does not lie in the memory of the guest").because(e);
+    memory.write_slice(generation.as_bytes(), layout::GENERATION).map_err(cannot)
+}
+
+fn interrupt(vm: &Vm, irq: u32) -> Result<EventFd> {
+    let host = |e| Error::io("no interrupt for a device of the guest", e);
+    let line = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(host)?;
+    vm.register_irqfd(&line, irq).map_err(|e| host(e.into()))?;
+    Ok(line)
+}
+
+fn make_bus(settings: &Settings, vm: &Arc<Vm>) -> Result<Bus> {
+    let mut devices: Vec<(String, Box<dyn Device>)> = Vec::new();
+    let queues = usize::from(settings.cpus);
+    for (number, disk) in settings.disks.iter().enumerate() {
+        let block = Block::new(Arc::clone(&disk.device), disk.read_only, &disk.serial, queues);
+        devices.push((format!("disk-{number}"), Box::new(block)));
+    }
+    for (number, net) in settings.nets.iter().enumerate() {
+        devices.push((format!("net-{number}"), Box::new(Net::open(&net.tap, net.mac)?)));
+    }
+    devices.push(("rng".into(), Box::new(Rng)));
+    let mut virtio = Vec::new();
+    for (index, (name, device)) in devices.into_iter().enumerate() {
+        let (base, irq) = (layout::virtio_base(index), layout::virtio_irq(index));
+        virtio.push(Mutex::new(Transport::new(device, name, vm.memory().clone(), vm, base, irq)?));
+    }
+    let serial = Serial::new(interrupt(vm, layout::SERIAL_IRQ)?, Arc::new(Log::new()));
+    let power = Power::new(interrupt(vm, layout::EVENT_IRQ)?);
+    Ok(Bus { serial, power, virtio })
+}

@@ -1,0 +1,272 @@
+//! The registers of a device in memory (virtio 1.2, section 4.2).
+//!
+//! # Rules
+//! 1. Registers are 32 bits wide and accessed whole; the configuration behind them in any width. Everything else reads as
+//!    zeros and writes nothing.
+//! 2. Queues are set up between "features are fine" and "driver is ready", and at no other time: while threads work on
+//!    them, the guest cannot change what they are.
+//! 3. "Driver is ready" starts the threads. Zero in the status stops them, waits for them, and all is as at the beginning.
+//! 4. A device that the guest has set up wrongly says that it needs a reset, and does nothing until then.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use kvm_ioctls::{IoEventAddress, VmFd};
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_queue::{Queue, QueueT};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::Device;
+use super::interrupt::Interrupt;
+use super::worker::{NEEDS_RESET, Seat, Shared, Worker};
+use crate::error::{Error, Result};
+use crate::vmm::memory::Memory;
+
+/// What stands in the first register: "virt".
+const MAGIC: u32 = 0x7472_6976;
+/// Registers that are not from before there was a standard.
+const VERSION: u32 = 2;
+/// "AFTI".
+const VENDOR: u32 = 0x4954_4641;
+/// Where a queue is notified, and where the configuration begins.
+const NOTIFY: u64 = 0x50;
+const CONFIG: u64 = 0x100;
+/// Bits of the status.
+const FEATURES_OK: u32 = 8;
+const DRIVER_OK: u32 = 4;
+const STATUS_BITS: u32 = 0x8f;
+
+/// A device and its registers.
+#[derive(Debug)]
+pub(in crate::vmm) struct Transport {
+    device: Box<dyn Device>,
+    name: String,
+    shared: Arc<Shared>,
+    queues: Vec<Queue>,
+    kicks: Vec<Arc<EventFd>>,
+    workers: Vec<Worker>,
+    /// Features the driver has chosen.
+    features: u64,
+    /// Which half of the features is meant.
+    offered_half: u32,
+    chosen_half: u32,
+    /// Which queue is meant.
+    selected: u32,
+    /// Threads are to work when the machine runs.
+    ready: bool,
+}
+
+impl Transport {
+    /// Puts a device at `base` with the interrupt `irq`.
+    ///
+    /// # Errors
+    /// Those of KVM and the host.
+    pub(in crate::vmm) fn new(
+        device: Box<dyn Device>,
+        name: String,
+        memory: Memory,
+        vm: &VmFd,
+        base: u64,
+        irq: u32,
+    ) -> Result<Self> {
+        let host = |e| Error::io(format!("cannot make the device {name} of the guest"), e);
+        let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(host);
+        let line = event()?;
+        vm.register_irqfd(&line, irq).map_err(|e| host(e.into()))?;
+        let mut queues = Vec::new();
+        let mut kicks = Vec::new();
+        for (index, size) in (0_u32..).zip(device.queues()) {
+            queues.push(make(size)?);
+            let kick = event()?;
+            vm.register_ioevent(&kick, &IoEventAddress::Mmio(base + NOTIFY), index).map_err(|e| host(e.into()))?;
+            kicks.push(Arc::new(kick));
+        }
+        let interrupt = Arc::new(Interrupt::new(line));
+        let shared = Arc::new(Shared { memory, interrupt, status: AtomicU32::new(0) });
+        let (features, offered_half, chosen_half, selected, ready) = (0, 0, 0, 0, false);
+        let workers = Vec::new();
+        Ok(Self { device, name, shared, queues, kicks, workers, features, offered_half, chosen_half, selected, ready })
+    }
+
+    /// Reads a register or the configuration.
+    pub(in crate::vmm) fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        if let Some(at) = offset.checked_sub(CONFIG) {
+            return self.device.read_config(at, data);
+        }
+        if let Ok(whole) = <&mut [u8; 4]>::try_from(data) {
+            *whole = self.register(offset).to_le_bytes();
+        }
+    }
+
+    fn register(&self, offset: u64) -> u32 {
+        let queue = self.queues.get(self.selected as usize);
+        match offset {
+            0x00 => MAGIC,
+            0x04 => VERSION,
+            0x08 => self.device.kind(),
+            0x0c => VENDOR,
+            0x10 => half(self.offered(), self.offered_half),
+            0x34 => queue.map_or(0, |queue| u32::from(queue.max_size())),
+            0x44 => queue.map_or(0, |queue| u32::from(queue.ready())),
+            0x60 => self.shared.interrupt.reasons(),
+            0x70 => self.shared.status.load(Ordering::SeqCst),
+            // There is no shared memory: its length is told as all ones.
+            0xb0..0xc0 => u32::MAX,
+            _ => 0,
+        }
+    }
+
+    fn offered(&self) -> u64 {
+        self.device.features()
+            | 1 << VIRTIO_F_VERSION_1
+            | 1 << VIRTIO_RING_F_EVENT_IDX
+            | 1 << VIRTIO_RING_F_INDIRECT_DESC
+    }
+
+    /// Writes a register. The configuration of none of our devices can be written.
+    pub(in crate::vmm) fn write(&mut self, offset: u64, data: &[u8]) {
+        let Ok(value) = <[u8; 4]>::try_from(data) else { return };
+        let value = u32::from_le_bytes(value);
+        let status = self.shared.status.load(Ordering::SeqCst);
+        match offset {
+            0x14 => self.offered_half = value,
+            0x20 if status & FEATURES_OK == 0 => self.choose(value),
+            0x24 => self.chosen_half = value,
+            0x30 => self.selected = value,
+            // Notifications come through descriptors; what comes here names a queue that is not there.
+            NOTIFY => tracing::debug!("the guest notified queue {value} of {}, which has no such", self.name),
+            0x64 => self.shared.interrupt.seen(value),
+            0x70 => self.set_status(status, value),
+            0x38 | 0x44 | 0x80..=0xa4 if status & (FEATURES_OK | DRIVER_OK) == FEATURES_OK => {
+                self.set_up_queue(offset, value);
+            }
+            _ => tracing::debug!("the guest wrote {value:#x} to register {offset:#x} of {} in vain", self.name),
+        }
+    }
+
+    fn choose(&mut self, value: u32) {
+        let value = u64::from(value);
+        match self.chosen_half {
+            0 => self.features = self.features & !0xffff_ffff | value,
+            1 => self.features = self.features & 0xffff_ffff | value << 32,
+            _ => {}
+        }
+    }
+
+    fn set_up_queue(&mut self, offset: u64, value: u32) {
+        let Some(queue) = self.queues.get_mut(self.selected as usize) else { return };
+        match offset {
+            0x38 => queue.set_size(u16::try_from(value).unwrap_or(0)),
+            0x44 => queue.set_ready(value == 1),
+            0x80 => queue.set_desc_table_address(Some(value), None),
+            0x84 => queue.set_desc_table_address(None, Some(value)),
+            0x90 => queue.set_avail_ring_address(Some(value), None),
+            0x94 => queue.set_avail_ring_address(None, Some(value)),
+            0xa0 => queue.set_used_ring_address(Some(value), None),
+            0xa4 => queue.set_used_ring_address(None, Some(value)),
+            _ => {}
+        }
+    }
+
+    fn set_status(&mut self, before: u32, value: u32) {
+        if value == 0 {
+            self.reset();
+            return;
+        }
+        // The driver only ever adds to it.
+        let mut status = before | value & STATUS_BITS;
+        let features_fine = self.features & !self.offered() == 0 && self.features & 1 << VIRTIO_F_VERSION_1 != 0;
+        if before & FEATURES_OK == 0 && !features_fine {
+            status &= !FEATURES_OK;
+        }
+        if status & FEATURES_OK == 0 {
+            status &= !DRIVER_OK;
+        }
+        self.shared.status.fetch_or(status, Ordering::SeqCst);
+        if status & DRIVER_OK != 0 && before & (DRIVER_OK | NEEDS_RESET) == 0 {
+            self.ready = true;
+            self.resume();
+        }
+    }
+
+    fn reset(&mut self) {
+        self.pause();
+        self.ready = false;
+        self.queues.iter_mut().for_each(QueueT::reset);
+        (self.features, self.offered_half, self.chosen_half, self.selected) = (0, 0, 0, 0);
+        self.shared.interrupt.seen(u32::MAX);
+        self.shared.status.store(0, Ordering::SeqCst);
+    }
+
+    /// Stops the threads, after what they took is answered.
+    pub(in crate::vmm) fn pause(&mut self) {
+        for worker in self.workers.drain(..) {
+            for (index, queue) in worker.stop() {
+                self.queues[index] = queue;
+            }
+        }
+    }
+
+    /// Lets the threads work, if the driver is ready.
+    pub(in crate::vmm) fn resume(&mut self) {
+        let needs_reset = self.shared.status.load(Ordering::SeqCst) & NEEDS_RESET != 0;
+        if !self.ready || !self.workers.is_empty() || needs_reset {
+            return;
+        }
+        if let Err(error) = self.start() {
+            tracing::error!("{} stops until the guest resets it: {error}", self.name);
+            self.pause();
+            self.shared.status.fetch_or(NEEDS_RESET, Ordering::SeqCst);
+            self.shared.interrupt.config();
+        }
+    }
+
+    fn start(&mut self) -> Result<()> {
+        let event_index = self.features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
+        for (index, queue) in self.queues.iter_mut().enumerate().filter(|(_, queue)| queue.ready()) {
+            if !queue.is_valid(&self.shared.memory) {
+                return Err(Error::usage(format!("queue {index} does not lie in the memory of the guest")));
+            }
+            queue.set_event_idx(event_index);
+        }
+        for (work, queues) in self.device.work(self.features)? {
+            // A driver need not use all queues there are.
+            let mut seats = Vec::new();
+            for index in queues {
+                if self.queues[index].ready() {
+                    let queue = std::mem::replace(&mut self.queues[index], placeholder()?);
+                    seats.push(Seat { index, queue, kick: Arc::clone(&self.kicks[index]) });
+                }
+            }
+            if !seats.is_empty() {
+                self.workers.push(Worker::start(&self.name, work, seats, Arc::clone(&self.shared))?);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Stands where a queue was that is with its thread.
+fn placeholder() -> Result<Queue> {
+    make(1)
+}
+
+fn make(size: u16) -> Result<Queue> {
+    virtio_queue::QueueT::new(size).map_err(|e| Error::failed(format!("a queue cannot have {size} entries: {e}")))
+}
+
+fn half(features: u64, which: u32) -> u32 {
+    match which {
+        0 => u32::try_from(features & 0xffff_ffff).expect("half of it"),
+        1 => u32::try_from(features >> 32).expect("half of it"),
+        _ => 0,
+    }
+}
+
+impl Drop for Transport {
+    fn drop(&mut self) {
+        self.pause();
+    }
+}

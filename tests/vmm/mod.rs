@@ -1,0 +1,7 @@
+//! Virtual machines of our own on the KVM of this machine, with a guest that does as it is told (fixtures/toy-guest).
+//!
+//! Where KVM emulates ring 0, as in many virtual machines, an ordinary kernel cannot run and this guest can.
+
+mod devices;
+mod life;
+mod toy;
