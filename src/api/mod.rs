@@ -24,6 +24,7 @@ pub mod answer;
 pub mod client;
 mod execute;
 mod line;
+pub mod machine;
 mod name;
 mod past;
 mod request;

@@ -32,6 +32,11 @@ pub(super) fn is_child() -> bool {
     std::env::var(PARENT_VARIABLE).is_ok_and(|value| value == parent)
 }
 
+/// Makes a command the background half of this process.
+pub(super) fn mark_child(command: &mut Command) {
+    command.env(PARENT_VARIABLE, std::process::id().to_string());
+}
+
 /// Starts the background half and returns its status once the mount answers.
 pub(super) fn start(pool: &Path, mount: &Path, show: &Show, global: &Global) -> Result<Response> {
     let cannot = |e| Error::io("cannot start the server in the background", e);
@@ -44,7 +49,8 @@ pub(super) fn start(pool: &Path, mount: &Path, show: &Show, global: &Global) -> 
         .map_err(|e| Error::io(format!("cannot open the log {}", path.display()), e))?;
     let program = std::env::current_exe().map_err(cannot)?;
     let mut command = Command::new(program);
-    command.arg("--pool").arg(pool).arg("mount").env(PARENT_VARIABLE, std::process::id().to_string());
+    command.arg("--pool").arg(pool).arg("mount");
+    mark_child(&mut command);
     if show.allow_other {
         command.arg("--allow-other");
     }

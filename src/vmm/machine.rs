@@ -13,6 +13,7 @@ use kvm_bindings::{
     kvm_irq_routing_irqchip, kvm_pit_config,
 };
 use kvm_ioctls::Kvm;
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 use vm_memory::Bytes;
 use vmm_sys_util::eventfd::EventFd;
@@ -68,7 +69,8 @@ pub struct DiskSettings {
 }
 
 /// A network card of a machine.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct NetSettings {
     /// The tap of the host that it is plugged into.
     pub tap: String,

@@ -18,6 +18,7 @@ use std::io::{Read, Seek};
 use std::path::{Path, PathBuf};
 
 use linux_loader::loader::{BzImage, Elf, KernelLoader, KernelLoaderResult, PvhBootCapability};
+use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::layout::{COMMAND_LINE, COMMAND_LINE_MAX, KERNEL, LOW_END};
@@ -32,13 +33,16 @@ const ELF_MAGIC: [u8; 4] = *b"\x7fELF";
 const PAGE: u64 = 4096;
 
 /// What to start.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Boot {
     /// A bzImage, or an ELF file with a PVH entry.
     pub kernel: PathBuf,
     /// The initial file system.
+    #[serde(default)]
     pub initrd: Option<PathBuf>,
     /// The command line of the kernel.
+    #[serde(default)]
     pub command_line: String,
 }
 

@@ -9,7 +9,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::{Broken, Device, Ring, Work};
+use super::{Broken, Crew, Device, Ring, Work};
 use crate::disk::BlockDevice;
 use crate::error::{Error, Result};
 use crate::vhost_blk::config;
@@ -70,7 +70,7 @@ impl Device for Block {
         }
     }
 
-    fn work(&mut self, features: u64) -> Result<Vec<(Box<dyn Work>, Vec<usize>)>> {
+    fn work(&mut self, features: u64) -> Result<Vec<Crew>> {
         let flushes = config::flushes(features);
         let one = |queue| {
             let work = Disk { target: Arc::clone(&self.target), flushes, buffer: vec![0; PIECE] };

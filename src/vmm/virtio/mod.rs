@@ -33,6 +33,9 @@ pub(super) use ring::{Broken, Ring};
 pub(super) use rng::Rng;
 pub(super) use transport::Transport;
 
+/// One who works, and the numbers of the queues to work on.
+pub(super) type Crew = (Box<dyn Work>, Vec<usize>);
+
 /// What a device is.
 pub(super) trait Device: Send + std::fmt::Debug {
     /// Returns its number (virtio 1.2, section 5).
@@ -51,7 +54,7 @@ pub(super) trait Device: Send + std::fmt::Debug {
     ///
     /// # Errors
     /// When it cannot work.
-    fn work(&mut self, features: u64) -> Result<Vec<(Box<dyn Work>, Vec<usize>)>>;
+    fn work(&mut self, features: u64) -> Result<Vec<Crew>>;
 }
 
 /// What a device does, on a thread of its own.

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use virtio_bindings::bindings::virtio_net::VIRTIO_NET_F_MAC;
 
-use super::{Broken, Device, Ring, Work};
+use super::{Broken, Crew, Device, Ring, Work};
 use crate::error::{Error, Kind, Result};
 use crate::sys::tap::{self, HEADER};
 
@@ -71,7 +71,7 @@ impl Device for Net {
         data.iter_mut().zip(&self.mac[from..]).for_each(|(to, from)| *to = *from);
     }
 
-    fn work(&mut self, _features: u64) -> Result<Vec<(Box<dyn Work>, Vec<usize>)>> {
+    fn work(&mut self, _features: u64) -> Result<Vec<Crew>> {
         let one = |side: Side, queue| {
             let work = Frames { tap: Arc::clone(&self.tap), side, buffer: vec![0; FRAME_MAX], starved: false };
             (Box::new(work) as Box<dyn Work>, vec![queue])

@@ -1,6 +1,6 @@
 //! A source of random numbers: virtio-rng (virtio 1.2, section 5.4).
 
-use super::{Broken, Device, Ring, Work};
+use super::{Broken, Crew, Device, Ring, Work};
 use crate::error::Result;
 
 /// The number of a source of random numbers among devices.
@@ -29,7 +29,7 @@ impl Device for Rng {
 
     fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
 
-    fn work(&mut self, _features: u64) -> Result<Vec<(Box<dyn Work>, Vec<usize>)>> {
+    fn work(&mut self, _features: u64) -> Result<Vec<Crew>> {
         Ok(vec![(Box::new(Source { buffer: vec![0; ANSWER] }), vec![0])])
     }
 }
