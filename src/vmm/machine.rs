@@ -12,7 +12,7 @@ use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC, KVM_PIT_SPEAKER_DUMMY, KvmIrqRouting, kvm_irq_routing_entry,
     kvm_irq_routing_irqchip, kvm_pit_config,
 };
-use kvm_ioctls::Kvm;
+use kvm_ioctls::{IoEventAddress, Kvm};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 use vm_memory::Bytes;
@@ -26,7 +26,7 @@ use super::ending::Ending;
 use super::power::{self, Power};
 use super::serial::{Log, Serial, SerialSocket};
 use super::virtio::{Block, Device, Net, Rng, Transport};
-use super::{acpi, layout, memory};
+use super::{acpi, layout, memory, virtio};
 use crate::disk::BlockDevice;
 use crate::error::{Error, Kind, Result};
 use crate::sync::Mutex;
@@ -259,6 +259,19 @@ fn interrupt(vm: &Vm, irq: u32) -> Result<EventFd> {
     Ok(line)
 }
 
+/// Makes what a virtio device and the guest call each other through.
+fn wire(vm: &Vm, index: usize, queues: usize) -> Result<(EventFd, Vec<EventFd>)> {
+    let host = |e| Error::io("no notifications for a device of the guest", e);
+    let notify = IoEventAddress::Mmio(layout::virtio_base(index) + virtio::NOTIFY);
+    let mut kicks = Vec::new();
+    for queue in 0..u32::try_from(queues).expect("a handful") {
+        let kick = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(host)?;
+        vm.register_ioevent(&kick, &notify, queue).map_err(|e| host(e.into()))?;
+        kicks.push(kick);
+    }
+    Ok((interrupt(vm, layout::virtio_irq(index))?, kicks))
+}
+
 fn make_bus(settings: &Settings, vm: &Arc<Vm>) -> Result<Bus> {
     let mut devices: Vec<(String, Box<dyn Device>)> = Vec::new();
     let queues = usize::from(settings.cpus);
@@ -270,12 +283,12 @@ fn make_bus(settings: &Settings, vm: &Arc<Vm>) -> Result<Bus> {
         devices.push((format!("net-{number}"), Box::new(Net::open(&net.tap, net.mac)?)));
     }
     devices.push(("rng".into(), Box::new(Rng)));
-    let mut virtio = Vec::new();
+    let mut transports = Vec::new();
     for (index, (name, device)) in devices.into_iter().enumerate() {
-        let (base, irq) = (layout::virtio_base(index), layout::virtio_irq(index));
-        virtio.push(Mutex::new(Transport::new(device, name, vm.memory().clone(), vm, base, irq)?));
+        let (line, kicks) = wire(vm, index, device.queues().len())?;
+        transports.push(Mutex::new(Transport::new(device, name, vm.memory().clone(), line, kicks)?));
     }
     let serial = Serial::new(interrupt(vm, layout::SERIAL_IRQ)?, Arc::new(Log::new()));
     let power = Power::new(interrupt(vm, layout::EVENT_IRQ)?);
-    Ok(Bus { serial, power, virtio })
+    Ok(Bus { serial, power, virtio: transports })
 }

@@ -45,7 +45,7 @@ fn require_loop() -> bool {
 }
 
 /// Tells whether programs are installed.
-fn require_programs(programs: &[&str]) -> bool {
+pub(crate) fn require_programs(programs: &[&str]) -> bool {
     programs.iter().all(|program| require(is_installed(program), program))
 }
 
@@ -56,14 +56,14 @@ fn is_installed(program: &str) -> bool {
 
 /// The search path with the directories of the administrator, which ordinary users often lack, and the one into which
 /// `tests/run` puts what it builds.
-fn search_path() -> std::ffi::OsString {
+pub(crate) fn search_path() -> std::ffi::OsString {
     let mut path = std::env::var_os("PATH").unwrap_or_default();
     path.push(concat!(":/usr/sbin:/sbin:", env!("CARGO_TARGET_TMPDIR"), "/../tools/bin"));
     path
 }
 
 /// Returns a new directory in the build directory.
-fn scratch() -> tempfile::TempDir {
+pub(crate) fn scratch() -> tempfile::TempDir {
     tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
 }
 
@@ -245,7 +245,7 @@ fn command<S: AsRef<OsStr>>(program: &str, words: impl IntoIterator<Item = S>) -
 
 /// Runs a program that must succeed, and returns what it said.
 #[track_caller]
-fn run<S: AsRef<OsStr>>(program: &str, words: impl IntoIterator<Item = S>) -> String {
+pub(crate) fn run<S: AsRef<OsStr>>(program: &str, words: impl IntoIterator<Item = S>) -> String {
     let mut command = command(program, words);
     let Output { status, stdout, stderr } = command.output().unwrap_or_else(|e| panic!("{program}: {e}"));
     let said = String::from_utf8_lossy(&stdout).into_owned();
@@ -255,7 +255,7 @@ fn run<S: AsRef<OsStr>>(program: &str, words: impl IntoIterator<Item = S>) -> St
 
 /// Runs a line of shell that must succeed; the words are its `$1`, `$2` ...
 #[track_caller]
-fn shell(line: &str, words: &[&OsStr]) -> String {
+pub(crate) fn shell(line: &str, words: &[&OsStr]) -> String {
     run("bash", ["-euc", line, "bash"].iter().map(OsStr::new).chain(words.iter().copied()))
 }
 

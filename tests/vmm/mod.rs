@@ -4,4 +4,5 @@
 
 mod devices;
 mod life;
+mod nested;
 mod toy;

@@ -11,7 +11,6 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use kvm_ioctls::{IoEventAddress, VmFd};
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::{Queue, QueueT};
@@ -30,7 +29,7 @@ const VERSION: u32 = 2;
 /// "AFTI".
 const VENDOR: u32 = 0x4954_4641;
 /// Where a queue is notified, and where the configuration begins.
-const NOTIFY: u64 = 0x50;
+pub(in crate::vmm) const NOTIFY: u64 = 0x50;
 const CONFIG: u64 = 0x100;
 /// Bits of the status.
 const FEATURES_OK: u32 = 8;
@@ -58,35 +57,34 @@ pub(in crate::vmm) struct Transport {
 }
 
 impl Transport {
-    /// Puts a device at `base` with the interrupt `irq`.
+    /// Makes the registers of a device, which calls the guest through `line` and is notified of its queues, in order,
+    /// through `kicks`.
     ///
     /// # Errors
-    /// Those of KVM and the host.
+    /// When the device has queues that cannot be.
     pub(in crate::vmm) fn new(
         device: Box<dyn Device>,
         name: String,
         memory: Memory,
-        vm: &VmFd,
-        base: u64,
-        irq: u32,
+        line: EventFd,
+        kicks: Vec<EventFd>,
     ) -> Result<Self> {
-        let host = |e| Error::io(format!("cannot make the device {name} of the guest"), e);
-        let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(host);
-        let line = event()?;
-        vm.register_irqfd(&line, irq).map_err(|e| host(e.into()))?;
-        let mut queues = Vec::new();
-        let mut kicks = Vec::new();
-        for (index, size) in (0_u32..).zip(device.queues()) {
-            queues.push(make(size)?);
-            let kick = event()?;
-            vm.register_ioevent(&kick, &IoEventAddress::Mmio(base + NOTIFY), index).map_err(|e| host(e.into()))?;
-            kicks.push(Arc::new(kick));
-        }
+        let queues = device.queues().into_iter().map(make).collect::<Result<Vec<_>>>()?;
+        assert_eq!(queues.len(), kicks.len(), "each queue has a notification");
         let interrupt = Arc::new(Interrupt::new(line));
-        let shared = Arc::new(Shared { memory, interrupt, status: AtomicU32::new(0) });
-        let (features, offered_half, chosen_half, selected, ready) = (0, 0, 0, 0, false);
-        let workers = Vec::new();
-        Ok(Self { device, name, shared, queues, kicks, workers, features, offered_half, chosen_half, selected, ready })
+        Ok(Self {
+            device,
+            name,
+            shared: Arc::new(Shared { memory, interrupt, status: AtomicU32::new(0) }),
+            queues,
+            kicks: kicks.into_iter().map(Arc::new).collect(),
+            workers: Vec::new(),
+            features: 0,
+            offered_half: 0,
+            chosen_half: 0,
+            selected: 0,
+            ready: false,
+        })
     }
 
     /// Reads a register or the configuration.
@@ -270,3 +268,6 @@ impl Drop for Transport {
         self.pause();
     }
 }
+
+#[cfg(test)]
+mod tests;
