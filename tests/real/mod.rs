@@ -260,7 +260,7 @@ pub(crate) fn shell(line: &str, words: &[&OsStr]) -> String {
 }
 
 #[track_caller]
-fn wait_for(what: &str, mut is: impl FnMut() -> bool) {
+pub(crate) fn wait_for(what: &str, mut is: impl FnMut() -> bool) {
     let begun = Instant::now();
     while !is() {
         assert!(begun.elapsed() < PATIENCE, "in vain: {what}");
