@@ -156,8 +156,9 @@ impl Vm {
                 let definition = run.definition()?;
                 home.make()?;
                 // Not while it runs.
-                drop(home.lock()?);
+                let lock = home.lock()?;
                 home.define(&definition)?;
+                drop(lock);
                 start(&home, &pool, &run.how, global, screen)
             }
             VmCommand::Start(wanted) => {

@@ -8,7 +8,7 @@
 //!    [`PATIENCE`], it ends as by a power cut.
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{self, Seek, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,6 +23,9 @@ use crate::sync::{Condvar, Mutex};
 
 /// How long a guest that is asked to switch itself off may take.
 pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Bytes of `console.log` at most; a guest that says more begins it anew.
+const LOG_MAX: u64 = 16 << 20;
 
 /// What a machine does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -243,10 +246,36 @@ fn follow(console: &Log, log: &Mutex<Option<File>>, show: &impl Fn(&[u8])) {
         show(&part.bytes);
         let mut log = log.lock();
         if let Some(file) = &mut *log
-            && let Err(error) = file.write_all(&part.bytes)
+            && let Err(error) = write_log(file, &part.bytes)
         {
             tracing::warn!("console.log is not written any more: {error}");
             *log = None;
         }
+    }
+}
+
+/// Writes to the end of a log, which begins anew when it is full.
+fn write_log(file: &mut File, bytes: &[u8]) -> io::Result<()> {
+    if file.stream_position()? + bytes.len() as u64 > LOG_MAX {
+        file.set_len(0)?;
+        file.rewind()?;
+    }
+    file.write_all(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_that_talks_for_ever_does_not_fill_the_host() {
+        let mut file = tempfile::tempfile().unwrap();
+        let part = vec![b'x'; 1 << 20];
+        for _ in 0..LOG_MAX / (1 << 20) {
+            write_log(&mut file, &part).unwrap();
+        }
+        assert_eq!(file.metadata().unwrap().len(), LOG_MAX);
+        write_log(&mut file, b"more").unwrap();
+        assert_eq!(file.metadata().unwrap().len(), 4);
     }
 }

@@ -9,7 +9,7 @@
 //! 4. A device that the guest has set up wrongly says that it needs a reset, and does nothing until then.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -75,7 +75,7 @@ impl Transport {
         Ok(Self {
             device,
             name,
-            shared: Arc::new(Shared { memory, interrupt, status: AtomicU32::new(0) }),
+            shared: Arc::new(Shared { memory, interrupt, status: AtomicU32::new(0), stops: AtomicU64::new(0) }),
             queues,
             kicks: kicks.into_iter().map(Arc::new).collect(),
             workers: Vec::new(),
@@ -214,10 +214,8 @@ impl Transport {
             return;
         }
         if let Err(error) = self.start() {
-            tracing::error!("{} stops until the guest resets it: {error}", self.name);
             self.pause();
-            self.shared.status.fetch_or(NEEDS_RESET, Ordering::SeqCst);
-            self.shared.interrupt.config();
+            self.shared.stop(&error.to_string());
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
 use rustix::event::{PollFd, PollFlags};
@@ -26,6 +26,20 @@ pub(super) struct Shared {
     pub(super) interrupt: Arc<Interrupt>,
     /// The status register.
     pub(super) status: AtomicU32,
+    /// How often the device has stopped; the log tells of the first, second, fourth time and so on.
+    pub(super) stops: AtomicU64,
+}
+
+impl Shared {
+    /// Says that the device does nothing any more until the guest resets it.
+    pub(super) fn stop(&self, why: &str) {
+        let before = self.stops.fetch_add(1, Ordering::Relaxed);
+        if (before + 1).is_power_of_two() {
+            tracing::error!("a device of the guest stops until it is reset ({} times so far): {why}", before + 1);
+        }
+        self.status.fetch_or(NEEDS_RESET, Ordering::SeqCst);
+        self.interrupt.config();
+    }
 }
 
 /// A queue on its way to a thread and back.
@@ -97,9 +111,7 @@ impl Body {
             let worked = worked.unwrap_or_else(|_| Err(Broken("a mistake in this program".into())));
             let waited = worked.and_then(|()| self.wait(&kicks));
             if let Err(Broken(why)) = waited {
-                tracing::error!("a device of the guest stops until it is reset: {why}");
-                self.shared.status.fetch_or(NEEDS_RESET, Ordering::SeqCst);
-                self.shared.interrupt.config();
+                self.shared.stop(&why);
                 break;
             }
         }
