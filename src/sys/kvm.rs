@@ -1,5 +1,5 @@
-//! What of KVM a safe interface cannot promise by itself: that memory outlives the guest that uses it, and that a thread
-//! in a guest can be called back.
+//! What of KVM a safe interface cannot promise by itself: that memory outlives the guest that uses it, that a thread in
+//! a guest can be called back, and that state of unknown length has room.
 //!
 //! # Rules
 //! 1. A [`Vm`] owns the memory of its guest, and each [`Cpu`] its machine: no guest ever runs in memory that is gone.
@@ -14,8 +14,8 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU8, Ordering};
 
-use kvm_bindings::kvm_userspace_memory_region;
-use kvm_ioctls::{VcpuFd, VmFd};
+use kvm_bindings::{Xsave, kvm_userspace_memory_region, kvm_xsave};
+use kvm_ioctls::{Cap, VcpuFd, VmFd};
 use rustix::mm::{MapFlags, ProtFlags};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
@@ -63,7 +63,7 @@ impl Vm {
         register_signal_handler(SIGRTMIN(), wake)?;
         let fd = self.fd.create_vcpu(id)?;
         let kick = Arc::new(Kick { run: Run::of(&fd)?, thread: AtomicI32::new(0) });
-        Ok(Cpu { fd, kick, _vm: Arc::clone(self) })
+        Ok(Cpu { fd, kick, vm: Arc::clone(self) })
     }
 }
 
@@ -83,7 +83,7 @@ pub struct Cpu {
     fd: VcpuFd,
     kick: Arc<Kick>,
     /// Its memory must outlive the last entry into the guest.
-    _vm: Arc<Vm>,
+    vm: Arc<Vm>,
 }
 
 impl Cpu {
@@ -91,6 +91,30 @@ impl Cpu {
     #[must_use]
     pub fn kick(&self) -> Arc<Kick> {
         Arc::clone(&self.kick)
+    }
+
+    /// Reads the state of the floating point unit and of all that came after it.
+    pub fn xsave(&self) -> io::Result<Xsave> {
+        let mut state = Xsave::new(self.xsave_words()).map_err(|e| io::Error::other(format!("no room: {e:?}")))?;
+        // SAFETY: there is as much room as this machine says the state has.
+        unsafe { self.fd.get_xsave2(&mut state) }?;
+        Ok(state)
+    }
+
+    /// Sets what [`Cpu::xsave`] has read; refuses another length than this machine has.
+    pub fn set_xsave(&self, state: &Xsave) -> io::Result<()> {
+        if state.as_slice().len() != self.xsave_words() {
+            let what = "the state of a processor has another length on this host";
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
+        }
+        // SAFETY: it is as long as this machine says the state is.
+        Ok(unsafe { self.fd.set_xsave2(state) }?)
+    }
+
+    /// Words of that state beyond those that every machine has.
+    fn xsave_words(&self) -> usize {
+        let whole = usize::try_from(self.vm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
+        whole.saturating_sub(size_of::<kvm_xsave>()).div_ceil(size_of::<u32>())
     }
 }
 

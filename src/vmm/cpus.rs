@@ -15,6 +15,7 @@ use kvm_ioctls::VcpuExit;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::bus::Bus;
+use super::cpu_state::CpuState;
 use super::ending::Ending;
 use super::memory::Memory;
 use crate::error::{Error, Result};
@@ -108,6 +109,14 @@ impl Cpus {
             }
             self.shared.changed.wait(&mut state);
         }
+    }
+
+    /// Reads the state of each processor; they are paused.
+    ///
+    /// # Errors
+    /// Those of KVM.
+    pub(super) fn states(&self, model: &[u32]) -> Result<Vec<CpuState>> {
+        self.cpus.iter().map(|cpu| CpuState::of(&cpu.lock(), model)).collect()
     }
 
     /// Returns what ended the guest, if something has.

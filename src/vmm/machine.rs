@@ -15,7 +15,7 @@ use kvm_bindings::{
 use kvm_ioctls::{IoEventAddress, Kvm};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
-use vm_memory::Bytes;
+use vm_memory::{Bytes, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::boot::{self, Boot};
@@ -24,13 +24,14 @@ use super::cpuid::Supported;
 use super::cpus::Cpus;
 use super::ending::Ending;
 use super::power::{self, Power};
-use super::serial::{Log, Serial, SerialSocket};
+use super::serial::{Log, Serial, SerialSocket, SerialState};
+use super::state::{Chips, MachineState};
 use super::virtio::{Block, Device, Net, Rng, Transport};
 use super::{acpi, layout, memory, virtio};
 use crate::disk::BlockDevice;
 use crate::error::{Error, Kind, Result};
 use crate::sync::Mutex;
-use crate::sys::kvm::Vm;
+use crate::sys::kvm::{Cpu, Vm};
 
 /// Processors of a guest at most: numbers of local APICs have eight bits, and the last means all.
 const CPUS_MAX: u8 = 254;
@@ -96,42 +97,69 @@ impl Machine {
     /// # Errors
     /// `Usage` for settings that cannot be, what is wrong with the files, and what the host lacks.
     pub fn new(settings: &Settings) -> Result<Self> {
-        check(settings)?;
-        let kvm = open_kvm()?;
-        let cpus_max = kvm.get_max_vcpus();
-        if usize::from(settings.cpus) > cpus_max {
-            return Err(Error::usage(format!(
-                "a guest cannot have {} processors here: KVM takes {cpus_max} at most",
-                settings.cpus
-            )));
-        }
-        let host = |e: kvm_ioctls::Error| Error::io("KVM cannot make a machine", e.into());
-        let memory = memory::make(settings.memory)?;
-        let fd = kvm.create_vm().map_err(host)?;
-        fd.set_identity_map_address(layout::IDENTITY_MAP).map_err(host)?;
-        fd.set_tss_address(layout::TASK_STATE).map_err(host)?;
-        fd.create_irq_chip().map_err(host)?;
-        fd.create_pit2(kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..kvm_pit_config::default() }).map_err(host)?;
-        fd.set_gsi_routing(&routes()?).map_err(host)?;
-        let vm = Vm::new(fd, memory).map_err(|e| Error::io("KVM does not take the memory of the guest", e))?;
-        let bus = Arc::new(make_bus(settings, &vm)?);
-        let tables = acpi::write(vm.memory(), settings.cpus, bus.virtio.len())?;
-        write_generation(vm.memory(), settings.generation)?;
-        let entry = boot::load(&settings.boot, vm.memory(), settings.memory, tables)?;
-        let supported = Supported::ask(&kvm, settings.cpus)?;
-        let mut cpus = Vec::new();
-        for index in 0..settings.cpus {
-            let cpu = vm.cpu(u64::from(index)).map_err(|e| Error::io("KVM cannot make a processor", e))?;
+        let parts = Parts::make(settings, None)?;
+        let memory = parts.vm.memory();
+        let tables = acpi::write(memory, settings.cpus, parts.bus.virtio.len())?;
+        write_generation(memory, settings.generation)?;
+        let entry = boot::load(&settings.boot, memory, settings.memory, tables)?;
+        let supported = Supported::ask(&parts.kvm, settings.cpus)?;
+        for (index, cpu) in (0..settings.cpus).zip(&parts.cpus) {
             cpu.set_cpuid2(&supported.of(index)).map_err(host)?;
             if index == 0 {
-                boot::set_up(&cpu, vm.memory(), entry)?;
+                boot::set_up(cpu, memory, entry)?;
             } else {
-                boot::set_up_waiting(&cpu)?;
+                boot::set_up_waiting(cpu)?;
             }
-            cpus.push(cpu);
         }
-        let cpus = Cpus::start(&vm, cpus, Arc::clone(&bus))?;
-        Ok(Self { cpus, socket: Mutex::new(None), bus, start: Uuid::new_v4(), vm })
+        parts.finish()
+    }
+
+    /// Makes a machine in the state that another had, of the same settings. `fill` gives it its memory; the boot of the
+    /// settings is not looked at. The guest is told of the generation of the settings before it runs.
+    ///
+    /// # Errors
+    /// As [`Machine::new`]; `Corrupt` for a state that such a machine cannot have, and what `fill` says.
+    pub fn restore(
+        settings: &Settings,
+        state: &MachineState,
+        fill: impl FnOnce(&GuestMemoryMmap<()>) -> Result<()>,
+    ) -> Result<Self> {
+        let parts = Parts::make(settings, Some(&state.serial))?;
+        if state.cpus.len() != parts.cpus.len() || state.virtio.len() != parts.bus.virtio.len() {
+            return Err(Error::corrupt("the state is that of a machine with other processors or devices"));
+        }
+        fill(parts.vm.memory())?;
+        write_generation(parts.vm.memory(), settings.generation)?;
+        for (cpu, state) in parts.cpus.iter().zip(&state.cpus) {
+            state.set(cpu)?;
+        }
+        state.chips.set(&parts.vm)?;
+        for (device, state) in parts.bus.virtio.iter().zip(&state.virtio) {
+            device.lock().restore(state)?;
+        }
+        parts.bus.power.tell(state.events | power::GENERATION);
+        parts.finish()
+    }
+
+    /// Returns the state of a machine that is paused, but not its memory.
+    ///
+    /// # Errors
+    /// Those of KVM.
+    pub fn state(&self) -> Result<MachineState> {
+        let list = open_kvm()?.get_msr_index_list().map_err(host)?;
+        Ok(MachineState {
+            cpus: self.cpus.states(list.as_slice())?,
+            chips: Chips::of(&self.vm)?,
+            serial: self.bus.serial.state(),
+            events: self.bus.power.events(),
+            virtio: self.bus.virtio.iter().map(|device| device.lock().state()).collect(),
+        })
+    }
+
+    /// Returns the memory of the guest.
+    #[must_use]
+    pub fn memory(&self) -> &GuestMemoryMmap<()> {
+        self.vm.memory()
     }
 
     /// Shows the serial port at a socket.
@@ -191,14 +219,48 @@ impl Machine {
     pub fn ending(&self) -> Option<Ending> {
         self.cpus.ending()
     }
+}
 
-    /// Reads memory of the guest.
-    ///
-    /// # Errors
-    /// `Usage` where it has none.
-    pub fn read_memory(&self, at: u64, into: &mut [u8]) -> Result<()> {
-        let outside = |e| Error::usage(format!("the guest has no memory at {at:#x}")).because(e);
-        self.vm.memory().read_slice(into, vm_memory::GuestAddress(at)).map_err(outside)
+/// What a machine is put together from, before it has a state.
+struct Parts {
+    kvm: Kvm,
+    vm: Arc<Vm>,
+    bus: Arc<Bus>,
+    cpus: Vec<Cpu>,
+}
+
+fn host(error: kvm_ioctls::Error) -> Error {
+    Error::io("KVM cannot make a machine", error.into())
+}
+
+impl Parts {
+    fn make(settings: &Settings, serial: Option<&SerialState>) -> Result<Self> {
+        check(settings)?;
+        let kvm = open_kvm()?;
+        let cpus_max = kvm.get_max_vcpus();
+        if usize::from(settings.cpus) > cpus_max {
+            return Err(Error::usage(format!(
+                "a guest cannot have {} processors here: KVM takes {cpus_max} at most",
+                settings.cpus
+            )));
+        }
+        let memory = memory::make(settings.memory)?;
+        let fd = kvm.create_vm().map_err(host)?;
+        fd.set_identity_map_address(layout::IDENTITY_MAP).map_err(host)?;
+        fd.set_tss_address(layout::TASK_STATE).map_err(host)?;
+        fd.create_irq_chip().map_err(host)?;
+        fd.create_pit2(kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..kvm_pit_config::default() }).map_err(host)?;
+        fd.set_gsi_routing(&routes()?).map_err(host)?;
+        let vm = Vm::new(fd, memory).map_err(|e| Error::io("KVM does not take the memory of the guest", e))?;
+        let bus = Arc::new(make_bus(settings, &vm, serial)?);
+        let cpu = |index| vm.cpu(u64::from(index)).map_err(|e| Error::io("KVM cannot make a processor", e));
+        let cpus = (0..settings.cpus).map(cpu).collect::<Result<Vec<_>>>()?;
+        Ok(Self { kvm, vm, bus, cpus })
+    }
+
+    fn finish(self) -> Result<Machine> {
+        let cpus = Cpus::start(&self.vm, self.cpus, Arc::clone(&self.bus))?;
+        Ok(Machine { cpus, socket: Mutex::new(None), bus: self.bus, start: Uuid::new_v4(), vm: self.vm })
     }
 }
 
@@ -272,7 +334,7 @@ fn wire(vm: &Vm, index: usize, queues: usize) -> Result<(EventFd, Vec<EventFd>)>
     Ok((interrupt(vm, layout::virtio_irq(index))?, kicks))
 }
 
-fn make_bus(settings: &Settings, vm: &Arc<Vm>) -> Result<Bus> {
+fn make_bus(settings: &Settings, vm: &Arc<Vm>, state: Option<&SerialState>) -> Result<Bus> {
     let mut devices: Vec<(String, Box<dyn Device>)> = Vec::new();
     let queues = usize::from(settings.cpus);
     for (number, disk) in settings.disks.iter().enumerate() {
@@ -288,7 +350,11 @@ fn make_bus(settings: &Settings, vm: &Arc<Vm>) -> Result<Bus> {
         let (line, kicks) = wire(vm, index, device.queues().len())?;
         transports.push(Mutex::new(Transport::new(device, name, vm.memory().clone(), line, kicks)?));
     }
-    let serial = Serial::new(interrupt(vm, layout::SERIAL_IRQ)?, Arc::new(Log::new()));
+    let (line, log) = (interrupt(vm, layout::SERIAL_IRQ)?, Arc::new(Log::new()));
+    let serial = match state {
+        Some(state) => Serial::restore(line, log, state)?,
+        None => Serial::new(line, log),
+    };
     let power = Power::new(interrupt(vm, layout::EVENT_IRQ)?);
     Ok(Bus { serial, power, virtio: transports })
 }

@@ -25,6 +25,7 @@
 mod acpi;
 mod boot;
 mod bus;
+mod cpu_state;
 mod cpuid;
 mod cpus;
 mod ending;
@@ -36,6 +37,7 @@ mod memory;
 mod power;
 mod runner;
 mod serial;
+mod state;
 mod virtio;
 
 pub use boot::Boot;
@@ -45,3 +47,4 @@ pub use home::{Definition, DiskDefinition, Home, HomeLock};
 pub use machine::{DiskSettings, Machine, NetSettings, Settings};
 pub use runner::{Info, PATIENCE, Runner, State};
 pub use serial::{Log, Part};
+pub use state::MachineState;

@@ -42,6 +42,11 @@ impl Power {
         }
     }
 
+    /// Returns the events that wait, and leaves them.
+    pub(super) fn events(&self) -> u8 {
+        self.events.load(Ordering::SeqCst)
+    }
+
     /// Returns the events the guest was not told of before.
     pub(super) fn take_events(&self) -> u8 {
         self.events.swap(0, Ordering::SeqCst)

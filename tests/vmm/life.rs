@@ -4,6 +4,7 @@ use std::io::Write;
 
 use afterimage::error::Kind;
 use afterimage::vmm::{Ending, Machine};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::toy::{self, MIB, Way, require_kvm, run, settings, start, wait_for};
 
@@ -89,9 +90,9 @@ fn a_paused_guest_stands_still_and_goes_on() {
     while machine.ending().is_none() {
         machine.pause();
         let mut first = [0; 4096];
-        machine.read_memory(16 * MIB, &mut first).unwrap();
+        machine.memory().read_slice(&mut first, GuestAddress(16 * MIB)).unwrap();
         let mut second = [0; 4096];
-        machine.read_memory(16 * MIB, &mut second).unwrap();
+        machine.memory().read_slice(&mut second, GuestAddress(16 * MIB)).unwrap();
         assert_eq!(first, second);
         machine.resume();
         std::thread::sleep(std::time::Duration::from_millis(1));

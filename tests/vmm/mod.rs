@@ -6,4 +6,5 @@ mod commands;
 mod devices;
 mod life;
 mod nested;
+mod state;
 mod toy;

@@ -18,10 +18,12 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use vm_superio::Trigger;
 use vm_superio::serial::NoEvents;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::error::{Error, Result};
 use crate::sync::Mutex;
 pub use log::{Log, Part};
 pub(super) use socket::SerialSocket;
@@ -39,6 +41,15 @@ impl Trigger for Interrupt {
     fn trigger(&self) -> io::Result<()> {
         self.0.write(1)
     }
+}
+
+/// The registers of the port and what waits in it, as plain data.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct SerialState {
+    /// In the order of `vm_superio::SerialState`.
+    registers: [u8; 9],
+    waiting: Vec<u8>,
 }
 
 #[derive(Debug)]
@@ -59,6 +70,47 @@ impl Serial {
     pub(super) fn new(interrupt: EventFd, log: Arc<Log>) -> Self {
         let registers = vm_superio::Serial::new(Interrupt(interrupt), log::Writer(Arc::clone(&log)));
         Self { port: Mutex::new(Port { registers, typed: VecDeque::new() }), log }
+    }
+
+    /// Makes a port in a state that another had.
+    ///
+    /// # Errors
+    /// `Corrupt` for a state that none can have.
+    pub(super) fn restore(interrupt: EventFd, log: Arc<Log>, state: &SerialState) -> Result<Self> {
+        let [low, high, enable, identification, line, line_status, modem, modem_status, scratch] = state.registers;
+        let registers = vm_superio::SerialState {
+            baud_divisor_low: low,
+            baud_divisor_high: high,
+            interrupt_enable: enable,
+            interrupt_identification: identification,
+            line_control: line,
+            line_status,
+            modem_control: modem,
+            modem_status,
+            scratch,
+            in_buffer: state.waiting.clone(),
+        };
+        let writer = log::Writer(Arc::clone(&log));
+        let registers = vm_superio::Serial::from_state(&registers, Interrupt(interrupt), NoEvents, writer)
+            .map_err(|e| Error::corrupt("the state of a serial port makes no sense").because(e))?;
+        Ok(Self { port: Mutex::new(Port { registers, typed: VecDeque::new() }), log })
+    }
+
+    /// Returns the state.
+    pub(super) fn state(&self) -> SerialState {
+        let state = self.port.lock().registers.state();
+        let registers = [
+            state.baud_divisor_low,
+            state.baud_divisor_high,
+            state.interrupt_enable,
+            state.interrupt_identification,
+            state.line_control,
+            state.line_status,
+            state.modem_control,
+            state.modem_status,
+            state.scratch,
+        ];
+        SerialState { registers, waiting: state.in_buffer }
     }
 
     /// Returns what the guest said.

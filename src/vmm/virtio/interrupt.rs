@@ -31,6 +31,13 @@ impl Interrupt {
         self.raise(CONFIG);
     }
 
+    /// Has reasons already, as the one had that this stands for.
+    pub(super) fn again(&self, reasons: u32) {
+        if reasons != 0 {
+            self.raise(reasons);
+        }
+    }
+
     fn raise(&self, reason: u32) {
         // Before the line: the guest may look at once.
         self.reasons.fetch_or(reason, Ordering::SeqCst);

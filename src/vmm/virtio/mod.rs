@@ -31,7 +31,7 @@ pub(super) use block::Block;
 pub(super) use net::Net;
 pub(super) use ring::{Broken, Ring};
 pub(super) use rng::Rng;
-pub(super) use transport::{NOTIFY, Transport};
+pub(super) use transport::{NOTIFY, Transport, TransportState};
 
 /// One who works, and the numbers of the queues to work on.
 pub(super) type Crew = (Box<dyn Work>, Vec<usize>);

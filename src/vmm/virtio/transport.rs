@@ -11,9 +11,10 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
+use serde::{Deserialize, Serialize};
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use virtio_queue::{Queue, QueueT};
+use virtio_queue::{Queue, QueueState, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Device;
@@ -35,6 +36,33 @@ const CONFIG: u64 = 0x100;
 const FEATURES_OK: u32 = 8;
 const DRIVER_OK: u32 = 4;
 const STATUS_BITS: u32 = 0x8f;
+
+/// The registers of a device as plain data.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(in crate::vmm) struct TransportState {
+    kind: u32,
+    status: u32,
+    reasons: u32,
+    features: u64,
+    offered_half: u32,
+    chosen_half: u32,
+    selected: u32,
+    queues: Vec<QueueRow>,
+}
+
+/// A queue as plain data.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct QueueRow {
+    size: u16,
+    ready: bool,
+    next_available: u16,
+    next_used: u16,
+    descriptors: u64,
+    available: u64,
+    used: u64,
+}
 
 /// A device and its registers.
 #[derive(Debug)]
@@ -196,6 +224,65 @@ impl Transport {
         (self.features, self.offered_half, self.chosen_half, self.selected) = (0, 0, 0, 0);
         self.shared.interrupt.seen(u32::MAX);
         self.shared.status.store(0, Ordering::SeqCst);
+    }
+
+    /// Returns the state of a device that is paused.
+    pub(in crate::vmm) fn state(&self) -> TransportState {
+        assert!(self.workers.is_empty(), "the device is paused");
+        let row = |queue: &Queue| QueueRow {
+            size: queue.size(),
+            ready: queue.ready(),
+            next_available: queue.next_avail(),
+            next_used: queue.next_used(),
+            descriptors: queue.desc_table(),
+            available: queue.avail_ring(),
+            used: queue.used_ring(),
+        };
+        TransportState {
+            kind: self.device.kind(),
+            status: self.shared.status.load(Ordering::SeqCst),
+            reasons: self.shared.interrupt.reasons(),
+            features: self.features,
+            offered_half: self.offered_half,
+            chosen_half: self.chosen_half,
+            selected: self.selected,
+            queues: self.queues.iter().map(row).collect(),
+        }
+    }
+
+    /// Sets the state of a device that no driver has seen yet. It works when it is resumed.
+    ///
+    /// # Errors
+    /// `Corrupt` for a state that such a device cannot have.
+    pub(in crate::vmm) fn restore(&mut self, state: &TransportState) -> Result<()> {
+        let bad = |what: &str| Error::corrupt(format!("the state of {} is damaged: {what}", self.name));
+        if state.kind != self.device.kind() || state.queues.len() != self.queues.len() {
+            return Err(bad("it is that of another device"));
+        }
+        if state.features & !self.offered() != 0 || state.status & !(STATUS_BITS | NEEDS_RESET) != 0 {
+            return Err(bad("its features or its status cannot be"));
+        }
+        for (queue, row) in self.queues.iter_mut().zip(&state.queues) {
+            let saved = QueueState {
+                max_size: queue.max_size(),
+                next_avail: row.next_available,
+                next_used: row.next_used,
+                event_idx_enabled: false,
+                size: row.size,
+                ready: row.ready,
+                desc_table: row.descriptors,
+                avail_ring: row.available,
+                used_ring: row.used,
+            };
+            *queue = Queue::try_from(saved)
+                .map_err(|e| Error::corrupt(format!("the state of {} is damaged", self.name)).because(e))?;
+        }
+        self.features = state.features;
+        (self.offered_half, self.chosen_half, self.selected) = (state.offered_half, state.chosen_half, state.selected);
+        self.ready = state.status & DRIVER_OK != 0;
+        self.shared.status.store(state.status, Ordering::SeqCst);
+        self.shared.interrupt.again(state.reasons);
+        Ok(())
     }
 
     /// Stops the threads, after what they took is answered.
