@@ -107,8 +107,8 @@ async fn act(State(runner): State<Arc<Runner>>, UrlPath(what): UrlPath<String>) 
     match what.as_str() {
         "pause" => answer(runner, Runner::pause).await,
         "resume" => answer(runner, Runner::resume).await,
-        "stop" => answer(runner, |runner| Ok(runner.stop(false))).await,
-        "kill" => answer(runner, |runner| Ok(runner.stop(true))).await,
+        "stop" => answer(runner, |runner| runner.stop(false)).await,
+        "kill" => answer(runner, |runner| runner.stop(true)).await,
         _ => failure(&Error::not_found("there is nothing at this address")),
     }
 }

@@ -289,7 +289,9 @@ fn start(home: &Home, pool: &Path, how: &How, global: &Global, screen: &Screen) 
     let server = MachineServer::start(home, Arc::clone(&runner))?;
     let watched = Arc::clone(&runner);
     signal::watch(move |_| {
-        watched.stop(false);
+        if let Err(error) = watched.stop(false) {
+            tracing::debug!("a signal came too late: {error}");
+        }
         let waiting = Arc::clone(&watched);
         std::thread::spawn(move || waiting.wait_for_end());
     })?;

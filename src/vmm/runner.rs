@@ -198,20 +198,25 @@ impl Runner {
     }
 
     /// Asks the guest to switch itself off, at first; asked again, or with `force`, ends it as by a power cut.
-    pub fn stop(&self, force: bool) {
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn stop(&self, force: bool) -> Result<()> {
         let mut now = self.now.lock();
-        let Some(machine) = &now.machine else {
-            // Between two lives: the next is the last.
-            now.state = if now.state == State::Ended { State::Ended } else { State::Stopping };
-            return;
-        };
-        if force || now.state == State::Stopping {
-            machine.stop();
-        } else {
-            machine.resume();
-            machine.press_power_button();
+        if now.state == State::Ended {
+            return Err(Error::failed("the virtual machine has ended"));
+        }
+        // Without a machine it is between two lives: the next is the last.
+        if let Some(machine) = &now.machine {
+            if force || now.state == State::Stopping {
+                machine.stop();
+            } else {
+                machine.resume();
+                machine.press_power_button();
+            }
         }
         now.state = State::Stopping;
+        Ok(())
     }
 
     /// Waits for the end of a guest that was asked to stop; ends it when it does not.

@@ -1,4 +1,5 @@
 //! The registers and rings of a device, with a test in the place of the driver: a good one, and hostile ones.
+#![allow(clippy::cast_possible_truncation, reason = "parts of numbers, random ones among them")]
 
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress};
