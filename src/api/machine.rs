@@ -162,6 +162,14 @@ pub enum Act {
 /// # Errors
 /// What that process says, or that it went away.
 pub fn ask_machine(home: &Home, act: Act) -> Result<Option<Info>> {
+    match exchange(home, act) {
+        // It may have ended just then, which a second look shows.
+        Err(_) if act == Act::Tell => exchange(home, act),
+        answer => answer,
+    }
+}
+
+fn exchange(home: &Home, act: Act) -> Result<Option<Info>> {
     let gone = || Error::failed(format!("the virtual machine {} ended before it answered", home.name()));
     let cannot = |e| Error::io(format!("cannot reach the virtual machine {}", home.name()), e);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(cannot)?;
