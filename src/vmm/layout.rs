@@ -26,6 +26,8 @@ pub(super) const BASE_END: u64 = 0x9_fc00;
 pub(super) const ACPI: GuestAddress = GuestAddress(0xe_0000);
 pub(super) const ACPI_MAX: usize = 0x1_f000;
 pub(super) const GENERATION: GuestAddress = GuestAddress(0xf_f000);
+/// Where a PC begins after a reset.
+pub(super) const RESET_VECTOR: GuestAddress = GuestAddress(0xf_fff0);
 /// Kernels are loaded from here up.
 pub(super) const KERNEL: GuestAddress = GuestAddress(0x10_0000);
 

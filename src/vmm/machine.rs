@@ -101,6 +101,7 @@ impl Machine {
         let memory = parts.vm.memory();
         let tables = acpi::write(memory, settings.cpus, parts.bus.virtio.len())?;
         write_generation(memory, settings.generation)?;
+        power::write_firmware(memory)?;
         let entry = boot::load(&settings.boot, memory, settings.memory, tables)?;
         let supported = Supported::ask(&parts.kvm, settings.cpus)?;
         for (index, cpu) in (0..settings.cpus).zip(&parts.cpus) {

@@ -13,7 +13,7 @@
 //!    can do is end itself.
 //! 2. A machine that is paused has nothing half done: no access, no request to a device.
 //! 3. One machine per process; it never opens a pool. Its disks are block devices, whatever is behind them.
-//! 4. There is no firmware, no PCI and no hardware of a PC that has to be guessed: tables of ACPI say what there is.
+//! 4. There is no firmware (but for nine bytes, see `power`), no PCI and no hardware of a PC that has to be guessed: tables of ACPI say what there is.
 //!
 //! # Why not QEMU
 //! QEMU is served well (see [`crate::vhost_blk`]). This is the reference for what a checkpoint needs of a VMM, small enough

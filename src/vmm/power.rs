@@ -6,9 +6,13 @@
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
+use vm_memory::Bytes;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::ending::Ending;
+use super::layout::{RESET, RESET_VECTOR};
+use super::memory::Memory;
+use crate::error::{Error, Result};
 
 /// What, written to the reset register, resets.
 pub(super) const RESET_VALUE: u8 = 1;
@@ -51,6 +55,21 @@ impl Power {
     pub(super) fn take_events(&self) -> u8 {
         self.events.swap(0, Ordering::SeqCst)
     }
+}
+
+/// Writes all the firmware there is: where a PC begins after a reset, code that asks for one.
+///
+/// Linux on hardware-reduced ACPI takes it that there is EFI to reboot with, and where there is none jumps to this place in
+/// real mode (unless `reboot=` says otherwise), before it would try the register that the tables name.
+///
+/// # Errors
+/// When the memory ends before.
+pub(super) fn write_firmware(memory: &Memory) -> Result<()> {
+    let [low, high] = RESET.to_le_bytes();
+    // mov $RESET_VALUE, %al; mov $RESET, %dx; out %al, (%dx); hlt; jmp to the hlt
+    let code = [[0xb0, RESET_VALUE, 0xba], [low, high, 0xee], [0xf4, 0xeb, 0xfd]].concat();
+    let cannot = |e| Error::failed("the firmware does not lie in the memory of the guest").because(e);
+    memory.write_slice(&code, RESET_VECTOR).map_err(cannot)
 }
 
 /// What a write to the sleep control register means.
