@@ -18,10 +18,13 @@ use kvm_bindings::{Xsave, kvm_userspace_memory_region, kvm_xsave};
 use kvm_ioctls::{Cap, VcpuFd, VmFd};
 use rustix::mm::{MapFlags, ProtFlags};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
-use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+use vmm_sys_util::signal::register_signal_handler;
 
 /// Offset of the flag that makes the next entry return at once (`struct kvm_run`).
 const IMMEDIATE_EXIT: usize = 1;
+/// What calls a thread back. Not one of the real-time signals, which are queued: a thread that has no processor for a while
+/// would use up all that the user may have waiting, and calls would be lost.
+const SIGNAL: libc::c_int = libc::SIGUSR1;
 /// Bytes of `struct kvm_run` that are mapped for it.
 const PAGE: usize = 4096;
 
@@ -60,7 +63,7 @@ impl Vm {
 
     /// Makes a processor. The first time in a process, the signal for [`Kick`] is set up as well.
     pub fn cpu(self: &Arc<Self>, id: u64) -> io::Result<Cpu> {
-        register_signal_handler(SIGRTMIN(), wake)?;
+        register_signal_handler(SIGNAL, wake)?;
         let fd = self.fd.create_vcpu(id)?;
         let kick = Arc::new(Kick { run: Run::of(&fd)?, thread: AtomicI32::new(0) });
         Ok(Cpu { fd, kick, vm: Arc::clone(self) })
@@ -159,7 +162,7 @@ impl Kick {
             let process = rustix::process::getpid().as_raw_nonzero().get();
             // SAFETY: a system call without pointers. A thread that has just ended is not found; its number in the hands
             // of another thread of ours means a signal that does nothing.
-            unsafe { libc::syscall(libc::SYS_tgkill, process, thread, SIGRTMIN()) };
+            unsafe { libc::syscall(libc::SYS_tgkill, process, thread, SIGNAL) };
         }
     }
 

@@ -69,6 +69,7 @@ fn a_disk_works_through_pauses() {
     while machine.ending().is_none() {
         machine.pause();
         machine.resume();
+        std::thread::sleep(std::time::Duration::from_micros(200));
     }
     assert_eq!(machine.wait(), Ending::PowerOff);
     assert_eq!(said(&machine), "written\nchecked\n");

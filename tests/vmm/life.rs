@@ -112,6 +112,8 @@ fn a_guest_that_is_paused_at_every_access_misses_none() {
     while machine.ending().is_none() {
         machine.pause();
         machine.resume();
+        // So that it gets into the guest at all.
+        std::thread::sleep(std::time::Duration::from_micros(200));
     }
     assert_eq!(machine.wait(), Ending::PowerOff);
     assert_eq!(toy::said(&machine), format!("{text}\nhole\n{text}\n"));
