@@ -18,6 +18,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::{Path as UrlPath, State};
@@ -37,6 +38,9 @@ use crate::vmm::{Home, Info, Runner};
 
 /// File name of the socket in the folder of the machine.
 const NAME: &str = "api.sock";
+/// How often a machine that does not answer is looked at again, and how far apart.
+const LOOKS: u32 = 50;
+const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 /// Bytes of an answer at most.
 const ANSWER_MAX: usize = 1 << 20;
 
@@ -162,11 +166,14 @@ pub enum Act {
 /// # Errors
 /// What that process says, or that it went away.
 pub fn ask_machine(home: &Home, act: Act) -> Result<Option<Info>> {
-    match exchange(home, act) {
-        // It may have ended just then, which a second look shows.
-        Err(_) if act == Act::Tell => exchange(home, act),
-        answer => answer,
+    // One that is being killed takes connections until its memory is given back, and answers none.
+    for _ in 0..LOOKS {
+        match exchange(home, act) {
+            Err(_) if act == Act::Tell => crate::clock::sleep(LOOK_INTERVAL),
+            answer => return answer,
+        }
     }
+    exchange(home, act)
 }
 
 fn exchange(home: &Home, act: Act) -> Result<Option<Info>> {
