@@ -19,3 +19,4 @@ mod stream;
 mod tidy;
 mod tree;
 mod vhost;
+mod vmm;
