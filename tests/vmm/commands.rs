@@ -238,6 +238,8 @@ fn a_process_that_was_killed_leaves_nothing_in_the_way() {
     let pid = place.vm(&["info", "toy"])["vm"]["pid"].as_i64().unwrap();
     kill_process(Pid::from_raw(pid as i32).unwrap(), Signal::KILL).unwrap();
     place.wait_for_end("toy");
+    // Its lock goes with its last descriptor, after its sockets.
+    wait_for("the process is gone", || !std::path::Path::new(&format!("/proc/{pid}")).exists());
     let output = place.run("toy", "say=alive off", &[]);
     assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "alive\n"));
 }
