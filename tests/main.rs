@@ -18,4 +18,5 @@ mod serve;
 mod stream;
 mod tidy;
 mod tree;
+mod unflushed;
 mod vhost;
