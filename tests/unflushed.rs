@@ -448,7 +448,10 @@ fn without_room_for_the_log_writes_are_durable_when_they_are_answered() {
 
 #[test]
 fn a_long_log_is_flushed() {
-    let (_, media, store) = simulated(&["vm"]);
+    let media: Arc<dyn Media> = Arc::new(SimMedia::new(7));
+    Store::init(&media, InitOptions { probe: false, ..InitOptions::default() }).unwrap();
+    let store = open(&media);
+    disk::create(&store, "vm", SIZE).unwrap();
     let (disk, _lease) = attach(&store, "vm");
     let path = |n| log_path(disk.id(), n);
     let len = |n| media.open(&path(n), Open::ReadOnly).unwrap().len().unwrap();
