@@ -18,5 +18,6 @@ mod serve;
 mod stream;
 mod tidy;
 mod tree;
+mod unflushed;
 mod vhost;
 mod vmm;

@@ -35,7 +35,8 @@ impl Disk {
     pub(super) fn plan_write(&self, len: usize, offset: u64) -> Option<Writing> {
         let whole = offset.is_multiple_of(BLOCK_SIZE) && (len as u64).is_multiple_of(BLOCK_SIZE) && len > 0;
         // What the mount has cached has to be forgotten after the write, and that takes a while.
-        let waits = self.may_wait() || self.head.tenancy.is_watched();
+        // So has what has to be flushed before it is answered.
+        let waits = self.may_wait() || self.head.tenancy.is_watched() || self.head.unflushed.is_strict();
         if !whole || self.store.ledger.writable().is_err() || waits {
             return None;
         }
@@ -143,7 +144,8 @@ impl Disk {
             return Err(error);
         }
         // A flush also makes the mount forget what it has read since the beginning, which takes too long here.
-        Ok(self.head.dirty_chunks() >= FLUSH_AT || self.head.tenancy.is_watched())
+        let must = self.head.dirty_chunks() >= FLUSH_AT || self.head.unflushed.must_flush();
+        Ok(must || self.head.tenancy.is_watched())
     }
 }
 

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use super::Disk;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::store::tenancy::Refusal;
 use crate::store::{Change, Head, Store};
 use crate::units::DiskId;
@@ -59,13 +59,19 @@ impl Disk {
     /// mount has nothing cached that `holder` could make untrue.
     ///
     /// # Errors
-    /// `Busy` when another holder has it, or it is reserved for one.
+    /// `Busy` when another holder has it, or it is reserved for one; any error of the flush that comes before the first write
+    /// of another one than the mount.
     pub fn lease(self: &Arc<Self>, holder: &str) -> Result<Lease> {
         let (head, id) = (&self.head, self.head.id);
-        head.tenancy
-            .take(holder, holder != MOUNT, || self.store.tell(&Change::Written { disk: id }))
-            .map_err(|refusal| self.store.refused(id, refusal))?;
-        Ok(Lease { head: Arc::clone(head), closing: AtomicBool::new(false) })
+        let mut begun = Ok(());
+        let before = || {
+            self.store.tell(&Change::Written { disk: id });
+            // Last: what the mount had cached may have been written meanwhile.
+            begun = self.store.begin_foreign(head);
+        };
+        head.tenancy.take(holder, holder != MOUNT, before).map_err(|refusal| self.store.refused(id, refusal))?;
+        let lease = Lease { head: Arc::clone(head), closing: AtomicBool::new(false) };
+        begun.map(|()| lease)
     }
 
     /// Fails when `holder` would not get the lease; waits as [`Disk::lease`] does, and does not take it.
@@ -77,7 +83,14 @@ impl Disk {
     }
 
     /// Keeps the lease for `holder` for so long, unless somebody has it: nobody else gets it meanwhile.
+    ///
+    /// It has written before the pool was opened. If some of that may be lost, its first flush will say so.
     pub fn reserve(&self, holder: &str, time: Duration) {
+        match self.store.lost_changes(self.head.id) {
+            Some(why) => self.head.tenancy.note_loss(holder, why),
+            // Should the next process find no log, it is one that was lost.
+            None => self.store.begin_log(&self.head),
+        }
         self.head.tenancy.reserve(holder, time);
     }
 
@@ -102,6 +115,21 @@ impl Disk {
     /// forget them.
     pub fn note_reader(&self) {
         self.head.tenancy.note_reader();
+    }
+
+    /// Fails when the holder has to be told that something was lost; once.
+    pub(super) fn tell_loss(&self) -> Result<()> {
+        let Some(why) = self.head.tenancy.tell_loss() else { return Ok(()) };
+        let name = self.store.tables.read().disk(self.head.id).map(|row| row.name.clone()).unwrap_or_default();
+        let error = Error::new(
+            Kind::Io,
+            format!(
+                "disk '{name}': writes that were acknowledged and not flushed were lost when the server ended: {why}"
+            ),
+        )
+        .hint("check what is on the disk; flushes hold again from now on");
+        tracing::error!("{error}");
+        Err(error)
     }
 
     /// Makes mounts forget what a change made untrue; called after it, and before it is acknowledged.

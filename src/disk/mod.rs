@@ -257,6 +257,13 @@ impl Disk {
         }
     }
 
+    /// Flushes because the program needs it, not because the holder of the disk asks for it.
+    fn flush_own(&self) -> Result<()> {
+        let flushed = self.store.flush(&self.head);
+        self.announce();
+        flushed
+    }
+
     /// Zeroes what the last block has beyond the end of the disk: bytes that a shrink left, and that nobody can read
     /// before the disk grows.
     fn zero_last_block(&self) -> Result<()> {
@@ -268,7 +275,7 @@ impl Disk {
             self.write_upto(&zeros, size, end)?;
         }
         // Also when it is unmapped: that must not be undone by a power cut once the size is larger.
-        self.flush()
+        self.flush_own()
     }
 
     /// Returns what to read of the disk, its last block whole.
@@ -348,9 +355,7 @@ impl BlockDevice for Disk {
     }
 
     fn flush(&self) -> Result<()> {
-        let flushed = self.store.flush(&self.head);
-        self.announce();
-        flushed
+        self.flush_own().and_then(|()| self.tell_loss())
     }
 
     fn discard(&self, offset: u64, len: u64) -> Result<()> {

@@ -15,6 +15,7 @@ use crate::error::Result;
 use crate::map::{BlockSet, Chunk, Entry, Piece};
 use crate::pool::Segment;
 use crate::store::Line;
+use crate::store::unflushed::MapChange;
 use crate::units::{BLOCK_SIZE, BlockAddress, CHUNK_SIZE, ChunkIndex, to_usize};
 
 /// Changed chunks at which a writer makes the flush itself, so that no frame grows without bound.
@@ -101,8 +102,8 @@ impl Disk {
             self.enter(&line, plan, result.is_ok());
             result.map_err(|error| self.name(error))?;
         }
-        if self.head.dirty_chunks() >= FLUSH_AT {
-            self.flush()?;
+        if self.head.dirty_chunks() >= FLUSH_AT || self.head.unflushed.must_flush() {
+            self.flush_own()?;
         }
         Ok(())
     }
@@ -268,7 +269,7 @@ impl Disk {
         let at =
             |byte: usize| BlockAddress::from_raw(address.raw() + byte as u64 / BLOCK_SIZE).expect("of one segment");
         match crcs {
-            Some(_) => self.head.small.note(address, data),
+            Some(_) => self.write_down_stale(self.head.small.note(address, data)),
             None => self.head.small.spoil(),
         }
         let mut byte = 0;
@@ -283,6 +284,20 @@ impl Disk {
                 None => self.head.crcs.forget(here.slab()),
             }
             byte = upto;
+        }
+    }
+
+    /// Writes down which blocks must not be had from their copies in the journal any more.
+    fn write_down_stale(&self, addresses: Vec<BlockAddress>) {
+        let mut slabs: Vec<(BlockAddress, BlockSet)> = Vec::new();
+        for address in addresses {
+            match slabs.last_mut() {
+                Some((base, set)) if *base == address.slab() => set.add(address.index()),
+                _ => slabs.push((address.slab(), BlockSet::range(address.index(), address.index() + 1))),
+            }
+        }
+        for (base, set) in slabs {
+            self.head.write_down(|| MapChange::Overwritten { base, set });
         }
     }
 
@@ -301,6 +316,8 @@ impl Disk {
                         lost.iter().all(|p| p.base.raw() < line.floor),
                         "blocks of this epoch are overwritten in place"
                     );
+                    let (branch, epoch, chunk) = (line.branch, line.epoch, part.index);
+                    self.head.write_down(|| MapChange::Mapped { branch, epoch, chunk, base: *base, set: *set });
                 } else {
                     state.dropped.push(Piece { base: *base, set: *set });
                 }

@@ -135,6 +135,12 @@ impl Media for HostMedia {
         let stat = rustix::fs::fstatvfs(&self.dir)?;
         Ok(Space { free: stat.f_bavail * stat.f_frsize, total: stat.f_blocks * stat.f_frsize })
     }
+
+    fn boot(&self) -> io::Result<u128> {
+        let text = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+        let id = u128::from_str_radix(&text.trim().replace('-', ""), 16);
+        id.map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
+    }
 }
 
 #[derive(Debug)]

@@ -70,6 +70,9 @@ pub trait Media: Send + Sync + Debug {
     fn sync_dir(&self, path: &str) -> io::Result<()>;
     /// Returns the room on the host file system.
     fn space(&self) -> io::Result<Space>;
+    /// Returns what names this run of the host: while it is the same, everything that was written is there, synced or not.
+    /// After a loss of power it is another one.
+    fn boot(&self) -> io::Result<u128>;
 }
 
 /// A host file. All methods take `&self`: positions are explicit and callers bring their own order.

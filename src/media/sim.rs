@@ -9,7 +9,8 @@
 //! 2. An I/O that changes something is counted, and any of them can be made to fail ([`SimMedia::fail_after`]) or to be
 //!    the last one before the lights go out ([`SimMedia::crash_after`]). Reading is not counted.
 //! 3. The change during which power is lost may survive, wholly or in part, although its caller saw an error.
-//! 4. Handles from before a crash are dead: everything on them fails, as it would for a process that died.
+//! 4. What is written survives [`SimMedia::kill`], synced or not; only [`SimMedia::crash`] makes another [`Media::boot`].
+//! 5. Handles from before a crash or a kill are dead: everything on them fails, as it would for a process that died.
 //!
 //! # Why so strict
 //! Real file systems lose less than this. What survives here survives anywhere that keeps the two rules of
@@ -77,6 +78,12 @@ impl SimMedia {
     /// Handles opened before are dead. Armed faults are disarmed; lying syncs and the room stay as they were set.
     pub fn crash(&self) {
         self.world.lock().crash();
+    }
+
+    /// Ends every program that has something open, as a signal would, now or at the I/O that [`SimMedia::crash_after`] said:
+    /// its handles are dead, and everything it has written is there, durable or not. Armed faults are disarmed.
+    pub fn kill(&self) {
+        self.world.lock().kill();
     }
 
     /// Loses power at the `n`-th counted I/O from now (1 is the next one, 0 is now): it and everything after it, reads
@@ -197,6 +204,12 @@ impl Media for SimMedia {
         let world = self.world.lock();
         world.alive()?;
         Ok(world.space())
+    }
+
+    fn boot(&self) -> io::Result<u128> {
+        let world = self.world.lock();
+        world.alive()?;
+        Ok(world.boot())
     }
 }
 

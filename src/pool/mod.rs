@@ -29,6 +29,8 @@ pub use superblock::{FORMAT_VERSION, SUPERBLOCK, Superblock};
 pub const SEGMENTS_DIR: &str = "segments";
 /// The directory of the records of retired snapshots.
 pub const RETIRED_DIR: &str = "retired";
+/// The directory of the changes that are written and not flushed yet.
+pub const UNFLUSHED_DIR: &str = "unflushed";
 /// The preallocated journal.
 pub const JOURNAL: &str = "journal";
 /// The catalog that the journal is folded into.

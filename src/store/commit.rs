@@ -8,7 +8,8 @@
 //! # Rules
 //! 1. Requests that come while a flush runs share the next one.
 //! 2. An address that an entry lost is queued for punching in the same frame, if no other state holds it.
-//! 3. A failed sync poisons the pool: which writes it lost is unknown.
+//! 3. What was written down of the changes (`unflushed`) goes to a new generation before step 1 and is dropped after step 3.
+//! 4. A failed sync poisons the pool: which writes it lost is unknown.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
@@ -134,6 +135,7 @@ impl Store {
     pub fn flush_ordered(&self, head: &Head, order: &mut Order) -> Result<()> {
         self.ledger.writable()?;
         head.refuse_gone()?;
+        let closed = self.switch_log(head);
         let covered = head.requested.load(Ordering::Acquire);
         let row = *head.owed_row.lock();
         let line = head.line();
@@ -153,6 +155,7 @@ impl Store {
         };
         let ticket = self.submit_changes(head, &line, captures, copies)?.max(row);
         self.ledger.wait(ticket)?;
+        self.drop_log(head, closed)?;
         self.tidy_logged(head);
         order.completed = covered;
         Ok(())

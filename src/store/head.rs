@@ -88,6 +88,8 @@ pub struct Head {
     pub referenced: AtomicI64,
     /// Who may write.
     pub tenancy: Tenancy,
+    /// What of the changes is written down for who outlives this process.
+    pub unflushed: super::unflushed::Unflushed,
     /// Set when the disk was removed; nothing is written or flushed any more.
     gone: AtomicBool,
     /// Set when the pool is being closed; nothing is written any more.
@@ -123,6 +125,7 @@ impl Head {
             crcs: super::seal::Checksums::default(),
             referenced: AtomicI64::new(i64::try_from(row.referenced).unwrap_or(i64::MAX)),
             tenancy: Tenancy::default(),
+            unflushed: super::unflushed::Unflushed::default(),
             gone: AtomicBool::new(false),
             closed: AtomicBool::new(false),
             owed_row: Mutex::default(),
@@ -362,7 +365,10 @@ impl Head {
         let mut tables = store.tables.write();
         let mut edit = Edit::new(&mut tables);
         edit.put_segment(id, row);
-        let _ticket = store.ledger.submit(edit.finish())?;
+        let ticket = store.ledger.submit(edit.finish())?;
+        drop(tables);
+        // An opening removes a file that no row names, whatever was written to it.
+        store.ledger.wait(ticket)?;
         Ok(segment)
     }
 

@@ -14,7 +14,7 @@
 //!    is missing do, for the opening that finds it again: nothing can have overwritten them meanwhile.
 //!
 //! # After a crash
-//! Opening writes the copies to their segments, syncs, and deletes them durably before anything else is written.
+//! Opening writes the copies to their segments (unless a trusted log of `unflushed` says that the block was overwritten since), syncs, and deletes them durably before anything else is written.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -67,25 +67,29 @@ impl SmallWrites {
         !inner.spoiled && inner.blocks.len() + len / to_usize(BLOCK_SIZE) <= BLOCKS_MAX
     }
 
-    /// Notes a write of whole blocks at consecutive addresses that has just returned.
-    pub fn note(&self, first: BlockAddress, data: &[u8]) {
+    /// Notes a write of whole blocks at consecutive addresses that has just returned. Returns the addresses of which the
+    /// journal has an older copy.
+    pub fn note(&self, first: BlockAddress, data: &[u8]) -> Vec<BlockAddress> {
+        let mut stale = Vec::new();
         let mut inner = self.inner.lock();
         if inner.blocks.len() + data.len() / to_usize(BLOCK_SIZE) > BLOCKS_MAX {
             inner.spoiled = true;
             inner.blocks.clear();
         }
         if inner.spoiled && inner.logged.is_empty() {
-            return;
+            return stale;
         }
         for (n, block) in data.chunks_exact(to_usize(BLOCK_SIZE)).enumerate() {
             let address = BlockAddress::from_raw(first.raw() + n as u64).expect("of one segment");
             if inner.logged.contains(&address) {
                 inner.overwritten.insert(address);
+                stale.push(address);
             }
             if !inner.spoiled {
                 inner.blocks.insert(address, block.into());
             }
         }
+        stale
     }
 
     /// Notes that a write failed: nothing is known of its blocks.
@@ -142,13 +146,14 @@ impl Store {
         Ok(lost)
     }
 
-    /// Brings the logged blocks of an interrupted opening to their segments. Returns the rows that delete their copies, and
+    /// Brings the logged blocks of an interrupted opening to their segments, except those of which the segment is known to have
+    /// something newer. Returns the rows that delete their copies, and
     /// the segments: a copy may be of a block that was freed and punched since, so they have to be swept. Copies whose
     /// segment is missing stay.
     ///
     /// # Errors
     /// Any error of the host.
-    pub(super) fn replay_logged(&self) -> Result<(Vec<Row>, BTreeSet<SegmentId>)> {
+    pub(super) fn replay_logged(&self, newer: &BTreeSet<BlockAddress>) -> Result<(Vec<Row>, BTreeSet<SegmentId>)> {
         let mut copies: BTreeMap<BlockAddress, Vec<u8>> = BTreeMap::new();
         self.ledger.scan(&Key::first_of(Table::Data), &Key::beyond(Table::Data), &mut |key, value| {
             if let KeyParts::Data(address) = key.parts()? {
@@ -161,12 +166,15 @@ impl Store {
         for (address, block) in &copies {
             // A segment that was removed since had nothing mapped.
             if self.tables.read().segment(address.segment()).is_ok_and(|row| !row.removed) {
-                self.segment(address.segment())?.write(block, *address, false)?;
+                if !newer.contains(address) {
+                    self.segment(address.segment())?.write(block, *address, false)?;
+                }
                 touched.insert(address.segment());
             }
         }
         for id in &touched {
-            self.segment(*id)?.sync()?;
+            // Also what an earlier process wrote.
+            self.segment(*id)?.sync_punches()?;
         }
         Ok((copies.into_keys().map(|address| Row::delete(Key::data(address))).collect(), touched))
     }

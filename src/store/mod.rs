@@ -3,7 +3,8 @@
 //! # Parts
 //! [`ledger`] keeps rows durable; `tables` and `tree` are the small tables in memory; `head` is the live side of a disk;
 //! `commit` turns changed chunks into rows; `reclaim` finds addresses that no state holds any more, `punch` gives them
-//! back to the host; `view` answers look-ups for any state, `locate` those that must not wait; `space` watches the host file system; `tenancy` knows who writes; `check` proves the
+//! back to the host; `view` answers look-ups for any state, `locate` those that must not wait; `space` watches the host file system; `tenancy` knows who writes; `unflushed` keeps what a killed process had
+//! acknowledged; `check` proves the
 //! whole.
 //!
 //! # Locks, in the order in which they are taken
@@ -19,6 +20,7 @@
 //! | `Store::tables` | the small tables | no |
 //! | the ledger's own locks | rows | as its header says |
 //! | those of `Tenancy` (its `taking_over` and `announcement`: until the kernel was told, with no other lock) | who writes | no |
+//! | that of `Head::unflushed` | the log of a disk | a write to the page cache |
 //! | leaves: `Head::line`, `dirty`, `frozen`, `slabs`, `owed`, `crcs` | single fields | no |
 //!
 //! A thread that has begun writes and not ended them (`disk::begin`) holds gates and claims, and takes none by waiting:
@@ -62,6 +64,7 @@ mod tables;
 pub mod tenancy;
 mod touch;
 mod tree;
+pub mod unflushed;
 mod unmap;
 mod view;
 mod walk;
@@ -178,6 +181,7 @@ pub struct Store {
     unsealable: Mutex<BTreeMap<SnapshotId, String>>,
     space: space::SpaceGuard,
     opening: u64,
+    recovery: Mutex<unflushed::Recovery>,
     hooks: RwLock<Vec<Hook>>,
     recorder: RwLock<Option<Recorder>>,
     /// Stamps that were left when the last idle ones were dropped.

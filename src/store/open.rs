@@ -2,7 +2,7 @@
 //!
 //! # Order of opening
 //! Superblock; catalog; frames after its mark; check that nothing follows them (unless the pool was closed in order); small
-//! tables; segments against the directory. Nothing is written until the first change; then the opening is numbered and
+//! tables; segments against the directory; what a killed process had acknowledged (`unflushed`). Nothing is written until the first change; then the opening is numbered and
 //! the pool counts as not closed in order.
 //!
 //! # A segment file that is missing
@@ -179,6 +179,7 @@ impl Store {
             unsealable: Mutex::default(),
             space: space::SpaceGuard::default(),
             opening,
+            recovery: Mutex::default(),
             hooks: RwLock::default(),
             recorder: RwLock::default(),
             stamps_needed: std::sync::atomic::AtomicUsize::new(0),
@@ -189,7 +190,7 @@ impl Store {
             counters: Counters::default(),
         });
         store.compare_segments()?;
-        store.begin_opening()?;
+        store.begin_opening(clean)?;
         if options.background {
             store.keeper.start(&store).map_err(|e| Error::io("cannot start the background threads", e))?;
         }
@@ -231,15 +232,17 @@ impl Store {
         Ok(())
     }
 
-    /// Brings logged blocks to their segments and numbers the opening, durably: from here on the pool counts as not closed
+    /// Brings logged blocks to their segments, replays what a killed process had not flushed, and numbers the opening, durably: from here on the pool counts as not closed
     /// in order.
-    fn begin_opening(self: &Arc<Self>) -> Result<()> {
+    fn begin_opening(self: &Arc<Self>, clean: bool) -> Result<()> {
         let weak = Arc::downgrade(self);
         self.ledger.on_fold(Box::new(move |segments| match weak.upgrade() {
             Some(store) => store.settle_segments(segments),
             None => Err(Error::read_only("the pool is closed")),
         }));
-        let (mut logged, touched) = self.replay_logged()?;
+        let logs = self.read_logs(clean);
+        let (mut logged, touched) = self.replay_logged(&logs.overwritten())?;
+        self.replay_logs(logs)?;
         let nonce = getrandom::u64().map_err(|e| Error::failed(format!("the host gives no random numbers: {e}")))?;
         let ticket = {
             let mut tables = self.tables.write();
@@ -264,7 +267,9 @@ impl Store {
         self.ledger.wait(ticket)?;
         // So that the catalog itself says "not closed in order" before anything is acknowledged: if the disk then loses
         // the first frames, the next opening looks for later ones.
-        self.fold().map(drop)
+        self.fold()?;
+        self.remove_logs();
+        Ok(())
     }
 
     /// Makes everything durable, folds the journal, and marks the pool as closed in order. Later changes are refused.
@@ -298,6 +303,9 @@ impl Store {
         let result = self.ledger.wait(self.ledger.latest()).and_then(|()| self.fold().map(drop));
         let closed = self.ledger.close();
         self.ledger.shut();
+        if result.is_ok() && closed.is_ok() {
+            self.remove_logs();
+        }
         result.and(closed)
     }
 

@@ -8,6 +8,7 @@
 //! 4. The mount's pages are kept in step by the kernel only with what is written through the mount. Another holder is
 //!    *foreign*: the kernel forgets all pages of the disk before it may write, and after each of its writes if
 //!    the mount has read any since ([`Tenancy::note_reader`], [`Tenancy::announce`]).
+//! 5. Who comes back, and may have lost what another process had acknowledged to it, is told once: see `unflushed`.
 //!
 //! # Why nothing is missed
 //! A reader sets `watched` before it reads, a foreign writer looks at it after it has written and before it answers; both
@@ -40,6 +41,8 @@ struct State {
     closing: usize,
     closing_since: Option<Instant>,
     reserved: Option<(String, Instant)>,
+    /// Who has to be told that acknowledged changes may be lost, and why.
+    loss: Option<(String, String)>,
     /// What the disk is attached to.
     attached: Vec<String>,
 }
@@ -52,6 +55,8 @@ pub struct Tenancy {
     /// Held while a foreign holder takes over, until the kernel has forgotten what it had.
     taking_over: Mutex<()>,
     foreign: AtomicBool,
+    /// `State::loss` is of the holder.
+    owes_loss: AtomicBool,
     watched: AtomicBool,
     announcing: AtomicBool,
     announcement: Mutex<()>,
@@ -159,6 +164,7 @@ impl Tenancy {
             let first = state.holder.is_none();
             state.holder = Some(holder.to_owned());
             self.foreign.store(foreign, Ordering::SeqCst);
+            self.owes_loss.store(state.loss.as_ref().is_some_and(|(of, _)| of == holder), Ordering::SeqCst);
             first
         };
         if foreign && first {
@@ -176,6 +182,7 @@ impl Tenancy {
             state.holder = None;
             state.closing_since = None;
             self.foreign.store(false, Ordering::SeqCst);
+            self.owes_loss.store(false, Ordering::SeqCst);
             self.watched.store(false, Ordering::SeqCst);
         }
         drop(state);
@@ -203,6 +210,35 @@ impl Tenancy {
     pub fn unreserve(&self, holder: &str) {
         let mut state = self.state.lock();
         state.reserved = state.reserved.take().filter(|(other, _)| other != holder);
+    }
+
+    /// Tells whether another one than the mount writes.
+    pub fn is_foreign(&self) -> bool {
+        self.foreign.load(Ordering::SeqCst)
+    }
+
+    /// Notes that `holder`, if it comes back, has to be told that something it had written may be lost, and why.
+    pub fn note_loss(&self, holder: &str, why: String) {
+        self.state.lock().loss = Some((holder.to_owned(), why));
+    }
+
+    /// Tells whether the holder has not been told yet.
+    pub fn owes_loss(&self) -> bool {
+        self.owes_loss.load(Ordering::SeqCst)
+    }
+
+    /// Returns what the holder has to be told, once.
+    pub fn tell_loss(&self) -> Option<String> {
+        if !self.owes_loss() {
+            return None;
+        }
+        let mut state = self.state.lock();
+        let mine = state.loss.as_ref().is_some_and(|(of, _)| state.holder.as_ref() == Some(of));
+        if !mine {
+            return None;
+        }
+        self.owes_loss.store(false, Ordering::SeqCst);
+        state.loss.take().map(|(_, why)| why)
     }
 
     /// Notes what the disk is attached to.

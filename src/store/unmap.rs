@@ -8,9 +8,10 @@
 use super::Store;
 use super::head::{Head, Line};
 use super::tables::Edit;
+use super::unflushed::MapChange;
 use super::view::Source;
 use crate::error::Result;
-use crate::map::BlockSet;
+use crate::map::{BlockSet, ChunkGuard, Piece};
 use crate::units::{BLOCK_SIZE, CHUNK_SIZE, ChunkIndex, DISK_SIZE_MAX};
 
 /// Changed chunks at which a long unmapping flushes.
@@ -21,6 +22,20 @@ impl Line {
     #[must_use]
     pub fn source(&self) -> Source {
         Source { owner: self.owner, branch: self.branch, upto: crate::units::Epoch(u64::MAX), size: self.size }
+    }
+}
+
+/// Remembers what an entry that [`Head::begin_change`] saved has lost, as far as it was never stored: no flush would see it
+/// missing.
+pub(super) fn note_dropped(state: &mut ChunkGuard<'_>, gone: Vec<Piece>) {
+    let saved = state.saved.clone().expect("begin_change saved it");
+    for mut piece in gone {
+        for known in saved.pieces().iter().filter(|known| known.base == piece.base) {
+            piece.set = piece.set.minus(&known.set);
+        }
+        if !piece.set.is_empty() {
+            state.dropped.push(piece);
+        }
     }
 }
 
@@ -68,11 +83,11 @@ impl Store {
                 head.changed();
                 at = next.byte() + CHUNK_SIZE;
             }
+            if head.dirty_chunks() >= FLUSH_AT || head.unflushed.must_flush() {
+                self.flush(head)?;
+            }
             if at >= DISK_SIZE_MAX {
                 break;
-            }
-            if head.dirty_chunks() >= FLUSH_AT {
-                self.flush(head)?;
             }
         }
         Ok(())
@@ -89,16 +104,9 @@ impl Store {
         let gone = state.entry.remove(set);
         let count: i64 = gone.iter().map(|piece| i64::from(piece.set.count())).sum();
         head.count(-count);
-        let saved = state.saved.clone().expect("begin_change saved it");
-        for mut piece in gone {
-            // Never stored, so no flush will see it missing: it must be remembered here.
-            for known in saved.pieces().iter().filter(|known| known.base == piece.base) {
-                piece.set = piece.set.minus(&known.set);
-            }
-            if !piece.set.is_empty() {
-                state.dropped.push(piece);
-            }
-        }
+        note_dropped(&mut state, gone);
+        let gone = *set;
+        head.write_down(|| MapChange::Unmapped { branch: line.branch, epoch: line.epoch, chunk: index, set: gone });
         Ok(())
     }
 

@@ -8,7 +8,7 @@ use afterimage::media::{Media, SimMedia};
 use afterimage::snapshot;
 use afterimage::store::{InitOptions, OpenOptions, Store};
 
-use super::{archive, files, fixture_path, samples, to_hex};
+use super::{archive, files, fixture_path, samples, to_hex, unflushed};
 
 /// `AFTERIMAGE_MAKE_FIXTURES=1 cargo test format::make`
 #[test]
@@ -21,6 +21,7 @@ fn make() {
         ("exports", files::exports()),
         ("journal", files::journal()),
         ("seal", files::seal()),
+        ("unflushed", unflushed::golden()),
     ];
     golden.push(("stream", crate::stream::format::golden()));
     golden.push(("record", super::record::record_of(&super::record::RECIPE)));

@@ -10,6 +10,7 @@ mod pages;
 mod pool;
 mod record;
 mod samples;
+mod unflushed;
 mod values;
 
 use std::path::PathBuf;

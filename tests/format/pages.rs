@@ -7,6 +7,7 @@
 use afterimage::codec::crc32;
 use afterimage::pool::SegmentHeader;
 use afterimage::store::rows::{BranchRow, Meta, SegmentRow};
+use afterimage::store::unflushed::LogHeader;
 use afterimage::store::{JOURNAL_MIN, OpeningRow};
 use afterimage::stream::format::{Codec, Header, Record};
 use afterimage::units::{BranchId, DiskId, Epoch, SegmentId, SnapshotId};
@@ -131,7 +132,10 @@ fn every_table_of_offsets_is_compared() {
     let titles = |page| layouts(page).into_iter().map(|layout| layout.title).collect::<Vec<_>>();
     assert_eq!(titles(POOL_PAGE), ["Segment header", "Seal file header"]);
     assert_eq!(titles(STREAM_PAGE), ["Prefix", "Record header"]);
-    assert_eq!(titles(STORE_PAGE), ["Journal header", "Frame header", "Meta", "Branch", "Segment", "Stamp", "Opening"]);
+    assert_eq!(
+        titles(STORE_PAGE),
+        ["Journal header", "Frame header", "Log header", "Meta", "Branch", "Segment", "Stamp", "Opening"]
+    );
     assert_eq!(titles(SNAPSHOT_PAGE), ["Record header", "Directory entry"]);
 }
 
@@ -181,6 +185,18 @@ fn the_journal_is_as_the_page_says() {
     check(STORE_PAGE, "Frame header", &golden, &variants);
     assert_eq!(golden[40..44], crc32(&a).to_le_bytes(), "bodycrc is the checksum of the body");
     assert_eq!(golden[64..104], a, "the body follows the header");
+}
+
+#[test]
+fn logs_of_unflushed_changes_are_as_the_page_says() {
+    let base = super::unflushed::header();
+    let variants = [
+        variant("pool", LogHeader { pool: Uuid::from_u128(1), ..base }.encode()),
+        variant("boot", LogHeader { boot: Uuid::from_u128(1), ..base }.encode()),
+        variant("opening", LogHeader { opening: 9, ..base }.encode()),
+        variant("disk", LogHeader { disk: DiskId(9), ..base }.encode()),
+    ];
+    check(STORE_PAGE, "Log header", &fixture("unflushed"), &variants);
 }
 
 #[test]

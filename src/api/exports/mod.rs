@@ -121,6 +121,7 @@ impl Exports {
         self.book.restore(rows.clone(), leases)?;
         for row in rows {
             let (id, address) = (row.id, row.address());
+            self.reserve_device(&row);
             let running = self.begin(&row, true, false).unwrap_or_else(|error| {
                 tracing::error!("export {id} ({address}) could not be started again: {error}");
                 let (front, attached) = (Front::Failed(error.to_string()), Vec::new());
@@ -156,6 +157,19 @@ impl Exports {
                 true
             }
             Err(_) => false,
+        }
+    }
+
+    /// Reserves the disk of a device for the front end that goes on with it. It takes the lease by itself, at once, so this is
+    /// only for what it has to be told; and where the host was restarted, so was the front end: they share memory.
+    fn reserve_device(&self, row: &ExportRow) {
+        if row.kind != ExportKind::VhostUser || row.read_only || self.store.restarted() {
+            return;
+        }
+        for disk in row.disks.iter().filter_map(|id| disk::open_by_id(&self.store, DiskId(*id)).ok()) {
+            if self.store.lost_changes(disk.id()).is_some() {
+                disk.reserve(&holder(row), book::RESERVED);
+            }
         }
     }
 

@@ -37,6 +37,8 @@ pub(super) struct World {
     orphans: Vec<u64>,
     rng: Rng,
     generation: u64,
+    /// Losses of power so far.
+    boots: u64,
     ios: u64,
     down: bool,
     cut_at: Option<u64>,
@@ -66,6 +68,7 @@ impl World {
             orphans: Vec::new(),
             rng: Rng::new(seed),
             generation: 0,
+            boots: 0,
             ios: 0,
             down: false,
             cut_at: None,
@@ -87,6 +90,7 @@ impl World {
             orphans: self.orphans.clone(),
             rng: Rng::new(seed),
             generation: self.generation,
+            boots: self.boots,
             ios: self.ios,
             down: self.down,
             cut_at: None,
@@ -105,9 +109,21 @@ impl World {
         }
         self.recount();
         self.generation += 1;
+        self.boots += 1;
         self.down = false;
         self.cut_at = None;
         self.fault_at = None;
+    }
+
+    pub(super) fn kill(&mut self) {
+        self.generation += 1;
+        self.down = false;
+        self.cut_at = None;
+        self.fault_at = None;
+    }
+
+    pub(super) fn boot(&self) -> u128 {
+        u128::from(self.boots) + 1
     }
 
     pub(super) fn crash_after(&mut self, n: u64) {
