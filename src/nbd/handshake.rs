@@ -277,6 +277,10 @@ impl<'a> Handshake<'a> {
         let export = self.open(&name)?;
         let mut chosen: Vec<(String, Context)> = Vec::new();
         for query in queries {
+            // First: what a name stands for may take long to find out.
+            if chosen.iter().any(|(name, _)| *name == query) {
+                continue;
+            }
             let context = match query.strip_prefix(BITMAP) {
                 _ if query == ALLOCATION => Context::Allocation,
                 Some(base) if !base.is_empty() => match export.contexts.dirty(base) {
@@ -287,9 +291,6 @@ impl<'a> Handshake<'a> {
                 },
                 _ => continue,
             };
-            if chosen.iter().any(|(name, _)| *name == query) {
-                continue;
-            }
             if chosen.len() == CONTEXTS_MAX {
                 return Err((reply::ERR_TOO_BIG, format!("more than {CONTEXTS_MAX} contexts at a time")));
             }

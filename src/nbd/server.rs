@@ -11,7 +11,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -59,6 +59,8 @@ struct Shared {
     /// By a number that is theirs alone.
     connections: Mutex<HashMap<u64, Arc<OwnedFd>>>,
     left: Condvar,
+    /// Connections that were one too many; a log line is written for the first, second, fourth and so on.
+    refused: AtomicU64,
 }
 
 impl std::fmt::Debug for Shared {
@@ -80,6 +82,7 @@ pub fn start(options: Options, exports: Arc<dyn Exports>) -> Result<Server> {
         stopping: AtomicBool::new(false),
         connections: Mutex::default(),
         left: Condvar::new(),
+        refused: AtomicU64::new(0),
     });
     let accepting = Arc::clone(&shared);
     let thread = std::thread::Builder::new()
@@ -155,7 +158,11 @@ fn begin(shared: &Arc<Shared>, number: u64, socket: OwnedFd) {
     {
         let mut connections = shared.connections.lock();
         if connections.len() >= shared.connections_max {
-            tracing::warn!("an NBD connection more than the {} allowed was closed", shared.connections_max);
+            let refused = shared.refused.fetch_add(1, Ordering::Relaxed) + 1;
+            if refused.is_power_of_two() {
+                let most = shared.connections_max;
+                tracing::warn!("an NBD connection more than the {most} allowed was closed ({refused} so far)");
+            }
             return;
         }
         connections.insert(number, Arc::clone(&socket));
