@@ -197,7 +197,7 @@ fn the_mount_writes_no_log() {
     let _lease = mount.lease(disk::MOUNT).unwrap();
     write(&mount, 1, 0, 40);
     mount.flush().unwrap();
-    assert!(media.list("unflushed").is_err());
+    assert_eq!(media.list("unflushed").unwrap_err().kind(), std::io::ErrorKind::NotFound);
 }
 
 /// Writes, flushes and a snapshot; returns how many of the steps were acknowledged.
@@ -459,9 +459,9 @@ fn a_long_log_is_flushed() {
     let mut flushed = false;
     for n in 0..2 * LONG / 40 {
         if n % 2 == 0 {
-            write(&disk, 1, 5, 1)
+            write(&disk, 1, 5, 1);
         } else {
-            disk.discard(5 * BLOCK as u64, BLOCK as u64).unwrap()
+            disk.discard(5 * BLOCK as u64, BLOCK as u64).unwrap();
         }
         let now = len(0).max(len(1));
         flushed |= now < longest;
