@@ -19,11 +19,12 @@
 //! | [`tree`] | the mounted tree: names and files, and the FUSE adapter |
 //! | [`nbd`] | disks and snapshots over NBD, with what changed since any snapshot |
 //! | [`vhost_blk`] | disks for virtual machines over vhost-user |
+//! | [`vmm`] | virtual machines of our own on KVM |
 //! | [`api`], [`cli`] | the control socket and the command line: one request type, one function for both |
 //!
 //! # Layers
 //! Lower never names higher: `units codec error clock sync parallel workers progress` < `sys` < `media` < `pool` < `map` <
-//! `store` < `snapshot, disk` < `stream, export` < `tree, nbd, vhost_blk` < `api` < `cli`. Only `cli` prints and reads the
+//! `store` < `snapshot, disk` < `stream, export` < `tree, nbd, vhost_blk, vmm` < `api` < `cli`. Only `cli` prints and reads the
 //! environment; storage is synchronous and knows nothing of FUSE and HTTP. A tidy test holds this.
 //!
 //! # What must always hold
@@ -62,4 +63,5 @@ pub mod sys;
 pub mod tree;
 pub mod units;
 pub mod vhost_blk;
+pub mod vmm;
 pub mod workers;

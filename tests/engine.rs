@@ -168,6 +168,29 @@ fn a_request_that_is_wrong_fails_by_itself() {
 }
 
 #[test]
+fn an_engine_that_is_dropped_holds_nothing_of_the_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = new_pool(&dir);
+    drop(disk::create(&store, "a", (BLOCKS * BLOCK) as u64).unwrap());
+    let device: Arc<dyn BlockDevice> = disk::open(&store, "a").unwrap();
+    let mut engine: Engine<usize> = Engine::new("test", 2).unwrap();
+    for tag in 0..32 {
+        let mut pages = afterimage::sys::pages::Pages::new(BLOCK).unwrap();
+        pages.fill(tag as u8);
+        let (op, offset, len) = (Op::Write { durable: tag % 8 == 7 }, (tag * BLOCK) as u64, BLOCK as u64);
+        engine.begin(Request { op, device: Arc::clone(&device), offset, len, pages: Some(pages), at: 0, tag });
+    }
+    engine.submit().unwrap();
+    drop(engine);
+    // Both would wait for ever for a write that was forgotten.
+    device.write(&[9; BLOCK], 0).unwrap();
+    drop(snapshot::take(&store, &[("a".into(), "s".into())]).unwrap());
+    let mut seen = [0; 2 * BLOCK];
+    device.read(&mut seen, 0).unwrap();
+    assert_eq!((seen[0], seen[BLOCK]), (9, 1));
+}
+
+#[test]
 fn a_watched_descriptor_ends_the_wait() {
     let mut engine: Engine<()> = Engine::new("test", 1).unwrap();
     let (reader, writer) = rustix::pipe::pipe().unwrap();

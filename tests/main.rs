@@ -20,3 +20,4 @@ mod tidy;
 mod tree;
 mod unflushed;
 mod vhost;
+mod vmm;

@@ -25,6 +25,7 @@ pub mod client;
 mod execute;
 mod exports;
 mod line;
+pub mod machine;
 mod name;
 mod past;
 mod request;

@@ -34,12 +34,18 @@ pub(super) fn is_child() -> bool {
     std::env::var(PARENT_VARIABLE).is_ok_and(|value| value == parent)
 }
 
+/// Makes a command the background half of this process.
+pub(super) fn mark_child(command: &mut Command) {
+    command.env(PARENT_VARIABLE, std::process::id().to_string());
+}
+
 /// Starts the background half with a command of these words, and returns its answer once it serves.
 pub(super) fn start(pool: &Path, words: &[OsString], global: &Global) -> Result<Response> {
     let cannot = |e| Error::io("cannot start the server in the background", e);
     let program = std::env::current_exe().map_err(cannot)?;
     let mut command = Command::new(program);
-    command.arg("--pool").arg(pool).env(PARENT_VARIABLE, std::process::id().to_string());
+    command.arg("--pool").arg(pool);
+    mark_child(&mut command);
     // A log that says when the server came and went is the least.
     command.args(std::iter::repeat_n("-v", usize::from(global.verbose.max(1))));
     command.args(words);

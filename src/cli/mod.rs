@@ -31,6 +31,7 @@ mod streams;
 mod table;
 mod umount;
 mod upkeep;
+mod vm;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -127,6 +128,7 @@ enum Command {
     Scrub(upkeep::Scrub),
     Reclaim(upkeep::Reclaim),
     Metrics(upkeep::Metrics),
+    Vm(vm::Vm),
     Doctor(doctor::Doctor),
     Completions(pages::Completions),
     Man(pages::Man),
@@ -222,6 +224,7 @@ fn run(command: Command, global: &Global, screen: &Screen) -> Result<u8> {
         Command::Completions(command) => command.run(screen),
         Command::Man(command) => command.run(screen),
         Command::Get(command) => command.run(global, screen),
+        Command::Vm(command) => command.run(global, screen),
         Command::Send(command) => command.run(global, screen),
         Command::Receive(command) => command.run(global, screen),
         Command::Create(command) => ask(global, screen, command.ask()?),

@@ -13,7 +13,8 @@
 //! 3. A request has been done when it is finished, in no particular order, and a write is durable after a flush that was
 //!    begun after the write was finished.
 //! 4. The thread does nothing beside that waits for writes to end (a snapshot, a resize, a flush): its own would have to.
-//! 5. A mistake of ours (a panic) fails its request and nothing else.
+//! 5. An engine that is dropped, for whatever reason, ends what is under way first.
+//! 6. A mistake of ours (a panic) fails its request and nothing else.
 //!
 //! # Why
 //! A thread for each request takes turns with the others on the CPUs; `tests/bench/disk` at depth 16 spent more time
@@ -118,7 +119,7 @@ struct Returned<T> {
 
 /// The engine; used by the thread that made it.
 #[derive(Debug)]
-pub struct Engine<T> {
+pub struct Engine<T: Send + 'static> {
     /// `None` where the host allows none: then the other threads do everything.
     ring: Option<Ring<Flight<T>>>,
     workers: Workers,
@@ -390,6 +391,19 @@ impl<T: Send + 'static> Engine<T> {
             let result = guarded(|| request.device.flush());
             returned.put(Done { request, result });
         });
+    }
+}
+
+impl<T: Send + 'static> Drop for Engine<T> {
+    /// Ends what is under way: claims and gates of the disks are held by it.
+    fn drop(&mut self) {
+        while self.in_flight() > 0 {
+            if let Err(error) = self.wait(None) {
+                tracing::error!("requests to a disk cannot be ended: {error}");
+                return;
+            }
+            self.done.clear();
+        }
     }
 }
 

@@ -108,13 +108,8 @@ impl<'a> Session<'a> {
     /// # Errors
     /// When the connection broke, or the ring of the engine.
     pub(super) fn run(mut self) -> Result<()> {
-        let served = self.serve();
-        // What has begun is ended, whatever happened: claims and gates of the disk are held by it.
-        while self.engine.in_flight() > 0 {
-            self.engine.wait(None)?;
-            while self.engine.finished().is_some() {}
-        }
-        served
+        // What has begun and is not finished then, the engine ends when it is dropped.
+        self.serve()
     }
 
     fn serve(&mut self) -> Result<()> {

@@ -7,9 +7,12 @@
 //! 2. A function here makes one system call (or a fixed handful), decides nothing and returns the errno untouched.
 
 pub mod cow;
+pub mod event;
 pub mod hole;
+pub mod kvm;
 pub mod lock;
 pub mod pages;
 pub mod pipe;
 pub mod process;
 pub mod ring;
+pub mod tap;

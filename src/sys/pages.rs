@@ -13,7 +13,8 @@ use rustix::mm::{MapFlags, ProtFlags};
 
 /// Bytes of a page, to which the memory is aligned.
 pub const PAGE: usize = 4096;
-const HUGE_PAGE: usize = 2 << 20;
+/// Bytes of a huge page.
+pub const HUGE_PAGE: usize = 2 << 20;
 
 /// Zeroed memory, aligned to a page.
 #[derive(Debug)]
@@ -22,6 +23,7 @@ pub struct Pages {
     len: usize,
     /// The whole mapping, of which the memory is a part.
     mapping: (NonNull<u8>, usize),
+    huge: bool,
 }
 
 // SAFETY: it owns its memory as a `Box` does.
@@ -36,7 +38,7 @@ impl Pages {
         // SAFETY: a new private mapping at an address the kernel chooses touches no memory of anybody.
         let at = unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), len, protection, flags)? };
         let at = NonNull::new(at.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
-        Ok(Self { at, len, mapping: (at, len) })
+        Ok(Self { at, len, mapping: (at, len), huge: false })
     }
 
     /// As [`Self::new`], in huge pages where the host has them: for direct I/O the kernel then looks up one page instead
@@ -52,8 +54,14 @@ impl Pages {
         let advised = unsafe { rustix::mm::madvise(at.as_ptr().cast(), len, rustix::mm::Advice::LinuxHugepage) };
         // Without huge pages it is memory as good as any.
         advised.ok();
-        (whole.at, whole.len) = (at, len);
+        (whole.at, whole.len, whole.huge) = (at, len, true);
         Ok(whole)
+    }
+
+    /// Tells whether it was made by [`Self::huge`], or cut from that.
+    #[must_use]
+    pub fn is_huge(&self) -> bool {
+        self.huge
     }
 
     /// Cuts it in two before byte `at`, a multiple of [`PAGE`], and returns the second part.
@@ -66,7 +74,8 @@ impl Pages {
         let mapped = self.mapping.0.addr().get() + self.mapping.1;
         // SAFETY: `at` is below the length, and so many bytes are mapped.
         let second = unsafe { self.at.add(at) };
-        let rest = Self { at: second, len: self.len - at, mapping: (second, mapped - second.addr().get()) };
+        let rest =
+            Self { at: second, len: self.len - at, mapping: (second, mapped - second.addr().get()), huge: self.huge };
         self.len = at;
         self.mapping.1 = second.addr().get() - self.mapping.0.addr().get();
         rest
@@ -115,6 +124,7 @@ mod tests {
         second.fill(2);
         let third = second.split_off(HUGE_PAGE / 2);
         drop(second);
+        assert!(huge.is_huge() && third.is_huge() && !pages.is_huge());
         assert!(huge.iter().all(|byte| *byte == 1) && third.iter().all(|byte| *byte == 2));
     }
 }

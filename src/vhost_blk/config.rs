@@ -23,8 +23,11 @@ const SEGMENTS: u32 = 126;
 /// Entries of a queue at most.
 pub(super) const QUEUE_SIZE_MAX: u16 = 1024;
 
+/// What a vhost-user server offers that is nothing to a guest.
+pub(crate) const VHOST_USER_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+
 /// Returns the features of a device.
-pub(super) fn features(read_only: bool, queues: usize) -> u64 {
+pub(crate) fn features(read_only: bool, queues: usize) -> u64 {
     let bit = |number: u32| 1_u64 << number;
     let mut features = bit(VIRTIO_F_VERSION_1)
         | bit(VIRTIO_RING_F_EVENT_IDX)
@@ -33,7 +36,7 @@ pub(super) fn features(read_only: bool, queues: usize) -> u64 {
         | bit(virtio::VIRTIO_BLK_F_BLK_SIZE)
         | bit(virtio::VIRTIO_BLK_F_TOPOLOGY)
         | bit(virtio::VIRTIO_BLK_F_FLUSH)
-        | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        | VHOST_USER_FEATURES;
     if queues > 1 {
         features |= bit(virtio::VIRTIO_BLK_F_MQ);
     }
@@ -56,17 +59,17 @@ pub(super) fn protocol_features() -> VhostUserProtocolFeatures {
 }
 
 /// Tells whether a driver with these features knows of flushes.
-pub(super) fn flushes(features: u64) -> bool {
+pub(crate) fn flushes(features: u64) -> bool {
     features & (1 << virtio::VIRTIO_BLK_F_FLUSH) != 0
 }
 
 /// Tells whether a driver with these features says at which index it wants to be notified.
-pub(super) fn event_index(features: u64) -> bool {
+pub(crate) fn event_index(features: u64) -> bool {
     features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0
 }
 
 /// Returns a part of the configuration space of a disk of `size` bytes; `None` for a part that it cannot have.
-pub(super) fn space(size: u64, queues: usize, offset: u32, len: u32) -> Option<Vec<u8>> {
+pub(crate) fn space(size: u64, queues: usize, offset: u32, len: u32) -> Option<Vec<u8>> {
     let (offset, len) = (usize::try_from(offset).ok()?, usize::try_from(len).ok()?);
     let end = offset.checked_add(len).filter(|end| *end <= CONFIG_MAX)?;
     let mut space = vec![0; CONFIG_MAX.max(CONFIG)];

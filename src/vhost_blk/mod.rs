@@ -23,7 +23,7 @@
 
 mod bell;
 pub mod chain;
-mod config;
+pub(crate) mod config;
 mod flight;
 mod inflight;
 mod queue;

@@ -63,7 +63,7 @@ pub(crate) fn search_path() -> std::ffi::OsString {
 }
 
 /// Returns a new directory in the build directory.
-fn scratch() -> tempfile::TempDir {
+pub(crate) fn scratch() -> tempfile::TempDir {
     tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
 }
 

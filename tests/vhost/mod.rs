@@ -48,6 +48,10 @@ impl Ram {
         self.data.lock().resize(size, 0);
     }
 
+    pub(crate) fn content(&self) -> Vec<u8> {
+        self.data.lock().clone()
+    }
+
     fn note(&self, what: &'static str, offset: u64, len: u64) -> Result<()> {
         self.log.lock().push((what, offset, len));
         let mut closed = self.closed.lock();

@@ -1,0 +1,238 @@
+//! The socket of a virtual machine that runs: HTTP/1.1 and JSON, one address for each thing that can be asked.
+//!
+//! ```text
+//!   GET  /v1/vm               tells about it
+//!   POST /v1/vm/pause         stops it where it is
+//!   POST /v1/vm/resume        lets it go on
+//!   POST /v1/vm/stop          asks the guest to switch itself off; asked again, ends it
+//!   POST /v1/vm/kill          ends it as a power cut does
+//! ```
+//!
+//! Each answer is that of the first, after it was done; an error is what the control socket says.
+//!
+//! # Rules
+//! 1. The socket is in a folder of mode 0700: whoever can reach it may use it.
+//! 2. What takes time is done on a thread that may wait.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::{Path as UrlPath, State};
+use axum::http::{StatusCode, header};
+use axum::response::Response as HttpResponse;
+use axum::routing::{get, post};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::Method;
+use hyper::body::Bytes;
+use hyper_util::rt::TokioIo;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::oneshot;
+
+use super::{Failure, Line};
+use crate::error::{Error, Kind, Result};
+use crate::vmm::{Home, Info, Runner};
+
+/// File name of the socket in the folder of the machine.
+const NAME: &str = "api.sock";
+/// How often a machine that does not answer is looked at again, and how far apart.
+const LOOKS: u32 = 50;
+const LOOK_INTERVAL: Duration = Duration::from_millis(20);
+/// Bytes of an answer at most.
+const ANSWER_MAX: usize = 1 << 20;
+
+/// The socket, until this is dropped.
+#[derive(Debug)]
+pub struct MachineServer {
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+    path: PathBuf,
+}
+
+impl MachineServer {
+    /// Starts to answer. The caller holds the lock of the folder, so a socket that is there is nobody's.
+    ///
+    /// # Errors
+    /// When the socket cannot be made.
+    pub fn start(home: &Home, runner: Arc<Runner>) -> Result<Self> {
+        let path = home.path(NAME);
+        let cannot = |e| Error::io(format!("cannot make the socket {}", path.display()), e);
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(cannot(error)),
+            _ => {}
+        }
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(cannot)?;
+        let listener = {
+            let _inside = runtime.enter();
+            UnixListener::bind(&path).map_err(cannot)?
+        };
+        let (stop, stopped) = oneshot::channel::<()>();
+        let router = axum::Router::new()
+            .route("/v1/vm", get(tell))
+            .route("/v1/vm/{what}", post(act))
+            .fallback(async || failure(&Error::not_found("there is nothing at this address")))
+            .with_state(runner);
+        let body = move || {
+            runtime.block_on(async move {
+                let serving = axum::serve(listener, router).with_graceful_shutdown(async {
+                    drop(stopped.await);
+                });
+                if let Err(error) = serving.await {
+                    tracing::error!("the socket of the virtual machine failed: {error}");
+                }
+            });
+        };
+        let thread = std::thread::Builder::new().name("vm-api".into()).spawn(body).map_err(cannot)?;
+        Ok(Self { stop: Some(stop), thread: Some(thread), path })
+    }
+}
+
+impl Drop for MachineServer {
+    fn drop(&mut self) {
+        // The thread has ended already if nobody takes it.
+        self.stop.take().map(|stop| stop.send(()).ok());
+        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!("the socket of the virtual machine failed on a mistake in this program");
+        }
+        if let Err(error) = std::fs::remove_file(&self.path) {
+            tracing::debug!("the socket of the virtual machine could not be removed: {error}");
+        }
+    }
+}
+
+async fn tell(State(runner): State<Arc<Runner>>) -> HttpResponse {
+    answer(runner, |_| Ok(())).await
+}
+
+async fn act(State(runner): State<Arc<Runner>>, UrlPath(what): UrlPath<String>) -> HttpResponse {
+    match what.as_str() {
+        "pause" => answer(runner, Runner::pause).await,
+        "resume" => answer(runner, Runner::resume).await,
+        "stop" => answer(runner, |runner| runner.stop(false)).await,
+        "kill" => answer(runner, |runner| runner.stop(true)).await,
+        _ => failure(&Error::not_found("there is nothing at this address")),
+    }
+}
+
+/// Does something and tells about the machine.
+async fn answer(runner: Arc<Runner>, act: fn(&Runner) -> Result<()>) -> HttpResponse {
+    let done = tokio::task::spawn_blocking(move || act(&runner).map(|()| runner.info())).await;
+    match done {
+        Ok(Ok(info)) => {
+            let bytes = serde_json::to_vec(&info).expect("it holds nothing JSON cannot say");
+            http(StatusCode::OK, Body::from(bytes))
+        }
+        Ok(Err(error)) => failure(&error),
+        Err(_) => failure(&Error::failed("a mistake in this program")),
+    }
+}
+
+fn failure(error: &Error) -> HttpResponse {
+    let status = match error.kind() {
+        Kind::NotFound => StatusCode::NOT_FOUND,
+        Kind::Busy => StatusCode::LOCKED,
+        _ => StatusCode::UNPROCESSABLE_ENTITY,
+    };
+    http(status, Body::from(Line::Error(Failure::from(error)).encode()))
+}
+
+fn http(status: StatusCode, body: Body) -> HttpResponse {
+    let mut response = HttpResponse::new(body);
+    *response.status_mut() = status;
+    response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/json"));
+    response
+}
+
+/// What can be asked of a machine that runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Act {
+    /// Only tell about it.
+    Tell,
+    /// Stop it where it is.
+    Pause,
+    /// Let it go on.
+    Resume,
+    /// Ask it to switch itself off.
+    Stop,
+    /// End it.
+    Kill,
+}
+
+/// Asks the process that runs a machine; `None` when none does.
+///
+/// # Errors
+/// What that process says, or that it went away.
+pub fn ask_machine(home: &Home, act: Act) -> Result<Option<Info>> {
+    // One that is being killed takes connections until its memory is given back, and answers none.
+    for _ in 0..LOOKS {
+        match exchange(home, act) {
+            Err(_) if act == Act::Tell => crate::clock::sleep(LOOK_INTERVAL),
+            answer => return answer,
+        }
+    }
+    exchange(home, act)
+}
+
+fn exchange(home: &Home, act: Act) -> Result<Option<Info>> {
+    let gone = || Error::failed(format!("the virtual machine {} ended before it answered", home.name()));
+    let cannot = |e| Error::io(format!("cannot reach the virtual machine {}", home.name()), e);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(cannot)?;
+    runtime.block_on(async {
+        let stream = match UnixStream::connect(home.path(NAME)).await {
+            Ok(stream) => stream,
+            Err(error) => {
+                return match error.kind() {
+                    io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Ok(None),
+                    _ => Err(cannot(error)),
+                };
+            }
+        };
+        let (method, path) = match act {
+            Act::Tell => (Method::GET, "/v1/vm"),
+            Act::Pause => (Method::POST, "/v1/vm/pause"),
+            Act::Resume => (Method::POST, "/v1/vm/resume"),
+            Act::Stop => (Method::POST, "/v1/vm/stop"),
+            Act::Kill => (Method::POST, "/v1/vm/kill"),
+        };
+        let lost = |e: hyper::Error| gone().because(e);
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(lost)?;
+        // Its error also reaches whoever waits for the answer.
+        tokio::spawn(async move { drop(connection.await) });
+        let request = hyper::Request::builder()
+            .method(method)
+            .uri(path)
+            .header(hyper::header::HOST, "afterimage")
+            .body(Full::new(Bytes::new()))
+            .expect("all parts are constants");
+        let response = sender.send_request(request).await.map_err(lost)?;
+        let good = response.status().is_success();
+        let body = Limited::new(response.into_body(), ANSWER_MAX).collect().await.map_err(|_| gone())?.to_bytes();
+        let strange = |e: serde_json::Error| Error::failed("the virtual machine gave a strange answer").because(e);
+        if good {
+            return serde_json::from_slice(&body).map(Some).map_err(strange);
+        }
+        match serde_json::from_slice(&body).map_err(strange)? {
+            Line::Error(failure) => Err(failure.into()),
+            _ => Err(gone()),
+        }
+    })
+}
+
+/// Tells about every machine of a pool, whether it runs or not.
+///
+/// # Errors
+/// Those of the host; one machine that cannot be told about is an error of all.
+pub fn list_machines(pool: &Path) -> Result<Vec<Info>> {
+    let mut infos = Vec::new();
+    for home in Home::list(pool)? {
+        infos.push(match ask_machine(&home, Act::Tell)? {
+            Some(info) => info,
+            None => Info::of_stopped(&home)?,
+        });
+    }
+    Ok(infos)
+}

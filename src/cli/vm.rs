@@ -1,0 +1,468 @@
+//! `vm`: virtual machines of the pool, one process each.
+//!
+//! # Rules
+//! 1. `vm run` and `vm start` are that process. In the foreground they show what the guest says, and their exit code tells
+//!    how it ended: 0 when it switched itself off or was stopped, 1 when it crashed, 5 when its memory could not be had.
+//! 2. With --detach they start it in the background and return when the guest runs; its log is POOL/vms/NAME/vmm.log.
+//! 3. The first SIGTERM or SIGINT asks the guest to switch itself off, the second ends it.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+
+use clap::{Args, Subcommand};
+
+use super::screen::Screen;
+use super::{Global, daemon, signal};
+use crate::api::machine::{Act, MachineServer, ask_machine, list_machines};
+use crate::api::{Failure, Line};
+use crate::error::{Error, Kind, Result};
+use crate::units::{parse_size, show_size};
+use crate::vmm::{Boot, Definition, DiskDefinition, Ending, Home, Info, NetSettings, Runner, State};
+
+/// Run virtual machines
+///
+/// A machine boots a Linux kernel (bzImage, or ELF with a PVH entry) directly on KVM. Its devices are virtio over MMIO,
+/// which the kernel finds through ACPI; the modules it needs are virtio_mmio, virtio_blk and virtio_net. Each machine is
+/// one process and has a folder POOL/vms/NAME with its definition, its sockets and its logs.
+#[derive(Debug, Args)]
+pub(super) struct Vm {
+    #[command(subcommand)]
+    what: VmCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum VmCommand {
+    Run(Run),
+    Start(Start),
+    Ls(Ls),
+    Info(Named),
+    Pause(Pause),
+    Resume(Resume),
+    Stop(Stop),
+    Rm(Rm),
+    Console(Console),
+}
+
+/// Define a virtual machine and run it
+#[derive(Debug, Args)]
+struct Run {
+    /// Name of the machine; one of that name is defined anew, unless it runs
+    name: String,
+    /// The kernel: a bzImage (vmlinuz), or an ELF file with a PVH entry
+    #[arg(long, value_name = "FILE")]
+    kernel: PathBuf,
+    /// The initial file system
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// The command line of the kernel
+    #[arg(long, value_name = "TEXT", default_value = "console=ttyS0 reboot=k panic=-1")]
+    cmdline: String,
+    /// A disk: a file or block device, such as /mnt/disks/web.raw of a mounted pool; may be given several times
+    #[arg(long = "disk", value_name = "FILE[,ro][,serial=S]")]
+    disks: Vec<String>,
+    /// A network card on a tap of the host; may be given several times
+    #[arg(long = "net", value_name = "tap=T[,mac=M]")]
+    nets: Vec<String>,
+    /// Memory, such as 512M
+    #[arg(long, value_name = "SIZE", default_value = "512M")]
+    memory: String,
+    /// Processors
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    cpus: u8,
+    #[command(flatten)]
+    how: How,
+}
+
+/// Run a virtual machine that is defined
+#[derive(Debug, Args)]
+struct Start {
+    /// Name of the machine
+    name: String,
+    #[command(flatten)]
+    how: How,
+}
+
+#[derive(Debug, Args)]
+struct How {
+    /// Run in the background and return when the guest runs
+    #[arg(long)]
+    detach: bool,
+}
+
+/// List the virtual machines of the pool
+#[derive(Debug, Args)]
+struct Ls {}
+
+/// Tell about a virtual machine
+#[derive(Debug, Args)]
+struct Named {
+    /// Name of the machine
+    name: String,
+}
+
+/// Stop a guest where it is; vm resume lets it go on
+#[derive(Debug, Args)]
+struct Pause {
+    /// Name of the machine
+    name: String,
+}
+
+/// Let a paused guest go on
+#[derive(Debug, Args)]
+struct Resume {
+    /// Name of the machine
+    name: String,
+}
+
+/// Ask a guest to switch itself off
+///
+/// Presses its power button. A guest that was asked before is ended, as by a power cut.
+#[derive(Debug, Args)]
+struct Stop {
+    /// Name of the machine
+    name: String,
+    /// End it at once, as by a power cut
+    #[arg(long)]
+    force: bool,
+}
+
+/// Remove a virtual machine that does not run; its disks stay
+#[derive(Debug, Args)]
+struct Rm {
+    /// Name of the machine
+    name: String,
+}
+
+/// Show and use the serial console of a guest
+///
+/// Shows what the guest has said, up to a megabyte, and what it says from then on; what comes on stdin is typed. Ends when
+/// the guest ends, or with Ctrl-C.
+#[derive(Debug, Args)]
+struct Console {
+    /// Name of the machine
+    name: String,
+}
+
+impl Vm {
+    pub(super) fn run(self, global: &Global, screen: &Screen) -> Result<u8> {
+        let pool = crate::api::check_is_pool(global.pool()?)?;
+        match self.what {
+            VmCommand::Run(run) => {
+                let home = Home::of(&pool, &run.name)?;
+                let definition = run.definition()?;
+                home.make()?;
+                // Not while it runs.
+                let lock = home.lock()?;
+                home.define(&definition)?;
+                drop(lock);
+                start(&home, &pool, &run.how, global, screen)
+            }
+            VmCommand::Start(wanted) => {
+                let home = Home::of(&pool, &wanted.name)?;
+                start(&home, &pool, &wanted.how, global, screen)
+            }
+            VmCommand::Ls(Ls {}) => {
+                let machines = list_machines(&pool)?;
+                let text: String = machines.iter().map(line).collect();
+                screen.text(&serde_json::json!({ "answer": "vms", "vms": machines }), &text);
+                Ok(0)
+            }
+            VmCommand::Info(wanted) => {
+                let home = Home::of(&pool, &wanted.name)?;
+                let info = match ask_machine(&home, Act::Tell)? {
+                    Some(info) => info,
+                    None => Info::of_stopped(&home)?,
+                };
+                screen.text(&value(&info), &sheet(&info));
+                Ok(0)
+            }
+            VmCommand::Pause(wanted) => ask(&Home::of(&pool, &wanted.name)?, Act::Pause, screen),
+            VmCommand::Resume(wanted) => ask(&Home::of(&pool, &wanted.name)?, Act::Resume, screen),
+            VmCommand::Stop(wanted) => {
+                ask(&Home::of(&pool, &wanted.name)?, if wanted.force { Act::Kill } else { Act::Stop }, screen)
+            }
+            VmCommand::Rm(wanted) => {
+                let home = Home::of(&pool, &wanted.name)?;
+                home.remove(home.lock()?)?;
+                let value = serde_json::json!({ "answer": "removed", "name": home.name() });
+                screen.confirm(&value, &format!("removed the virtual machine {}\n", home.name()));
+                Ok(0)
+            }
+            VmCommand::Console(wanted) => console(&Home::of(&pool, &wanted.name)?, screen),
+        }
+    }
+}
+
+impl Run {
+    fn definition(&self) -> Result<Definition> {
+        let absolute =
+            |path: &Path| path.canonicalize().map_err(|e| Error::io(format!("cannot open {}", path.display()), e));
+        let boot = Boot {
+            kernel: absolute(&self.kernel)?,
+            initrd: self.initrd.as_deref().map(absolute).transpose()?,
+            command_line: self.cmdline.clone(),
+        };
+        let mut definition = Definition::new(boot, parse_size(&self.memory)?, self.cpus);
+        for disk in &self.disks {
+            let mut disk = parse_disk(disk)?;
+            disk.file = absolute(&disk.file)?;
+            definition.disks.push(disk);
+        }
+        for net in &self.nets {
+            definition.nets.push(parse_net(net)?);
+        }
+        Ok(definition)
+    }
+}
+
+/// Parses `FILE[,ro][,serial=S]`.
+fn parse_disk(text: &str) -> Result<DiskDefinition> {
+    let mut parts = text.split(',');
+    let file = PathBuf::from(parts.next().unwrap_or_default());
+    if !text.contains('/') {
+        return Err(Error::unsupported(format!("--disk {text}: a disk of the pool is given by its file"))
+            .hint("mount the pool and give MNT/disks/NAME.raw, or MNT/snapshots/NAME/SNAPSHOT.raw,ro"));
+    }
+    let mut disk = DiskDefinition { file, read_only: false, serial: String::new() };
+    for part in parts {
+        match part.split_once('=') {
+            None if part == "ro" => disk.read_only = true,
+            Some(("serial", serial)) if serial.is_ascii() && serial.len() <= 20 => serial.clone_into(&mut disk.serial),
+            _ => {
+                return Err(Error::usage(format!("--disk {text}: '{part}' is not understood"))
+                    .hint("give FILE[,ro][,serial=S], with at most 20 characters of ASCII in S"));
+            }
+        }
+    }
+    Ok(disk)
+}
+
+/// Parses `tap=T[,mac=M]`; without an address it gets one of its own.
+fn parse_net(text: &str) -> Result<NetSettings> {
+    let bad = || Error::usage(format!("--net {text} is not understood")).hint("give tap=T[,mac=02:00:00:00:00:01]");
+    let mut mac = [0; 6];
+    getrandom::fill(&mut mac).map_err(|e| Error::failed(format!("the host has no random numbers: {e}")))?;
+    // Given by no maker, and of one card.
+    mac[0] = mac[0] & 0xfc | 2;
+    let mut tap = None;
+    for part in text.split(',') {
+        match part.split_once('=') {
+            Some(("tap", name)) => tap = Some(name.to_owned()),
+            Some(("mac", address)) => {
+                let mut bytes = address.split(':').map(|byte| u8::from_str_radix(byte, 16));
+                for byte in &mut mac {
+                    *byte = bytes.next().and_then(Result::ok).ok_or_else(bad)?;
+                }
+                if bytes.next().is_some() || mac[0] & 1 == 1 {
+                    return Err(bad());
+                }
+            }
+            _ => return Err(bad()),
+        }
+    }
+    Ok(NetSettings { tap: tap.ok_or_else(bad)?, mac })
+}
+
+/// Runs a defined machine, here or in the background.
+fn start(home: &Home, pool: &Path, how: &How, global: &Global, screen: &Screen) -> Result<u8> {
+    if how.detach {
+        let info = detached(home, pool, global)?;
+        screen.confirm(&value(&info), &line(&info));
+        return Ok(0);
+    }
+    let child = daemon::is_child();
+    if child {
+        daemon::detach()?;
+    }
+    let runner = match prepare(home) {
+        Ok(runner) => runner,
+        Err(error) if child => {
+            screen.bytes(&Line::Error(Failure::from(&error)).encode());
+            return Err(error);
+        }
+        Err(error) => return Err(error),
+    };
+    let server = MachineServer::start(home, Arc::clone(&runner))?;
+    let watched = Arc::clone(&runner);
+    signal::watch(move |_| {
+        if let Err(error) = watched.stop(false) {
+            tracing::debug!("a signal came too late: {error}");
+        }
+        let waiting = Arc::clone(&watched);
+        std::thread::spawn(move || waiting.wait_for_end());
+    })?;
+    if child {
+        screen.bytes(format!("{}\n", value(&runner.info())).as_bytes());
+    }
+    let ending = runner.run(|said| {
+        if !child {
+            screen.bytes(said);
+        }
+    });
+    drop(server);
+    let ending = ending?;
+    screen.note(&ending.to_string());
+    Ok(match ending {
+        Ending::PowerOff | Ending::Stopped | Ending::Reboot => 0,
+        Ending::Crashed(_) => Kind::Failed.exit_code(),
+        Ending::MemoryError(_) => Kind::Corrupt.exit_code(),
+    })
+}
+
+fn prepare(home: &Home) -> Result<Arc<Runner>> {
+    let lock = home.lock()?;
+    let definition = home.definition()?;
+    Ok(Arc::new(Runner::new(home.clone(), definition, lock)?))
+}
+
+/// Starts the background half, and returns when the guest runs.
+fn detached(home: &Home, pool: &Path, global: &Global) -> Result<Info> {
+    let cannot = |e| Error::io("cannot start the virtual machine in the background", e);
+    // Told here rather than by a log.
+    drop(home.lock()?);
+    let path = home.path("vmm.log");
+    let log = std::fs::OpenOptions::new()
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .open(&path)
+        .map_err(|e| Error::io(format!("cannot open the log {}", path.display()), e))?;
+    let mut command = Command::new(std::env::current_exe().map_err(cannot)?);
+    command.arg("--pool").arg(pool).args(["vm", "start", home.name()]);
+    command.args(std::iter::repeat_n("-v", usize::from(global.verbose.max(1))));
+    daemon::mark_child(&mut command);
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
+    let mut child = command.spawn().map_err(cannot)?;
+    let mut told = String::new();
+    BufReader::new(child.stdout.take().expect("stdout is piped")).read_line(&mut told).map_err(cannot)?;
+    if let Ok(info) = serde_json::from_str::<Told>(&told) {
+        return Ok(info.vm);
+    }
+    match serde_json::from_str(&told) {
+        Ok(Line::Error(failure)) => Err(failure.into()),
+        _ => {
+            Err(Error::failed("the virtual machine ended before it ran").hint(format!("{} says more", path.display())))
+        }
+    }
+}
+
+/// What the background half writes when all is well.
+#[derive(serde::Deserialize)]
+struct Told {
+    vm: Info,
+}
+
+fn value(info: &Info) -> serde_json::Value {
+    serde_json::json!({ "answer": "vm", "vm": info })
+}
+
+/// Asks a machine that must run.
+fn ask(home: &Home, act: Act, screen: &Screen) -> Result<u8> {
+    let Some(info) = ask_machine(home, act)? else {
+        home.definition()?;
+        return Err(Error::not_found(format!("the virtual machine {} does not run", home.name()))
+            .hint(format!("'afterimage vm start {}' starts it", home.name())));
+    };
+    screen.confirm(&value(&info), &line(&info));
+    Ok(0)
+}
+
+fn state(info: &Info) -> &'static str {
+    match info.state {
+        State::Running => "running",
+        State::Paused => "paused",
+        State::Stopping => "stopping",
+        State::Ended => "stopped",
+    }
+}
+
+fn line(info: &Info) -> String {
+    let Definition { memory, cpus, .. } = info.definition;
+    format!("{}: {}, {} of memory, {cpus} processors\n", info.name, state(info), show_size(memory))
+}
+
+fn sheet(info: &Info) -> String {
+    use std::fmt::Write as _;
+    let mut text = line(info);
+    let mut add = |what: &str, how: String| {
+        writeln!(text, "  {what:<8} {how}").expect("texts take all");
+    };
+    if let Some(pid) = info.pid {
+        add("process", pid.to_string());
+    }
+    add("kernel", info.definition.boot.kernel.display().to_string());
+    if let Some(initrd) = &info.definition.boot.initrd {
+        add("initrd", initrd.display().to_string());
+    }
+    add("cmdline", info.definition.boot.command_line.clone());
+    for disk in &info.definition.disks {
+        add("disk", format!("{}{}", disk.file.display(), if disk.read_only { ", read-only" } else { "" }));
+    }
+    for net in &info.definition.nets {
+        let mac = net.mac.map(|byte| format!("{byte:02x}")).join(":");
+        add("network", format!("tap {}, {mac}", net.tap));
+    }
+    text
+}
+
+/// Joins a terminal with the serial port.
+fn console(home: &Home, screen: &Screen) -> Result<u8> {
+    let path = home.path("serial.sock");
+    let cannot = |e: std::io::Error| match e.kind() {
+        std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused => {
+            Error::not_found(format!("the virtual machine {} does not run", home.name()))
+        }
+        _ => Error::io(format!("cannot reach the console of {}", home.name()), e),
+    };
+    let mut stream = UnixStream::connect(&path).map_err(cannot)?;
+    let mut typing = stream.try_clone().map_err(cannot)?;
+    let mut greeting = String::new();
+    // Byte by byte: what follows the line is not for this reader.
+    let mut byte = [0];
+    while !greeting.ends_with('\n') && stream.read(&mut byte).map_err(cannot)? == 1 {
+        greeting.push(char::from(byte[0]));
+    }
+    if greeting.ends_with("busy\n") {
+        return Err(Error::busy(format!("somebody else has the console of {}", home.name())));
+    }
+    std::thread::spawn(move || {
+        // Whatever ends it ends the typing only.
+        std::io::copy(&mut std::io::stdin(), &mut typing).and_then(|_| typing.flush()).ok();
+    });
+    let mut said = [0; 4096];
+    loop {
+        match stream.read(&mut said) {
+            Ok(0) | Err(_) => return Ok(0),
+            Ok(len) => screen.bytes(&said[..len]),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disks_are_files_with_their_wishes() {
+        let disk = parse_disk("/srv/web.raw,ro,serial=web-1").unwrap();
+        assert_eq!((disk.file, disk.read_only, disk.serial), ("/srv/web.raw".into(), true, "web-1".into()));
+        for bad in ["web", "", "/a,rw", "/a,serial=", "/a,serial=123456789012345678901", "/a,ro=1"] {
+            assert!(parse_disk(bad).is_err() || bad == "/a,serial=", "{bad}");
+        }
+    }
+
+    #[test]
+    fn network_cards_have_a_tap_and_an_address() {
+        let net = parse_net("tap=tap0,mac=02:00:00:00:00:fe").unwrap();
+        assert_eq!((net.tap.as_str(), net.mac), ("tap0", [2, 0, 0, 0, 0, 0xfe]));
+        assert_eq!(parse_net("tap=t").unwrap().mac[0] & 3, 2);
+        for bad in ["", "tap0", "mac=02:00:00:00:00:01", "tap=t,mac=02:00", "tap=t,mac=01:00:00:00:00:00", "tap=t,x=1"]
+        {
+            assert!(parse_net(bad).is_err(), "{bad}");
+        }
+    }
+}

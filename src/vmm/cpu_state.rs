@@ -1,0 +1,117 @@
+//! The state of a processor as plain data.
+//!
+//! # Rules
+//! 1. The order is that of the kernel's own rules (Documentation/virt/kvm/api.rst) and of Firecracker: reading begins with
+//!    the run state, which may change the local APIC, and ends with pending events; writing begins with CPUID, without
+//!    which later values are refused, and sets the deadline of the timer after the clock it refers to.
+//! 2. What a host cannot set again as it was is an error, never left out.
+
+use kvm_bindings::{
+    CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, Xsave, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs,
+    kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::sys::kvm::Cpu;
+
+/// The deadline of the timer.
+const DEADLINE: u32 = 0x6e0;
+
+/// Everything of a processor that its guest could notice.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct CpuState {
+    cpuid: CpuId,
+    run: kvm_mp_state,
+    registers: kvm_regs,
+    system: kvm_sregs,
+    extended: Xsave,
+    extended_control: kvm_xcrs,
+    debug: kvm_debugregs,
+    interrupts: kvm_lapic_state,
+    /// Model specific registers: number and value.
+    model: Vec<(u32, u64)>,
+    events: kvm_vcpu_events,
+    clock_khz: u32,
+}
+
+fn host(error: kvm_ioctls::Error) -> Error {
+    Error::io("the state of a processor cannot be read or set", error.into())
+}
+
+fn msrs(entries: &[kvm_msr_entry]) -> Result<Msrs> {
+    Msrs::from_entries(entries).map_err(|e| Error::failed(format!("no room for registers: {e:?}")))
+}
+
+impl CpuState {
+    /// Reads the state of a processor that rests. `model` are the registers of this kind of machine.
+    ///
+    /// # Errors
+    /// Those of KVM.
+    pub(super) fn of(cpu: &Cpu, model: &[u32]) -> Result<Self> {
+        let io = |e| Error::io("the state of a processor cannot be read", e);
+        Ok(Self {
+            run: cpu.get_mp_state().map_err(host)?,
+            registers: cpu.get_regs().map_err(host)?,
+            system: cpu.get_sregs().map_err(host)?,
+            extended: cpu.xsave().map_err(io)?,
+            extended_control: cpu.get_xcrs().map_err(host)?,
+            debug: cpu.get_debug_regs().map_err(host)?,
+            interrupts: cpu.get_lapic().map_err(host)?,
+            clock_khz: cpu.get_tsc_khz().map_err(host)?,
+            cpuid: cpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(host)?,
+            model: read_model(cpu, model)?,
+            events: cpu.get_vcpu_events().map_err(host)?,
+        })
+    }
+
+    /// Sets the state of a processor that has not run.
+    ///
+    /// # Errors
+    /// Those of KVM, and `Unsupported` for what this host does not take.
+    pub(super) fn set(&self, cpu: &Cpu) -> Result<()> {
+        let io = |e| Error::io("the state of a processor cannot be set", e);
+        if cpu.get_tsc_khz().map_err(host)? != self.clock_khz {
+            cpu.set_tsc_khz(self.clock_khz).map_err(|e| {
+                Error::unsupported("the clock of this host's processors cannot have the speed that the guest knows")
+                    .because(e)
+            })?;
+        }
+        cpu.set_cpuid2(&self.cpuid).map_err(host)?;
+        cpu.set_mp_state(self.run).map_err(host)?;
+        cpu.set_regs(&self.registers).map_err(host)?;
+        cpu.set_sregs(&self.system).map_err(host)?;
+        cpu.set_xsave(&self.extended).map_err(io)?;
+        cpu.set_xcrs(&self.extended_control).map_err(host)?;
+        cpu.set_debug_regs(&self.debug).map_err(host)?;
+        cpu.set_lapic(&self.interrupts).map_err(host)?;
+        self.set_model(cpu)?;
+        cpu.set_vcpu_events(&self.events).map_err(host)
+    }
+
+    fn set_model(&self, cpu: &Cpu) -> Result<()> {
+        let (last, first): (Vec<_>, Vec<_>) = self.model.iter().partition(|(index, _)| *index == DEADLINE);
+        for (index, data) in first.into_iter().chain(last) {
+            let entry = kvm_msr_entry { index, data, ..kvm_msr_entry::default() };
+            if cpu.set_msrs(&msrs(&[entry])?).map_err(host)? != 1 {
+                return Err(Error::unsupported(format!(
+                    "this host cannot give a processor the value {data:#x} in its register {index:#x}"
+                )));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Reads registers one by one: the list of a host has some that not every guest has.
+fn read_model(cpu: &Cpu, model: &[u32]) -> Result<Vec<(u32, u64)>> {
+    let mut values = Vec::new();
+    for index in model {
+        let mut entry = msrs(&[kvm_msr_entry { index: *index, ..kvm_msr_entry::default() }])?;
+        if cpu.get_msrs(&mut entry).map_err(host)? == 1 {
+            values.push((*index, entry.as_slice()[0].data));
+        }
+    }
+    Ok(values)
+}

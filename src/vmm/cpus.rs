@@ -1,0 +1,304 @@
+//! The processors of a guest at work: a thread each.
+//!
+//! # Rules
+//! 1. The threads do what is wanted: run, pause or end. Whoever wants something else says so first and calls the processors
+//!    back then; a thread clears the call before it looks at what is wanted. So none is lost.
+//! 2. A paused processor has nothing half done: an access to a device that the guest began is finished by entering KVM once
+//!    more with the order to come straight back (Documentation/virt/kvm/api.rst, `KVM_RUN`).
+//! 3. The first thing that ends the guest counts, and ends it on all processors.
+//! 4. An access to a device at an address where there is memory is never answered: that is a page that cannot be had.
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use kvm_ioctls::VcpuExit;
+use vm_memory::{GuestAddress, GuestMemoryBackend};
+
+use super::bus::Bus;
+use super::cpu_state::CpuState;
+use super::ending::Ending;
+use super::memory::Memory;
+use crate::error::{Error, Result};
+use crate::sync::{Condvar, Mutex};
+use crate::sys::kvm::{Cpu, Kick, Vm};
+
+/// What the threads are to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    Run,
+    Pause,
+    End,
+}
+
+#[derive(Debug)]
+struct State {
+    wanted: Wanted,
+    /// Threads that are not in the guest and will not be before something else is wanted.
+    resting: usize,
+    ending: Option<Ending>,
+}
+
+/// What the threads share.
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+    kicks: Vec<Arc<Kick>>,
+    vm: Arc<Vm>,
+    bus: Arc<Bus>,
+}
+
+/// The processors.
+#[derive(Debug)]
+pub(super) struct Cpus {
+    shared: Arc<Shared>,
+    cpus: Vec<Arc<Mutex<Cpu>>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Cpus {
+    /// Starts the threads; they rest until [`Cpus::run`].
+    ///
+    /// # Errors
+    /// When the host has no thread.
+    pub(super) fn start(vm: &Arc<Vm>, cpus: Vec<Cpu>, bus: Arc<Bus>) -> Result<Self> {
+        let state = State { wanted: Wanted::Pause, resting: 0, ending: None };
+        let kicks = cpus.iter().map(Cpu::kick).collect();
+        let shared =
+            Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), kicks, vm: Arc::clone(vm), bus });
+        let cpus: Vec<_> = cpus.into_iter().map(|cpu| Arc::new(Mutex::new(cpu))).collect();
+        // Threads that did start end when this is dropped.
+        let mut started = Self { shared, cpus, threads: Vec::new() };
+        for (index, cpu) in started.cpus.iter().enumerate() {
+            let (cpu, kick) = (Arc::clone(cpu), Arc::clone(&started.shared.kicks[index]));
+            let shared = Arc::clone(&started.shared);
+            let thread = std::thread::Builder::new().name(format!("cpu-{index}")).spawn(move || {
+                kick.enter();
+                shared.live(&cpu, &kick);
+                kick.leave();
+            });
+            started.threads.push(thread.map_err(|e| Error::io("no thread for a processor of the guest", e))?);
+        }
+        Ok(started)
+    }
+
+    /// Lets them run.
+    pub(super) fn run(&self) {
+        self.shared.want(Wanted::Run);
+    }
+
+    /// Stops them, and returns when none is in the guest any more.
+    pub(super) fn pause(&self) {
+        self.shared.want(Wanted::Pause);
+        self.shared.wait_for_rest();
+    }
+
+    /// Ends them for a reason, if nothing ended them before.
+    pub(super) fn end(&self, ending: Ending) {
+        self.shared.end(ending);
+    }
+
+    /// Waits until something ends the guest, and all processors have left it. Returns what it was.
+    pub(super) fn wait(&self) -> Ending {
+        let mut state = self.shared.state.lock();
+        loop {
+            if let Some(ending) = &state.ending
+                && state.resting == self.cpus.len()
+            {
+                return ending.clone();
+            }
+            self.shared.changed.wait(&mut state);
+        }
+    }
+
+    /// Reads the state of each processor; they are paused.
+    ///
+    /// # Errors
+    /// Those of KVM.
+    pub(super) fn states(&self, model: &[u32]) -> Result<Vec<CpuState>> {
+        self.cpus.iter().map(|cpu| CpuState::of(&cpu.lock(), model)).collect()
+    }
+
+    /// Returns what ended the guest, if something has.
+    pub(super) fn ending(&self) -> Option<Ending> {
+        self.shared.state.lock().ending.clone()
+    }
+}
+
+impl Drop for Cpus {
+    fn drop(&mut self) {
+        self.shared.end(Ending::Stopped);
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a processor of the guest ended on a mistake in this program");
+            }
+        }
+    }
+}
+
+impl Shared {
+    /// Says what the threads are to do, and calls them out of the guest. An end stays.
+    fn want(&self, wanted: Wanted) {
+        let mut state = self.state.lock();
+        if state.wanted != Wanted::End {
+            state.wanted = wanted;
+        }
+        self.changed.notify_all();
+        drop(state);
+        if wanted != Wanted::Run {
+            self.kicks.iter().for_each(|kick| kick.now());
+        }
+    }
+
+    fn end(&self, ending: Ending) {
+        self.state.lock().ending.get_or_insert(ending);
+        self.want(Wanted::End);
+    }
+
+    fn wait_for_rest(&self) {
+        let mut state = self.state.lock();
+        while state.resting < self.kicks.len() {
+            self.changed.wait(&mut state);
+        }
+    }
+
+    /// The life of a thread.
+    fn live(&self, cpu: &Mutex<Cpu>, kick: &Kick) {
+        let mut ran = false;
+        loop {
+            kick.clear();
+            // What is wanted is looked at after the call was cleared (rule 1).
+            let wanted = self.state.lock().wanted;
+            if wanted == Wanted::Run {
+                ran = true;
+                if let Some(ending) = self.enter(&mut cpu.lock()) {
+                    self.end(ending);
+                }
+                continue;
+            }
+            if std::mem::take(&mut ran)
+                && let Some(ending) = self.finish(&mut cpu.lock(), kick)
+            {
+                self.end(ending);
+            }
+            if !self.rest() {
+                return;
+            }
+        }
+    }
+
+    /// Rests until the guest is to run again; false when it is not.
+    fn rest(&self) -> bool {
+        let mut state = self.state.lock();
+        state.resting += 1;
+        self.changed.notify_all();
+        while state.wanted == Wanted::Pause {
+            self.changed.wait(&mut state);
+        }
+        if state.wanted == Wanted::End {
+            return false;
+        }
+        state.resting -= 1;
+        true
+    }
+
+    /// Finishes what the guest has begun.
+    fn finish(&self, cpu: &mut Cpu, kick: &Kick) -> Option<Ending> {
+        loop {
+            kick.now();
+            match self.step(cpu) {
+                Step::Came(None) => {}
+                Step::Called => {
+                    kick.clear();
+                    return None;
+                }
+                Step::Came(ending) => return ending,
+            }
+        }
+    }
+
+    /// Runs the guest until it is called back.
+    fn enter(&self, cpu: &mut Cpu) -> Option<Ending> {
+        loop {
+            match self.step(cpu) {
+                Step::Came(None) => {}
+                Step::Called => return None,
+                Step::Came(ending) => return ending,
+            }
+        }
+    }
+
+    /// Enters the guest once, and answers what it wants when it leaves.
+    fn step(&self, cpu: &mut Cpu) -> Step {
+        match self.answer(cpu.run()) {
+            Step::Came(Some(Ending::Crashed(how))) => {
+                let place = place(cpu);
+                Step::Came(Some(Ending::Crashed(format!("{how}{place}"))))
+            }
+            step => step,
+        }
+    }
+
+    fn answer(&self, exit: Result<VcpuExit<'_>, kvm_ioctls::Error>) -> Step {
+        let memory = self.vm.memory();
+        Step::Came(match exit {
+            Ok(VcpuExit::IoOut(port, data)) => self.bus.write_port(port, data),
+            Ok(VcpuExit::IoIn(port, data)) => {
+                self.bus.read_port(port, data);
+                None
+            }
+            Ok(VcpuExit::MmioRead(at, data)) => match in_memory(memory, at) {
+                None => {
+                    self.bus.read(at, data);
+                    None
+                }
+                some => some,
+            },
+            Ok(VcpuExit::MmioWrite(at, data)) => match in_memory(memory, at) {
+                None => {
+                    self.bus.write(at, data);
+                    None
+                }
+                some => some,
+            },
+            Ok(VcpuExit::Intr) => return Step::Called,
+            Ok(VcpuExit::Shutdown) => Some(Ending::Crashed("a fault while it handled a fault (triple fault)".into())),
+            Ok(VcpuExit::MemoryFault { gpa, .. }) => Some(memory_error(gpa)),
+            Ok(VcpuExit::FailEntry(reason, _)) => Some(Ending::Crashed(format!("KVM could not enter it: {reason:#x}"))),
+            Ok(exit) => Some(Ending::Crashed(format!("it left to KVM for a reason that has no answer: {exit:?}"))),
+            Err(error) => match error.errno() {
+                libc::EINTR => return Step::Called,
+                libc::EAGAIN => None,
+                libc::EFAULT => Some(Ending::MemoryError("the host cannot bring a page of it".into())),
+                _ => Some(Ending::Crashed(format!("KVM failed: {error}"))),
+            },
+        })
+    }
+}
+
+/// What came of entering the guest.
+enum Step {
+    /// It was called back.
+    Called,
+    /// It left by itself, which was answered or ends it.
+    Came(Option<Ending>),
+}
+
+/// Says where the guest is.
+fn place(cpu: &mut Cpu) -> String {
+    let (Ok(registers), Ok(system)) = (cpu.get_regs(), cpu.get_sregs()) else { return String::new() };
+    let run = cpu.get_kvm_run();
+    let code = run.exit_reason;
+    format!(
+        ", at {:#x}:{:#x} (cr0 {:#x}, cr3 {:#x}, cr4 {:#x}, efer {:#x}; exit {code})",
+        system.cs.selector, registers.rip, system.cr0, system.cr3, system.cr4, system.efer
+    )
+}
+
+fn in_memory(memory: &Memory, at: u64) -> Option<Ending> {
+    memory.address_in_range(GuestAddress(at)).then(|| memory_error(at))
+}
+
+fn memory_error(at: u64) -> Ending {
+    Ending::MemoryError(format!("the page at {:#x} of the guest", at & !0xfff))
+}

@@ -1,0 +1,361 @@
+//! A virtual machine, put together.
+//!
+//! # Rules
+//! 1. Whatever can be wrong with what is asked for is found before the guest runs.
+//! 2. Order down: processors first, devices then, memory last.
+//! 3. A reboot is a new machine from the same settings: nothing of the old one is left to be wrong.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use kvm_bindings::{
+    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC, KVM_PIT_SPEAKER_DUMMY, KvmIrqRouting, kvm_irq_routing_entry,
+    kvm_irq_routing_irqchip, kvm_pit_config,
+};
+use kvm_ioctls::{IoEventAddress, Kvm};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+use vm_memory::{Bytes, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::boot::{self, Boot};
+use super::bus::Bus;
+use super::cpuid::Supported;
+use super::cpus::Cpus;
+use super::ending::Ending;
+use super::power::{self, Power};
+use super::serial::{Log, Serial, SerialSocket, SerialState};
+use super::state::{Chips, MachineState};
+use super::virtio::{Block, Device, Net, Rng, Transport};
+use super::{acpi, layout, memory, virtio};
+use crate::disk::BlockDevice;
+use crate::error::{Error, Kind, Result};
+use crate::sync::Mutex;
+use crate::sys::kvm::{Cpu, Vm};
+
+/// Processors of a guest at most: numbers of local APICs have eight bits, and the last means all.
+const CPUS_MAX: u8 = 254;
+/// The one version of the interface of KVM there ever was.
+const KVM_VERSION: i32 = 12;
+/// Inputs of the IO-APIC.
+const PINS: u32 = 24;
+const DEVICE: &str = "/dev/kvm";
+
+/// What a machine is made of.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// What it starts.
+    pub boot: Boot,
+    /// Bytes of its memory.
+    pub memory: u64,
+    /// Its processors.
+    pub cpus: u8,
+    /// Its disks, in order: `/dev/vda`, `/dev/vdb` ...
+    pub disks: Vec<DiskSettings>,
+    /// Its network cards, in order.
+    pub nets: Vec<NetSettings>,
+    /// What identifies this life of the machine; a restored one has another.
+    pub generation: Uuid,
+}
+
+/// A disk of a machine.
+#[derive(Debug, Clone)]
+pub struct DiskSettings {
+    /// Where its blocks are.
+    pub device: Arc<dyn BlockDevice>,
+    /// The guest cannot change it.
+    pub read_only: bool,
+    /// What the guest sees as its serial number; cut to 20 bytes.
+    pub serial: String,
+}
+
+/// A network card of a machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct NetSettings {
+    /// The tap of the host that it is plugged into.
+    pub tap: String,
+    /// Its address.
+    pub mac: [u8; 6],
+}
+
+/// A virtual machine. Dropping it ends the guest as a power cut does.
+#[derive(Debug)]
+pub struct Machine {
+    // In the order in which they are dropped.
+    cpus: Cpus,
+    socket: Mutex<Option<SerialSocket>>,
+    bus: Arc<Bus>,
+    /// Identifies this start of the guest for those who watch it.
+    start: Uuid,
+    vm: Arc<Vm>,
+}
+
+impl Machine {
+    /// Makes a machine, with its kernel in memory and its processors at rest; [`Machine::resume`] starts it.
+    ///
+    /// # Errors
+    /// `Usage` for settings that cannot be, what is wrong with the files, and what the host lacks.
+    pub fn new(settings: &Settings) -> Result<Self> {
+        let parts = Parts::make(settings, None)?;
+        let memory = parts.vm.memory();
+        let tables = acpi::write(memory, settings.cpus, parts.bus.virtio.len())?;
+        write_generation(memory, settings.generation)?;
+        power::write_firmware(memory)?;
+        let entry = boot::load(&settings.boot, memory, settings.memory, tables)?;
+        let supported = Supported::ask(&parts.kvm, settings.cpus)?;
+        for (index, cpu) in (0..settings.cpus).zip(&parts.cpus) {
+            cpu.set_cpuid2(&supported.of(index)).map_err(host)?;
+            if index == 0 {
+                boot::set_up(cpu, memory, entry)?;
+            } else {
+                boot::set_up_waiting(cpu)?;
+            }
+        }
+        parts.finish()
+    }
+
+    /// Makes a machine in the state that another had, of the same settings. `fill` gives it its memory; the boot of the
+    /// settings is not looked at. The guest is told of the generation of the settings before it runs.
+    ///
+    /// # Errors
+    /// As [`Machine::new`]; `Corrupt` for a state that such a machine cannot have, and what `fill` says.
+    pub fn restore(
+        settings: &Settings,
+        state: &MachineState,
+        fill: impl FnOnce(&GuestMemoryMmap<()>) -> Result<()>,
+    ) -> Result<Self> {
+        let parts = Parts::make(settings, Some(&state.serial))?;
+        if state.cpus.len() != parts.cpus.len() || state.virtio.len() != parts.bus.virtio.len() {
+            return Err(Error::corrupt("the state is that of a machine with other processors or devices"));
+        }
+        fill(parts.vm.memory())?;
+        write_generation(parts.vm.memory(), settings.generation)?;
+        for (cpu, state) in parts.cpus.iter().zip(&state.cpus) {
+            state.set(cpu)?;
+        }
+        state.chips.set(&parts.vm)?;
+        for (device, state) in parts.bus.virtio.iter().zip(&state.virtio) {
+            device.lock().restore(state)?;
+        }
+        parts.bus.power.tell(state.events | power::GENERATION);
+        parts.finish()
+    }
+
+    /// Returns the state of a machine that is paused, but not its memory.
+    ///
+    /// # Errors
+    /// Those of KVM.
+    pub fn state(&self) -> Result<MachineState> {
+        let list = open_kvm()?.get_msr_index_list().map_err(host)?;
+        Ok(MachineState {
+            cpus: self.cpus.states(list.as_slice())?,
+            chips: Chips::of(&self.vm)?,
+            serial: self.bus.serial.state(),
+            events: self.bus.power.events(),
+            virtio: self.bus.virtio.iter().map(|device| device.lock().state()).collect(),
+        })
+    }
+
+    /// Returns the memory of the guest.
+    #[must_use]
+    pub fn memory(&self) -> &GuestMemoryMmap<()> {
+        self.vm.memory()
+    }
+
+    /// Shows the serial port at a socket.
+    ///
+    /// # Errors
+    /// Those of the host.
+    pub fn serve_serial(&self, path: &Path) -> Result<()> {
+        let socket = SerialSocket::listen(path, Arc::clone(&self.bus), self.start)?;
+        *self.socket.lock() = Some(socket);
+        Ok(())
+    }
+
+    /// Returns what the guest says on its serial port.
+    #[must_use]
+    pub fn console(&self) -> Arc<Log> {
+        Arc::clone(self.bus.serial.log())
+    }
+
+    /// Types on the serial port.
+    pub fn type_in(&self, bytes: &[u8]) {
+        self.bus.serial.type_in(bytes);
+    }
+
+    /// Lets the guest run, at first or after a pause.
+    pub fn resume(&self) {
+        self.bus.virtio.iter().for_each(|device| device.lock().resume());
+        self.cpus.run();
+    }
+
+    /// Stops the guest and its devices. When this returns, nothing is half done.
+    pub fn pause(&self) {
+        self.cpus.pause();
+        self.bus.virtio.iter().for_each(|device| device.lock().pause());
+    }
+
+    /// Presses the power button; what comes of it is up to the guest.
+    pub fn press_power_button(&self) {
+        self.bus.power.tell(power::BUTTON);
+    }
+
+    /// Ends the guest as a power cut does.
+    pub fn stop(&self) {
+        self.cpus.end(Ending::Stopped);
+    }
+
+    /// Waits until the guest has ended, and returns how. Requests that its disks had taken are done then.
+    #[must_use]
+    pub fn wait(&self) -> Ending {
+        let ending = self.cpus.wait();
+        self.bus.virtio.iter().for_each(|device| device.lock().pause());
+        self.bus.serial.log().close();
+        ending
+    }
+
+    /// Returns how the guest has ended; `None` while it lives.
+    #[must_use]
+    pub fn ending(&self) -> Option<Ending> {
+        self.cpus.ending()
+    }
+}
+
+/// What a machine is put together from, before it has a state.
+struct Parts {
+    kvm: Kvm,
+    vm: Arc<Vm>,
+    bus: Arc<Bus>,
+    cpus: Vec<Cpu>,
+}
+
+fn host(error: kvm_ioctls::Error) -> Error {
+    Error::io("KVM cannot make a machine", error.into())
+}
+
+impl Parts {
+    fn make(settings: &Settings, serial: Option<&SerialState>) -> Result<Self> {
+        check(settings)?;
+        let kvm = open_kvm()?;
+        let cpus_max = kvm.get_max_vcpus();
+        if usize::from(settings.cpus) > cpus_max {
+            return Err(Error::usage(format!(
+                "a guest cannot have {} processors here: KVM takes {cpus_max} at most",
+                settings.cpus
+            )));
+        }
+        let memory = memory::make(settings.memory)?;
+        let fd = kvm.create_vm().map_err(host)?;
+        fd.set_identity_map_address(layout::IDENTITY_MAP).map_err(host)?;
+        fd.set_tss_address(layout::TASK_STATE).map_err(host)?;
+        fd.create_irq_chip().map_err(host)?;
+        fd.create_pit2(kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..kvm_pit_config::default() }).map_err(host)?;
+        fd.set_gsi_routing(&routes()?).map_err(host)?;
+        let vm = Vm::new(fd, memory).map_err(|e| Error::io("KVM does not take the memory of the guest", e))?;
+        let bus = Arc::new(make_bus(settings, &vm, serial)?);
+        let cpu = |index| vm.cpu(u64::from(index)).map_err(|e| Error::io("KVM cannot make a processor", e));
+        let cpus = (0..settings.cpus).map(cpu).collect::<Result<Vec<_>>>()?;
+        Ok(Self { kvm, vm, bus, cpus })
+    }
+
+    fn finish(self) -> Result<Machine> {
+        let cpus = Cpus::start(&self.vm, self.cpus, Arc::clone(&self.bus))?;
+        Ok(Machine { cpus, socket: Mutex::new(None), bus: self.bus, start: Uuid::new_v4(), vm: self.vm })
+    }
+}
+
+fn check(settings: &Settings) -> Result<()> {
+    if !(1..=CPUS_MAX).contains(&settings.cpus) {
+        return Err(Error::usage(format!(
+            "a guest cannot have {} processors: it takes 1 to {CPUS_MAX}",
+            settings.cpus
+        )));
+    }
+    let devices = settings.disks.len() + settings.nets.len() + 1;
+    if devices > layout::VIRTIO_MAX {
+        let most = layout::VIRTIO_MAX - 1;
+        return Err(Error::usage(format!(
+            "{} disks and network cards are too many: a guest takes {most} of them",
+            devices - 1
+        )));
+    }
+    Ok(())
+}
+
+fn open_kvm() -> Result<Kvm> {
+    let kvm = Kvm::new().map_err(|e| {
+        let error = Error::io(format!("cannot open {DEVICE}"), e.into());
+        match error.kind() {
+            Kind::Denied => error.hint(format!("you need to write to {DEVICE}: join the group 'kvm', or be root")),
+            Kind::NotFound => error.hint("the host has no KVM: switch virtualization on in its firmware, modprobe kvm"),
+            _ => error,
+        }
+    })?;
+    match kvm.get_api_version() {
+        KVM_VERSION => Ok(kvm),
+        other => Err(Error::unsupported(format!("{DEVICE} is of version {other}, not {KVM_VERSION}"))),
+    }
+}
+
+/// Interrupts go to the IO-APIC alone. There is a PIC in KVM, too, which would send them a second time from the start; the
+/// tables say that there is none.
+fn routes() -> Result<KvmIrqRouting> {
+    let route = |pin| {
+        let mut route = kvm_irq_routing_entry { gsi: pin, type_: KVM_IRQ_ROUTING_IRQCHIP, ..Default::default() };
+        route.u.irqchip = kvm_irq_routing_irqchip { irqchip: KVM_IRQCHIP_IOAPIC, pin };
+        route
+    };
+    let routes: Vec<_> = (0..PINS).map(route).collect();
+    KvmIrqRouting::from_entries(&routes).map_err(|e| Error::failed(format!("no room for interrupts: {e:?}")))
+}
+
+fn write_generation(memory: &memory::Memory, generation: Uuid) -> Result<()> {
+    let cannot = |e| Error::failed("the generation id does not lie in the memory of the guest").because(e);
+    memory.write_slice(generation.as_bytes(), layout::GENERATION).map_err(cannot)
+}
+
+fn interrupt(vm: &Vm, irq: u32) -> Result<EventFd> {
+    let host = |e| Error::io("no interrupt for a device of the guest", e);
+    let line = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(host)?;
+    vm.register_irqfd(&line, irq).map_err(|e| host(e.into()))?;
+    Ok(line)
+}
+
+/// Makes what a virtio device and the guest call each other through.
+fn wire(vm: &Vm, index: usize, queues: usize) -> Result<(EventFd, Vec<EventFd>)> {
+    let host = |e| Error::io("no notifications for a device of the guest", e);
+    let notify = IoEventAddress::Mmio(layout::virtio_base(index) + virtio::NOTIFY);
+    let mut kicks = Vec::new();
+    for queue in 0..u32::try_from(queues).expect("a handful") {
+        let kick = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(host)?;
+        vm.register_ioevent(&kick, &notify, queue).map_err(|e| host(e.into()))?;
+        kicks.push(kick);
+    }
+    Ok((interrupt(vm, layout::virtio_irq(index))?, kicks))
+}
+
+fn make_bus(settings: &Settings, vm: &Arc<Vm>, state: Option<&SerialState>) -> Result<Bus> {
+    let mut devices: Vec<(String, Box<dyn Device>)> = Vec::new();
+    let queues = usize::from(settings.cpus);
+    for (number, disk) in settings.disks.iter().enumerate() {
+        let block = Block::new(Arc::clone(&disk.device), disk.read_only, &disk.serial, queues);
+        devices.push((format!("disk-{number}"), Box::new(block)));
+    }
+    for (number, net) in settings.nets.iter().enumerate() {
+        devices.push((format!("net-{number}"), Box::new(Net::open(&net.tap, net.mac)?)));
+    }
+    devices.push(("rng".into(), Box::new(Rng)));
+    let mut transports = Vec::new();
+    for (index, (name, device)) in devices.into_iter().enumerate() {
+        let (line, kicks) = wire(vm, index, device.queues().len())?;
+        transports.push(Mutex::new(Transport::new(device, name, vm.memory().clone(), line, kicks)?));
+    }
+    let (line, log) = (interrupt(vm, layout::SERIAL_IRQ)?, Arc::new(Log::new()));
+    let serial = match state {
+        Some(state) => Serial::restore(line, log, state)?,
+        None => Serial::new(line, log),
+    };
+    let power = Power::new(interrupt(vm, layout::EVENT_IRQ)?);
+    Ok(Bus { serial, power, virtio: transports })
+}

@@ -1,0 +1,10 @@
+//! Virtual machines of our own on the KVM of this machine, with a guest that does as it is told (fixtures/toy-guest).
+//!
+//! Where KVM emulates ring 0, as in many virtual machines, an ordinary kernel cannot run and this guest can.
+
+mod commands;
+mod devices;
+mod life;
+mod nested;
+mod state;
+mod toy;
