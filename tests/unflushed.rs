@@ -197,7 +197,7 @@ fn the_mount_writes_no_log() {
     let _lease = mount.lease(disk::MOUNT).unwrap();
     write(&mount, 1, 0, 40);
     mount.flush().unwrap();
-    media.list("unflushed").unwrap_err();
+    assert_eq!(media.list("unflushed").unwrap_err().kind(), std::io::ErrorKind::NotFound);
 }
 
 /// Writes, flushes and a snapshot; returns how many of the steps were acknowledged.

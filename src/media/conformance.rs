@@ -225,6 +225,7 @@ fn names() {
 #[test]
 fn room() {
     both(|media| {
+        assert_eq!(media.boot().unwrap(), media.boot().unwrap());
         let space = media.space().unwrap();
         assert!(space.free > 0 && space.free <= space.total);
     });

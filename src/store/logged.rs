@@ -173,8 +173,10 @@ impl Store {
             }
         }
         for id in &touched {
-            // Also what an earlier process wrote.
-            self.segment(*id)?.sync_punches()?;
+            // Also what an earlier process wrote, and of which this one does not know that a sync is owed.
+            let segment = self.segment(*id)?;
+            segment.wrote();
+            segment.sync()?;
         }
         Ok((copies.into_keys().map(|address| Row::delete(Key::data(address))).collect(), touched))
     }

@@ -352,3 +352,20 @@ fn syncing_agrees_with_a_plain_model() {
         assert!(content(&media, "f") == model, "seed {seed} after the crash");
     }
 }
+
+#[test]
+fn a_kill_keeps_what_was_written_and_a_crash_is_another_boot() {
+    let media = SimMedia::new(1);
+    let boot = media.boot().unwrap();
+    let file = media.open("f", Open::New).unwrap();
+    file.write_at(b"abc", 0).unwrap();
+    media.crash_after(1);
+    assert!(file.sync().is_err());
+    media.kill();
+    assert!(file.len().is_err(), "its handles are dead");
+    let mut buf = [0; 3];
+    media.open("f", Open::ReadOnly).unwrap().read_exact_at(&mut buf, 0).unwrap();
+    assert_eq!((&buf, media.boot().unwrap()), (b"abc", boot));
+    media.crash();
+    assert_ne!(media.boot().unwrap(), boot);
+}
