@@ -10,6 +10,7 @@ mod export;
 mod format;
 mod guest;
 mod import;
+mod limits;
 mod model;
 mod nbd;
 mod past;

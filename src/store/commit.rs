@@ -136,6 +136,7 @@ impl Store {
         self.ledger.writable()?;
         head.refuse_gone()?;
         let closed = self.switch_log(head);
+        let granted = head.granted.load(Ordering::Acquire);
         let covered = head.requested.load(Ordering::Acquire);
         let row = *head.owed_row.lock();
         let line = head.line();
@@ -157,6 +158,8 @@ impl Store {
         self.ledger.wait(ticket)?;
         self.drop_log(head, closed)?;
         self.tidy_logged(head);
+        // What it is about is in the tables now.
+        head.take_back(granted);
         order.completed = covered;
         Ok(())
     }

@@ -86,6 +86,8 @@ pub struct Head {
     pub crcs: super::seal::Checksums,
     /// Blocks mapped now, unsaved changes included.
     pub referenced: AtomicI64,
+    /// Bytes of new blocks that were allowed and that no flush has brought into the tables, while there is a quota.
+    pub granted: AtomicU64,
     /// Who may write.
     pub tenancy: Tenancy,
     /// What of the changes is written down for who outlives this process.
@@ -124,6 +126,7 @@ impl Head {
             owed: Mutex::default(),
             crcs: super::seal::Checksums::default(),
             referenced: AtomicI64::new(i64::try_from(row.referenced).unwrap_or(i64::MAX)),
+            granted: AtomicU64::new(0),
             tenancy: Tenancy::default(),
             unflushed: super::unflushed::Unflushed::default(),
             gone: AtomicBool::new(false),
@@ -375,6 +378,12 @@ impl Head {
     /// Counts blocks that became mapped or unmapped.
     pub fn count(&self, change: i64) {
         self.referenced.fetch_add(change, Ordering::Relaxed);
+    }
+
+    /// Takes back what was allowed of the quota: it was not used, or is in the tables.
+    pub fn take_back(&self, bytes: u64) {
+        let less = |granted: u64| Some(granted.saturating_sub(bytes));
+        self.granted.fetch_update(Ordering::AcqRel, Ordering::Acquire, less).expect("it always has a value");
     }
 
     /// Locks the order of frames.

@@ -68,16 +68,27 @@ impl Store {
 
     fn take_quota(&self, id: DiskId, bytes: u64, quota: Option<u64>) -> Result<()> {
         let Some(quota) = quota else { return Ok(()) };
-        let held = self.tables.read().held(id) * BLOCK_SIZE;
+        let head = self.head(id)?;
+        // In this order: what a flush moves from the one to the other in between is counted twice, not missed.
+        let granted = head.granted.fetch_add(bytes, Ordering::AcqRel);
+        let held = self.tables.read().held(id) * BLOCK_SIZE + granted;
         if held + bytes <= quota {
             return Ok(());
         }
+        head.take_back(bytes);
         Err(Error::no_space(format!(
             "the disk and its snapshots hold {}, which is the quota of {}",
             show_size(held),
             show_size(quota)
         ))
         .hint("delete snapshots of the disk, or raise it with `afterimage set DISK quota=SIZE`"))
+    }
+
+    /// Takes back what [`Store::room_for`] allowed and was not used.
+    pub fn not_used(&self, id: DiskId, bytes: u64) {
+        if let Ok(head) = self.head(id) {
+            head.take_back(bytes);
+        }
     }
 
     /// Takes room for new blocks of a disk, by its own policy: fails, or waits until there is some.
@@ -92,9 +103,10 @@ impl Store {
                 let settings = &tables.disk(id)?.settings;
                 (settings.enospc, settings.quota)
             };
-            let Err(error) = self.take_quota(id, bytes, quota).and_then(|()| self.take_room(bytes)) else {
-                return Ok(());
-            };
+            let room = self
+                .take_quota(id, bytes, quota)
+                .and_then(|()| self.take_room(bytes).inspect_err(|_| self.not_used(id, bytes)));
+            let Err(error) = room else { return Ok(()) };
             if policy == EnospcPolicy::Fail || error.kind() != crate::error::Kind::NoSpace {
                 return Err(error);
             }
