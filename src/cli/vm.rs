@@ -316,7 +316,10 @@ fn start(home: &Home, pool: &Path, how: &How, global: &Global, screen: &Screen) 
 fn prepare(home: &Home) -> Result<Arc<Runner>> {
     let lock = home.lock()?;
     let definition = home.definition()?;
-    Ok(Arc::new(Runner::new(home.clone(), definition, lock)?))
+    let runner = Runner::new(home.clone(), definition, lock)?;
+    // Before anybody is told that the guest runs: who is told may look for it.
+    runner.serve_serial()?;
+    Ok(Arc::new(runner))
 }
 
 /// Starts the background half, and returns when the guest runs.

@@ -163,13 +163,15 @@ impl Machine {
         self.vm.memory()
     }
 
-    /// Shows the serial port at a socket.
+    /// Shows the serial port at a socket, if it is not shown yet.
     ///
     /// # Errors
     /// Those of the host.
     pub fn serve_serial(&self, path: &Path) -> Result<()> {
-        let socket = SerialSocket::listen(path, Arc::clone(&self.bus), self.start)?;
-        *self.socket.lock() = Some(socket);
+        let mut socket = self.socket.lock();
+        if socket.is_none() {
+            *socket = Some(SerialSocket::listen(path, Arc::clone(&self.bus), self.start)?);
+        }
         Ok(())
     }
 

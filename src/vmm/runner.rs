@@ -112,6 +112,16 @@ impl Runner {
         Ok(Self { home, definition, settings, now, changed: Condvar::new(), _lock: lock })
     }
 
+    /// Makes the socket of the serial port, so that it is there before anybody is told that the guest runs; [`Self::run`]
+    /// does it otherwise.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn serve_serial(&self) -> Result<()> {
+        let machine = self.now.lock().machine.clone();
+        machine.map_or(Ok(()), |machine| machine.serve_serial(&self.home.path("serial.sock")))
+    }
+
     /// Runs it to its end. `show` gets what the guest says.
     ///
     /// # Errors
