@@ -1,5 +1,8 @@
 //! What a server that ends, or is killed, leaves for the next one.
 
+use afterimage::store::unflushed::{LogHeader, log_path};
+use afterimage::units::DiskId;
+
 use super::client::Nbd;
 use super::{Server, mode, wait_until};
 
@@ -73,6 +76,32 @@ fn who_was_writing_finds_its_disk_reserved() {
     server.kill();
     server.mount();
     server.open_to_write("web").unwrap();
+}
+
+/// A client of a Unix socket ends with its host; where only the log is damaged it may still be there.
+#[test]
+fn after_a_restart_of_the_host_a_fresh_guest_on_a_socket_hears_of_no_loss() {
+    for restarted in [false, true] {
+        let Some(server) = Server::mounted() else { return };
+        server.json("attach nbd web --socket SOCK --persist");
+        let mut client = Nbd::open(&server.sock(), "web").unwrap();
+        assert_eq!(client.write(&[5; 65536], 0).unwrap(), 0);
+        assert_eq!(client.flush().unwrap(), 0);
+        server.kill();
+        for which in 0..2 {
+            let log = server.it.pool().join(log_path(DiskId(1), which));
+            let mut header = LogHeader::decode("log", &std::fs::read(&log).unwrap()).unwrap();
+            header.boot = uuid::Uuid::from_u128(77);
+            std::fs::write(&log, if restarted { header.encode() } else { Vec::new() }).unwrap();
+        }
+        server.mount();
+        assert_eq!(server.json("info web")["reserved"].is_null(), restarted);
+        let mut fresh = Nbd::open(&server.sock(), "web").unwrap();
+        assert_eq!(fresh.read(4096, 0).unwrap(), [5; 4096]);
+        assert_eq!(fresh.write(&[6; 4096], 0).unwrap(), 0);
+        assert_eq!(fresh.flush().unwrap(), if restarted { 0 } else { 5 }, "restarted: {restarted}");
+        assert_eq!(fresh.flush().unwrap(), 0);
+    }
 }
 
 #[test]

@@ -116,7 +116,7 @@ impl Exports {
         let mut rows = list.exports;
         rows.retain_mut(|row| self.drop_gone(row));
         let mut leases = list.leases;
-        leases.retain(|lease| self.reserve(lease));
+        leases.retain(|lease| !self.is_gone(&rows, lease) && self.reserve(lease));
         let awaited = !leases.is_empty();
         self.book.restore(rows.clone(), leases)?;
         for row in rows {
@@ -147,6 +147,12 @@ impl Exports {
             tracing::warn!("of export {} ({}), what was removed is served no longer", row.id, row.address());
         }
         !(row.disks.is_empty() && row.snapshots.is_empty())
+    }
+
+    /// Tells whether who was writing cannot come back: the host was restarted, and a client of a Unix socket with it. Who
+    /// connects there now is another one, which has nothing to be told.
+    fn is_gone(&self, rows: &[ExportRow], lease: &LeaseRow) -> bool {
+        self.store.restarted() && rows.iter().any(|row| row.socket.is_some() && holder(row) == lease.holder)
     }
 
     /// Reserves a disk for who was writing to it; tells whether it is still there.
