@@ -245,6 +245,12 @@ impl Store {
         self.recovery.lock().lost(id)
     }
 
+    /// Tells whether the last process that had the pool open closed it.
+    #[must_use]
+    pub fn was_closed(&self) -> bool {
+        self.recovery.lock().was_closed()
+    }
+
     /// Tells whether a log was found of before a restart of the host.
     #[must_use]
     pub fn restarted(&self) -> bool {
