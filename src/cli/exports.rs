@@ -186,7 +186,7 @@ impl Attach {
 /// End what attach or serve began
 ///
 /// What is in flight is finished; clients that are connected are cut off. What was attached with --persist is not served
-/// again.
+/// again, and no disk is kept for it any longer; for that no server has to run.
 #[derive(Debug, Args)]
 pub(super) struct Detach {
     /// Number of the export, or the disk or snapshot that is served

@@ -51,6 +51,10 @@ impl Recovery {
         Some(format!("the pool was not closed in order, and {why}"))
     }
 
+    pub(super) fn was_closed(&self) -> bool {
+        !self.unclean
+    }
+
     pub(super) fn restarted(&self) -> bool {
         self.restarted
     }
