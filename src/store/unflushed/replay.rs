@@ -194,7 +194,8 @@ impl Store {
                 self.segment(segment)?.sync_punches()?;
             }
             self.flush(&head)?;
-            tracing::info!("{count} changes of disk {id} that were not flushed are there again");
+            let name = self.tables.read().called(id);
+            tracing::info!("{count} changes of disk {name} that were not flushed are there again");
         }
         Ok(stopped)
     }
