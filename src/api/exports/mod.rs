@@ -35,6 +35,7 @@ use super::answer::Export;
 use super::{Request, Target};
 use crate::disk::{self, Attached, BlockDevice, ReadOnly};
 use crate::error::{Error, Result};
+use crate::metrics::{Kind, Text};
 use crate::pool::{ExportKind, ExportRow};
 use crate::store::{Change, Store};
 use crate::sync::Mutex;
@@ -277,14 +278,13 @@ impl Exports {
         if !table.serves {
             return String::new();
         }
-        let mut text =
-            "# HELP afterimage_export_clients Clients of an export.\n# TYPE afterimage_export_clients gauge\n"
-                .to_owned();
+        let mut text = Text::new();
+        let mut family = text.family(Kind::Gauge, "export_clients", "Clients of an export.");
         for (id, running) in &table.running {
-            let (kind, clients) = (running.row.kind.name(), running.clients());
-            text.push_str(&format!("afterimage_export_clients{{export=\"{id}\",kind=\"{kind}\"}} {clients}\n"));
+            let (id, clients) = (id.to_string(), running.clients() as u64);
+            family.value(&[("export", &id), ("kind", running.row.kind.name())], clients);
         }
-        text
+        text.finish()
     }
 
     /// Ends all exports, and attaches no more. What is in flight is finished.
