@@ -6,7 +6,7 @@ use crate::api::answer::{Disk, Exported, Imported, Pruned, Reverted, Settings, S
 use crate::clock;
 use crate::disk::ScrubReport;
 use crate::error::{Error, Result};
-use crate::store::{CheckReport, RebuildReport};
+use crate::store::{CheckReport, RebuildReport, RecordFault};
 use crate::stream::{ReceiveReport, SendReport};
 use crate::units::show_size;
 
@@ -24,7 +24,9 @@ pub(super) fn show(response: &Response, style: Style) -> String {
     match response {
         Response::Disk(disk) if style == Style::Full => disk_sheet(disk),
         Response::Disk(disk) => format!("disk {}, {}\n", disk.name, show_size(disk.size)),
-        Response::Disks { disks, health, damage } => disk_table(disks, health.as_deref(), damage.as_deref()),
+        Response::Disks { disks, health, damage, records } => {
+            disk_table(disks) + &troubles(health.as_deref(), damage.as_deref(), records.as_deref())
+        }
         Response::Snapshot(snapshot) if style == Style::Full => snapshot_sheet(snapshot),
         Response::Snapshot(snapshot) => snapshot_line(snapshot),
         Response::Snapshots { snapshots } if style == Style::Full => snapshot_table(snapshots),
@@ -89,7 +91,15 @@ fn origin(disk: &Disk) -> Option<String> {
     Some(format!("{}{gone}", disk.origin.as_ref()?))
 }
 
-fn disk_table(disks: &[Disk], health: Option<&str>, damage: Option<&str>) -> String {
+/// What is wrong with the pool, a line each.
+fn troubles(health: Option<&str>, damage: Option<&str>, records: Option<&str>) -> String {
+    let health = health.map(|why| format!("the pool refuses writes: {why}\n")).unwrap_or_default();
+    let damage = damage.map(|what| format!("the pool is damaged: {what}\n")).unwrap_or_default();
+    let records = records.map(|what| format!("the pool is damaged: {what}; 'afterimage check' names each\n"));
+    health + &damage + &records.unwrap_or_default()
+}
+
+fn disk_table(disks: &[Disk]) -> String {
     let mut table = Table::new(&[
         Head::Left("DISK"),
         Head::Right("SIZE"),
@@ -110,9 +120,17 @@ fn disk_table(disks: &[Disk], health: Option<&str>, damage: Option<&str>) -> Str
             origin(disk).unwrap_or_else(|| "-".to_owned()),
         ]);
     }
-    let health = health.map(|why| format!("the pool refuses writes: {why}\n")).unwrap_or_default();
-    let damage = damage.map(|what| format!("the pool is damaged: {what}\n")).unwrap_or_default();
-    table.render() + &health + &damage
+    table.render()
+}
+
+/// The state of a snapshot, and what is wrong with its record.
+fn state(snapshot: &Snapshot) -> String {
+    let record = match snapshot.record {
+        None => "",
+        Some(RecordFault::Missing) => ", record missing",
+        Some(RecordFault::Damaged) => ", record damaged",
+    };
+    format!("{}{record}", snapshot.state)
 }
 
 fn snapshot_table(snapshots: &[Snapshot]) -> String {
@@ -132,7 +150,7 @@ fn snapshot_table(snapshots: &[Snapshot]) -> String {
             show_size(snapshot.referenced),
             show_size(snapshot.written),
             clock::show(snapshot.created),
-            snapshot.state.clone(),
+            state(snapshot),
             if snapshot.holds.is_empty() { "-".to_owned() } else { snapshot.holds.join(", ") },
         ]);
     }
@@ -181,7 +199,7 @@ fn snapshot_sheet(snapshot: &Snapshot) -> String {
     let mut lines = vec![
         ("snapshot", format!("{}@{}", snapshot.disk, snapshot.name)),
         ("uuid", snapshot.uuid.to_string()),
-        ("state", snapshot.state.clone()),
+        ("state", state(snapshot)),
         ("size", exact(snapshot.size)),
         ("referenced", exact(snapshot.referenced)),
         ("written", exact(snapshot.written)),
@@ -251,6 +269,9 @@ fn checked(report: &CheckReport) -> String {
     let mut text = String::new();
     for problem in &report.problems {
         text.push_str(&format!("{}: {}\n", if problem.fixed { "mended" } else { "problem" }, problem.what));
+    }
+    for note in &report.notes {
+        text.push_str(&format!("note: {note}\n"));
     }
     if report.kept > 0 {
         text.push_str(&format!(
@@ -358,7 +379,15 @@ fn status_sheet(status: &Status) -> String {
         ("process", status.pid.to_string()),
         ("version", status.version.clone()),
         ("mounted at", status.mount.clone().unwrap_or_else(|| "-".to_owned())),
-        ("health", status.health.clone().or(status.damage.clone()).unwrap_or_else(|| "good".to_owned())),
+        (
+            "health",
+            status
+                .health
+                .clone()
+                .or(status.damage.clone())
+                .or(status.records.clone())
+                .unwrap_or_else(|| "good".to_owned()),
+        ),
         ("free", format!("{} of {}", show_size(status.free), show_size(status.total))),
     ])
 }

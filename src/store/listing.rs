@@ -5,7 +5,7 @@ use uuid::Uuid;
 
 use super::states::{StateRow, Status};
 use super::tables::Tables;
-use super::{Origin, Settings, Store, origin};
+use super::{Origin, RecordFault, Settings, Store, origin};
 use crate::error::{Error, Result};
 use crate::units::{BLOCK_SIZE, DiskId, SnapshotId};
 
@@ -22,7 +22,7 @@ pub struct DiskInfo {
     pub size: u64,
     /// Bytes mapped.
     pub referenced: u64,
-    /// Of them, bytes written since the previous snapshot.
+    /// Of them, bytes written since the previous snapshot, retired or not.
     pub written: u64,
     /// Seconds since 1970 when it was made.
     pub created: u64,
@@ -90,7 +90,7 @@ fn snapshot(tables: &Tables, row: &StateRow) -> SnapshotInfo {
         uuid: row.uuid,
         size: row.size,
         referenced: row.referenced * BLOCK_SIZE,
-        written: row.written * BLOCK_SIZE,
+        written: row.written.min(row.referenced) * BLOCK_SIZE,
         created: row.created,
         state: if row.status == Status::Retired { SnapshotState::Retired } else { SnapshotState::Live },
         holds: row.holds.clone(),
@@ -109,7 +109,7 @@ impl Store {
             uuid: row.uuid,
             size: row.size,
             referenced: referenced * BLOCK_SIZE,
-            written: row.written * BLOCK_SIZE,
+            written: tables.written_since(id)?.min(referenced) * BLOCK_SIZE,
             created: row.created,
             modified: row.modified,
             snapshots: tables.snapshot_count(id),
@@ -218,6 +218,10 @@ impl Store {
         put("map_cache_bytes", "gauge", "Bytes of the map cache.", self.cache.used() as u64);
         put("pool_poisoned", "gauge", "1 when the pool refuses writes.", u64::from(self.health().is_some()));
         put("segments_missing", "gauge", "Segment files that are not there.", self.missing_segments().len() as u64);
+        let faults = self.all_record_faults().unwrap_or_default();
+        let with = |fault| faults.values().filter(|other| **other == fault).count() as u64;
+        put("records_missing", "gauge", "Records of retired snapshots that are gone.", with(RecordFault::Missing));
+        put("records_damaged", "gauge", "Records that a check or diff found damaged.", with(RecordFault::Damaged));
         if let Ok(space) = self.space() {
             put("host_free_bytes", "gauge", "Free bytes of the host file system.", space.free);
         }

@@ -177,6 +177,7 @@ impl Store {
             holders: Mutex::default(),
             bad: RwLock::default(),
             unsealable: Mutex::default(),
+            record_faults: Mutex::default(),
             space: space::SpaceGuard::default(),
             opening,
             recovery: Mutex::default(),
