@@ -215,6 +215,11 @@ fn look_at_pool(dir: &Path, findings: &mut Vec<Finding>) {
             "'afterimage check' and 'afterimage scrub' say what is affected; everything else can be read and written",
         ));
     }
+    if let Some(what) = &status.records {
+        let hint = "'afterimage record import FILE' brings back a record you have a copy of; for a backup that needs another, \
+                    take the next one in full and remove the retired snapshot; 'afterimage check' names each";
+        findings.push(Finding::problem("records", what.clone(), hint));
+    }
     findings.push(server(served, &status));
     findings.push(room(&status));
     if let Ok(Some(name)) = host::network_file_system(dir) {

@@ -6,7 +6,7 @@ use crate::api::answer::{Disk, Exported, Imported, Pruned, Reverted, Settings, S
 use crate::clock;
 use crate::disk::ScrubReport;
 use crate::error::{Error, Result};
-use crate::store::{CheckReport, RebuildReport};
+use crate::store::{CheckReport, RebuildReport, RecordFault};
 use crate::stream::{ReceiveReport, SendReport};
 use crate::units::show_size;
 
@@ -24,8 +24,8 @@ pub(super) fn show(response: &Response, style: Style) -> String {
     match response {
         Response::Disk(disk) if style == Style::Full => disk_sheet(disk),
         Response::Disk(disk) => format!("disk {}, {}\n", disk.name, show_size(disk.size)),
-        Response::Disks { disks, health, damage, full } => {
-            disk_table(disks, [health.as_deref(), damage.as_deref(), full.as_deref()])
+        Response::Disks { disks, health, damage, full, records } => {
+            disk_table(disks) + &troubles([health.as_deref(), damage.as_deref(), full.as_deref(), records.as_deref()])
         }
         Response::Snapshot(snapshot) if style == Style::Full => snapshot_sheet(snapshot),
         Response::Snapshot(snapshot) => snapshot_line(snapshot),
@@ -91,8 +91,18 @@ fn origin(disk: &Disk) -> Option<String> {
     Some(format!("{}{gone}", disk.origin.as_ref()?))
 }
 
-/// Returns a table of disks, and below it why the pool refuses writes, what of it is lost, why it takes no new data.
-fn disk_table(disks: &[Disk], troubles: [Option<&str>; 3]) -> String {
+/// What to do about damaged records.
+const CHECK: &str = "; 'afterimage check' names each";
+
+/// What is wrong with the pool, a line each: why it refuses writes, what of it is lost, why it takes no new data, which
+/// records are.
+fn troubles(troubles: [Option<&str>; 4]) -> String {
+    let ends = [("refuses writes", ""), ("is damaged", ""), ("takes no new data", ""), ("is damaged", CHECK)];
+    let lines = ends.iter().zip(troubles);
+    lines.filter_map(|((meaning, hint), why)| Some(format!("the pool {meaning}: {}{hint}\n", why?))).collect()
+}
+
+fn disk_table(disks: &[Disk]) -> String {
     let mut table = Table::new(&[
         Head::Left("DISK"),
         Head::Right("SIZE"),
@@ -113,10 +123,17 @@ fn disk_table(disks: &[Disk], troubles: [Option<&str>; 3]) -> String {
             origin(disk).unwrap_or_else(|| "-".to_owned()),
         ]);
     }
-    let meanings = ["refuses writes", "is damaged", "takes no new data"];
-    let lines = meanings.iter().zip(troubles);
-    let told = lines.filter_map(|(meaning, why)| Some(format!("the pool {meaning}: {}\n", why?)));
-    table.render() + &told.collect::<String>()
+    table.render()
+}
+
+/// The state of a snapshot, and what is wrong with its record.
+fn state(snapshot: &Snapshot) -> String {
+    let record = match snapshot.record {
+        None => "",
+        Some(RecordFault::Missing) => ", record missing",
+        Some(RecordFault::Damaged) => ", record damaged",
+    };
+    format!("{}{record}", snapshot.state)
 }
 
 fn snapshot_table(snapshots: &[Snapshot]) -> String {
@@ -136,7 +153,7 @@ fn snapshot_table(snapshots: &[Snapshot]) -> String {
             show_size(snapshot.referenced),
             show_size(snapshot.written),
             clock::show(snapshot.created),
-            snapshot.state.clone(),
+            state(snapshot),
             if snapshot.holds.is_empty() { "-".to_owned() } else { snapshot.holds.join(", ") },
         ]);
     }
@@ -192,7 +209,7 @@ fn snapshot_sheet(snapshot: &Snapshot) -> String {
     let mut lines = vec![
         ("snapshot", format!("{}@{}", snapshot.disk, snapshot.name)),
         ("uuid", snapshot.uuid.to_string()),
-        ("state", snapshot.state.clone()),
+        ("state", state(snapshot)),
         ("size", exact(snapshot.size)),
         ("referenced", exact(snapshot.referenced)),
         ("written", exact(snapshot.written)),
@@ -263,6 +280,9 @@ fn checked(report: &CheckReport) -> String {
     let mut text = String::new();
     for problem in &report.problems {
         text.push_str(&format!("{}: {}\n", if problem.fixed { "mended" } else { "problem" }, problem.what));
+    }
+    for note in &report.notes {
+        text.push_str(&format!("note: {note}\n"));
     }
     if report.kept > 0 {
         text.push_str(&format!(
@@ -366,7 +386,7 @@ fn exported(report: &Exported) -> String {
 }
 
 fn health(status: &Status) -> String {
-    let troubles = [&status.health, &status.damage, &status.full];
+    let troubles = [&status.health, &status.damage, &status.full, &status.records];
     let told: Vec<&str> = troubles.into_iter().flatten().map(String::as_str).collect();
     if told.is_empty() { "good".to_owned() } else { told.join("; ") }
 }

@@ -13,7 +13,7 @@ use crate::units::{BLOCK_SIZE, BlockAddress, BranchId, DiskId, Epoch};
 /// What a revert did.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RevertReport {
-    /// Bytes written since the last snapshot that are gone.
+    /// Bytes written since the last snapshot with data that are gone; a block that several epochs wrote may count twice.
     pub dropped: u64,
     /// Name of the snapshot that keeps them instead.
     pub kept: Option<String>,
@@ -197,6 +197,7 @@ fn switch_branch(
     store.ledger.writable()?;
     let mut edit = Edit::new(&mut tables);
     let old = edit.tables.disk(id)?.clone();
+    let dropped = edit.tables.unsaved_since(id)? * BLOCK_SIZE;
     let (branch, epoch) = start_branch(&mut edit, key)?;
     let row = DiskRow {
         branch,
@@ -218,5 +219,5 @@ fn switch_branch(
     drop(head.switch(Line { owner: store.new_owner(), branch, epoch, floor, size: state.size }));
     head.thawed();
     head.referenced.store(i64::try_from(state.referenced).unwrap_or(i64::MAX), std::sync::atomic::Ordering::Relaxed);
-    Ok((ticket, line.owner, old.written * BLOCK_SIZE))
+    Ok((ticket, line.owner, dropped))
 }

@@ -5,7 +5,7 @@ use uuid::Uuid;
 
 use super::states::{StateRow, Status};
 use super::tables::Tables;
-use super::{Origin, Settings, Store, origin};
+use super::{Origin, RecordFault, Settings, Store, origin};
 use crate::error::{Error, Result};
 use crate::metrics::{Kind, Text};
 use crate::units::{BLOCK_SIZE, DiskId, SnapshotId};
@@ -23,7 +23,7 @@ pub struct DiskInfo {
     pub size: u64,
     /// Bytes mapped.
     pub referenced: u64,
-    /// Of them, bytes written since the previous snapshot.
+    /// Of them, bytes written since the previous snapshot, retired or not.
     pub written: u64,
     /// Seconds since 1970 when it was made.
     pub created: u64,
@@ -91,7 +91,7 @@ fn snapshot(tables: &Tables, row: &StateRow) -> SnapshotInfo {
         uuid: row.uuid,
         size: row.size,
         referenced: row.referenced * BLOCK_SIZE,
-        written: row.written * BLOCK_SIZE,
+        written: row.written.min(row.referenced) * BLOCK_SIZE,
         created: row.created,
         state: if row.status == Status::Retired { SnapshotState::Retired } else { SnapshotState::Live },
         holds: row.holds.clone(),
@@ -110,7 +110,7 @@ impl Store {
             uuid: row.uuid,
             size: row.size,
             referenced: referenced * BLOCK_SIZE,
-            written: row.written * BLOCK_SIZE,
+            written: tables.written_since(id)?.min(referenced) * BLOCK_SIZE,
             created: row.created,
             modified: row.modified,
             snapshots: tables.snapshot_count(id),
@@ -215,6 +215,11 @@ impl Store {
         out.gauge("map_cache_bytes", "Bytes of the map cache.", self.cache.used() as u64);
         out.gauge("pool_poisoned", "1 when the pool refuses writes.", u64::from(self.health().is_some()));
         out.gauge("segments_missing", "Segment files that are not there.", self.missing_segments().len() as u64);
+        let faults = self.all_record_faults().unwrap_or_default();
+        let with = |fault| faults.values().filter(|other| **other == fault).count() as u64;
+        let (missing, damaged) = (with(RecordFault::Missing), with(RecordFault::Damaged));
+        out.gauge("records_missing", "Records of retired snapshots that are gone.", missing);
+        out.gauge("records_damaged", "Records that a check or diff found damaged.", damaged);
         if let Ok(room) = self.room() {
             out.gauge("host_free_bytes", "Free bytes of the host file system.", room.free);
             out.gauge("host_available_bytes", "Of them, bytes that new data may take.", room.available());

@@ -187,6 +187,7 @@ impl Store {
             holders: Mutex::default(),
             bad: RwLock::default(),
             unsealable: Mutex::default(),
+            record_faults: Mutex::default(),
             space: space::SpaceGuard::default(),
             opening,
             unclean: !clean,

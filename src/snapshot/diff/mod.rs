@@ -165,7 +165,8 @@ fn record(store: &Store, name: &StateName) -> Result<Option<(SnapshotId, Record)
         tables.retired(row.snapshot).map(|retired| (row.snapshot, retired.state.uuid))
     };
     let Some((id, uuid)) = retired else { return Ok(None) };
-    Record::open(&**store.media(), uuid).map(|record| Some((id, record)))
+    let opened = Record::open(&**store.media(), uuid);
+    crate::snapshot::check::noted(store, id, opened).map(|record| Some((id, record)))
 }
 
 /// Fixes both sides; `None` when a record is wanted that was not read.
