@@ -42,7 +42,7 @@ pub fn superblock() -> Vec<u8> {
     bytes_of(&media.open(SUPERBLOCK, Open::ReadOnly).unwrap())
 }
 
-fn read_superblock(bytes: &[u8]) -> Result<Superblock> {
+pub fn read_superblock(bytes: &[u8]) -> Result<Superblock> {
     let media = SimMedia::new(1);
     file_of(&media, SUPERBLOCK, bytes);
     Superblock::read(&media)
@@ -119,7 +119,7 @@ pub fn exports() -> Vec<u8> {
     bytes_of(&media.open(EXPORT_LIST, Open::ReadOnly).unwrap())
 }
 
-fn read_exports(bytes: &[u8]) -> Result<ExportList> {
+pub fn read_exports(bytes: &[u8]) -> Result<ExportList> {
     let media = SimMedia::new(1);
     file_of(&media, EXPORT_LIST, bytes);
     ExportList::read(&media)
@@ -237,7 +237,7 @@ pub fn journal() -> Vec<u8> {
     journal_with(POOL, JOURNAL_MIN, &frames().map(|rows| (body_of(&rows), rows.len() as u32)))
 }
 
-fn open_journal(bytes: &[u8]) -> Result<(Journal, Vec<Vec<Row>>)> {
+pub fn open_journal(bytes: &[u8]) -> Result<(Journal, Vec<Vec<Row>>)> {
     let media = SimMedia::new(1);
     Journal::open(file_of(&media, "journal", bytes), POOL, Mark::START)
 }
@@ -371,7 +371,7 @@ pub fn seal_variants() -> Vec<(&'static str, SealFile)> {
     ]
 }
 
-fn read_seal(bytes: &[u8]) -> Result<(SealFile, Vec<SealedSlab>)> {
+pub fn read_seal(bytes: &[u8]) -> Result<(SealFile, Vec<SealedSlab>)> {
     let media = SimMedia::new(1);
     file_of(&media, &seal_path(SegmentId(7), Epoch(11)), bytes);
     let (header, records) = SealFile::open(&media, SegmentId(7), Epoch(11))?;
@@ -431,9 +431,9 @@ pub fn state_seal_bytes() -> Vec<u8> {
     bytes
 }
 
-type State = (StateSeal, Vec<(ChunkIndex, Entry)>);
+pub type State = (StateSeal, Vec<(ChunkIndex, Entry)>);
 
-fn read_state_seal(bytes: &[u8]) -> Result<State> {
+pub fn read_state_seal(bytes: &[u8]) -> Result<State> {
     let media = SimMedia::new(1);
     file_of(&media, &state_path(Epoch(11), true), bytes);
     let (seal, entries) = StateSeal::open(&media, Epoch(11), true)?;
