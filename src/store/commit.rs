@@ -148,7 +148,9 @@ impl Store {
             captures.push(Capture::take(line.branch, chunk, &mut cached.lock()));
         }
         // All copies are one submit, and leave room for the rows that name them.
-        let may_log = captures.len() <= LOG_CHUNKS_MAX && super::logged::COPIES_MAX <= self.ledger.submit_max() / 2;
+        let may_log = captures.len() <= LOG_CHUNKS_MAX
+            && head.earlier.lock().is_empty()
+            && super::logged::COPIES_MAX <= self.ledger.submit_max() / 2;
         let copies = match head.small.take(!captures.is_empty(), may_log) {
             Plan::Log(copies) => copies,
             Plan::Sync(stale) => {
@@ -190,11 +192,25 @@ impl Store {
         self.submit_changes(head, &head.line(), Vec::new(), stale).map(drop)
     }
 
-    /// Syncs the segments a disk wrote to.
+    /// Syncs the segments a disk wrote to, in this process or in one before it that was killed.
     ///
     /// # Errors
     /// Any error of the host; the pool refuses writes then.
     pub fn sync_owed(&self, head: &Head) -> Result<()> {
+        let mut earlier = head.earlier.lock();
+        while let Some(id) = earlier.last() {
+            // One that was removed since had nothing mapped; it may go at this very moment.
+            let is_there = || self.tables.read().segment(*id).is_ok_and(|row| !row.removed);
+            if is_there()
+                && let Err(error) = self.segment(*id).and_then(|segment| segment.sync_punches())
+                && is_there()
+            {
+                self.ledger.poison(&error);
+                return Err(error);
+            }
+            earlier.pop();
+        }
+        drop(earlier);
         for segment in head.take_owed() {
             if let Err(error) = segment.sync() {
                 self.ledger.poison(&error);

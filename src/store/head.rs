@@ -23,7 +23,7 @@ use crate::error::{Error, Result};
 use crate::map::{BlockSet, ChunkGuard};
 use crate::pool::Segment;
 use crate::sync::{Mutex, MutexGuard, RwLock};
-use crate::units::{BlockAddress, BranchId, CHUNK_BLOCKS, ChunkIndex, DiskId, Epoch, SLOT_BITS};
+use crate::units::{BlockAddress, BranchId, CHUNK_BLOCKS, ChunkIndex, DiskId, Epoch, SLOT_BITS, SegmentId};
 
 /// What a writer needs to know of its disk; fixed while the gate is held.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,6 +82,9 @@ pub struct Head {
     slabs: Mutex<HashMap<ChunkIndex, Slab>>,
     alloc: Mutex<Alloc>,
     owed: Mutex<Vec<Arc<Segment>>>,
+    /// Segments in which an earlier process, that was killed, may have overwritten blocks in place and not synced them. A
+    /// flush and a snapshot of this process hold for that, too.
+    pub(super) earlier: Mutex<Vec<SegmentId>>,
     /// Checksums of blocks written whole in epochs that are not sealed yet.
     pub crcs: super::seal::Checksums,
     /// Blocks mapped now, unsaved changes included.
@@ -124,6 +127,7 @@ impl Head {
             slabs: Mutex::default(),
             alloc: Mutex::default(),
             owed: Mutex::default(),
+            earlier: Mutex::default(),
             crcs: super::seal::Checksums::default(),
             referenced: AtomicI64::new(i64::try_from(row.referenced).unwrap_or(i64::MAX)),
             granted: AtomicI64::new(0),
@@ -408,6 +412,13 @@ impl Store {
         let mut heads = self.heads.lock();
         let head = heads.entry(id).or_insert_with(|| {
             let head = Head::new(id, row, self.new_owner());
+            if self.unclean {
+                // What was born before the floor was synced for a snapshot, and is not overwritten.
+                let oldest = BlockAddress::from_raw(row.floor).map_or(SegmentId(0), BlockAddress::segment);
+                let mine =
+                    tables.segments().filter(|(at, segment)| segment.disk == id && *at >= oldest && !segment.removed);
+                *head.earlier.lock() = mine.map(|(at, _)| at).filter(|at| !self.segments.is_lost(*at)).collect();
+            }
             if self.keeper.stopping() {
                 head.shut();
             }

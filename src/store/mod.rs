@@ -22,6 +22,7 @@
 //! | the ledger's own locks | rows | as its header says |
 //! | those of `Tenancy` (its `taking_over` and `announcement`: until the kernel was told, with no other lock) | who writes | no |
 //! | that of `Head::unflushed` | the log of a disk | a write to the page cache |
+//! | `Head::earlier` | what an earlier process may have left unsynced | yes |
 //! | leaves: `Head::line`, `dirty`, `frozen`, `slabs`, `owed`, `crcs` | single fields | no |
 //!
 //! A thread that has begun writes and not ended them (`disk::begin`) holds gates and claims, and takes none by waiting:
@@ -183,6 +184,8 @@ pub struct Store {
     unsealable: Mutex<BTreeMap<SnapshotId, String>>,
     space: space::SpaceGuard,
     opening: u64,
+    /// The last opening was not closed in order.
+    unclean: bool,
     recovery: Mutex<unflushed::Recovery>,
     hooks: RwLock<Vec<Hook>>,
     recorder: RwLock<Option<Recorder>>,

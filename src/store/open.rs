@@ -189,6 +189,7 @@ impl Store {
             unsealable: Mutex::default(),
             space: space::SpaceGuard::default(),
             opening,
+            unclean: !clean,
             recovery: Mutex::default(),
             hooks: RwLock::default(),
             recorder: RwLock::default(),
@@ -293,6 +294,7 @@ impl Store {
         if self.ledger.writable().is_err() {
             return Ok(());
         }
+        self.settle_earlier()?;
         let mut quiet = true;
         for head in self.open_heads() {
             quiet &= head.shut();
@@ -317,6 +319,18 @@ impl Store {
             self.remove_logs();
         }
         result.and(closed)
+    }
+
+    /// Opens every disk after an unclean opening, so that the last flush syncs what an earlier process left: who opens the
+    /// pool next finds it closed in order and does not look.
+    fn settle_earlier(&self) -> Result<()> {
+        if self.unclean {
+            let ids: Vec<_> = self.tables.read().disks().map(|(id, _)| id).collect();
+            for id in ids {
+                self.head(id)?;
+            }
+        }
+        Ok(())
     }
 
     /// After everything is flushed nothing of this opening was written and left unmapped, except what is queued.

@@ -19,7 +19,7 @@ use uuid::Uuid;
 
 use super::number;
 use super::run::{Run, options, read_all};
-use super::twin::{BLOCK, Frame, Image, Twin, TwinDisk, UNKNOWN};
+use super::twin::{BLOCK, End, Frame, Image, Twin, TwinDisk, UNKNOWN};
 
 #[derive(Debug, Default, Clone, Copy)]
 struct Tally {
@@ -201,7 +201,7 @@ fn one(seed: u64, verbose: bool) -> Tally {
         assert!(missing.is_empty(), "{} sealed snapshots are not there\n{report:#?}", missing.len());
         if report.complete {
             tally.complete += 1;
-            run.compare(&run.twin).expect("a complete rebuild is as after a power cut");
+            run.compare(&run.twin, End::Power).expect("a complete rebuild is as after a power cut");
         } else {
             tally.from_seals += 1;
         }

@@ -266,6 +266,7 @@ impl Run {
     }
 
     fn abort(&mut self, disk: &str) {
+        self.leave(disk);
         let after = self.twin.clone();
         self.attempt(&format!("abort {disk}"), after, |store| stream::abort(store, disk));
     }
@@ -371,6 +372,7 @@ impl Run {
     }
 
     fn deliver(&mut self, mut it: Delivery) {
+        self.leave(&it.disk);
         let Some(Plan { mut fate, base, kept }) = self.foresee(&it.disk, &it.carried, it.force) else { return };
         if it.rest && self.twin.disks.contains_key(&it.disk) && fate == Fate::Accepted {
             // What it was begun on may be another state than what it would be begun on now.

@@ -245,7 +245,7 @@ impl Store {
         self.recovery.lock().lost(id)
     }
 
-    /// Tells whether a log was found of before a restart of the host.
+    /// Tells whether the host was restarted since the last opening, as far as a log of it was found that says so.
     #[must_use]
     pub fn restarted(&self) -> bool {
         self.recovery.lock().restarted()
