@@ -16,6 +16,7 @@ mod model;
 mod nbd;
 mod past;
 mod real;
+mod scarce;
 mod serve;
 mod stream;
 mod tidy;

@@ -20,8 +20,9 @@ use crate::units::show_size;
 /// The oldest kernel the mount is built for: FUSE with parallel direct writes (6.2) and 1 MiB requests.
 const KERNEL_MIN: (u32, u32) = (5, 15);
 
-/// Open files a server needs at least: 512 segments, and room for the rest.
-const OPEN_FILES_MIN: u64 = 1024;
+/// Open files a server needs to have all it may have: one part in four is for 512 segments of two files each, one for 256
+/// connections of four, and there is room for the rest.
+const OPEN_FILES_MIN: u64 = 4096;
 
 /// Check that this host has what is needed
 ///
@@ -170,7 +171,7 @@ fn open_files() -> Finding {
     match limit.maximum.or(limit.current) {
         Some(most) if most < OPEN_FILES_MIN => Finding::warning(
             "open files",
-            format!("at most {most}, and a server with many segments wants {OPEN_FILES_MIN}"),
+            format!("at most {most}, and a server with many segments and clients wants {OPEN_FILES_MIN}"),
             format!("'ulimit -Hn {OPEN_FILES_MIN}' or LimitNOFILE= in the unit"),
         ),
         Some(most) => Finding::good("open files", format!("up to {most}")),

@@ -9,7 +9,8 @@
 //! 1. Requests that come while a flush runs share the next one.
 //! 2. An address that an entry lost is queued for punching in the same frame, if no other state holds it.
 //! 3. What was written down of the changes (`unflushed`) goes to a new generation before step 1 and is dropped after step 3.
-//! 4. A failed sync poisons the pool: which writes it lost is unknown.
+//! 4. A failed sync poisons the pool: which writes it lost is unknown. No flush opens a file, so that one never fails for
+//!    want of a descriptor.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
@@ -362,9 +363,10 @@ impl Store {
         Ok(self.resolve_on(&path, chunk)?.row.is_some())
     }
 
-    /// Refuses further writes after an error that leaves it unknown what is on the disk.
+    /// Refuses further writes after an error that leaves it unknown what is on the disk. Want of room does not, nor want of
+    /// a descriptor: nothing was written then.
     pub fn poison_unless_full(&self, error: &crate::error::Error) {
-        if error.kind() != Kind::NoSpace {
+        if error.kind() != Kind::NoSpace && !error.lacks_descriptors() {
             self.ledger.poison(error);
         }
     }
