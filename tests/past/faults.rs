@@ -217,7 +217,7 @@ fn a_record_that_is_gone_or_damaged_is_told_before_a_diff_needs_it() {
     // A diff that runs into it is remembered, too; and after an opening a missing file is seen at once.
     damage(&pool, &path, "flipped");
     let name = |text: &str| snapshot::diff::StateName::parse(text);
-    assert!(snapshot::diff::open(&pool.store, &name("web@a"), &name("web")).is_err());
+    snapshot::diff::open(&pool.store, &name("web@a"), &name("web")).unwrap_err();
     assert!(pool.store.record_damage().is_some());
     pool.media.remove(&path).unwrap();
     pool.reopen();
