@@ -27,12 +27,14 @@ use std::sync::{Arc, Weak};
 
 use super::answer::Export;
 use super::{Request, Target};
+use crate::budget::Budget;
 use crate::clock;
 use crate::disk::{self, Attached, BlockDevice, ReadOnly};
 use crate::error::{Error, Result};
 use crate::pool::{ExportKind, ExportRow, LeaseRow};
 use crate::store::{Change, Store};
 use crate::sync::Mutex;
+use crate::sys::process::share_of_open_files;
 use crate::units::DiskId;
 use crate::{snapshot, vhost_blk};
 use book::Book;
@@ -78,6 +80,8 @@ pub(super) struct Exports {
     book: Arc<Book>,
     table: Mutex<Table>,
     idle: Mutex<Option<Idle>>,
+    /// What the clients of all exports may take together.
+    budget: Budget,
 }
 
 impl Exports {
@@ -88,6 +92,7 @@ impl Exports {
             book: Arc::new(Book::new(store.media())),
             table: Mutex::default(),
             idle: Mutex::default(),
+            budget: Budget::new(share_of_open_files(CLIENTS_SHARE)),
         })
     }
 
@@ -236,7 +241,7 @@ impl Exports {
         clients: &Arc<AtomicUsize>,
         persist: bool,
     ) -> Result<crate::nbd::Server> {
-        use crate::nbd::{Listen, Options, Tls};
+        use crate::nbd::{Limits, Listen, Options, Tls};
         let listen = match (&row.socket, &row.listen) {
             (Some(path), _) => Listen::Unix(path.into()),
             (None, Some(listen)) => Listen::Tcp(wish::parse_listen(listen)?),
@@ -256,7 +261,8 @@ impl Exports {
             clients: Arc::clone(clients),
             book: persist.then(|| Arc::clone(&self.book)),
         };
-        crate::nbd::start(Options { listen, tls, connections_max: CONNECTIONS_MAX }, Arc::new(shown))
+        let limits = Limits::new(CONNECTIONS_MAX, self.budget.clone());
+        crate::nbd::start(Options { listen, tls, limits }, Arc::new(shown))
     }
 
     fn begin_vhost(&self, row: &ExportRow, holder: &str) -> Result<vhost_blk::Server> {
@@ -437,6 +443,8 @@ impl Exports {
 
 /// Connections of one NBD export at most.
 const CONNECTIONS_MAX: usize = 256;
+/// Connections of all of them get one part in so many of the files that may be open: the segments need as many.
+const CLIENTS_SHARE: usize = 4;
 
 /// The name under which an export takes leases and is told of; the same after a restart.
 fn holder(row: &ExportRow) -> String {
