@@ -8,6 +8,7 @@ mod cli;
 mod engine;
 mod export;
 mod format;
+mod fuzz;
 mod guest;
 mod import;
 mod limits;

@@ -24,7 +24,7 @@ use super::{DiskRow, Store};
 use crate::clock;
 use crate::error::{Kind, Result};
 use crate::map::{BlockSet, ChunkGuard, Entry, Piece};
-use crate::units::{BlockAddress, BranchId, ChunkIndex, DiskId, Epoch, SegmentId};
+use crate::units::{BLOCK_SIZE, BlockAddress, BranchId, ChunkIndex, DiskId, Epoch, SegmentId};
 
 /// A changed chunk, copied for a frame.
 #[derive(Debug, Clone)]
@@ -41,6 +41,8 @@ pub struct Capture {
     pub row: Option<(BranchId, Epoch)>,
     /// Addresses handed out and dropped in between.
     pub dropped: Vec<Piece>,
+    /// As [`crate::map::ChunkState::fresh`].
+    pub fresh: u64,
     /// As [`crate::map::ChunkState::marked`].
     pub marked: bool,
 }
@@ -52,8 +54,8 @@ impl Capture {
         let epoch = state.epoch;
         let row = state.row.replace((branch, epoch));
         let dropped = std::mem::take(&mut state.dropped);
-        let marked = std::mem::take(&mut state.marked);
-        Self { chunk, epoch, entry: state.entry.clone(), saved, row, dropped, marked }
+        let (fresh, marked) = (std::mem::take(&mut state.fresh), std::mem::take(&mut state.marked));
+        Self { chunk, epoch, entry: state.entry.clone(), saved, row, dropped, fresh, marked }
     }
 }
 
@@ -71,6 +73,7 @@ struct Sums {
     written: i64,
     free: Vec<Piece>,
     index: IndexChanges,
+    fresh: u64,
 }
 
 /// Chunks to enter into the index and to take out of it.
@@ -137,7 +140,6 @@ impl Store {
         self.ledger.writable()?;
         head.refuse_gone()?;
         let closed = self.switch_log(head);
-        let granted = head.granted.load(Ordering::Acquire);
         let covered = head.requested.load(Ordering::Acquire);
         let row = *head.owed_row.lock();
         let line = head.line();
@@ -147,7 +149,9 @@ impl Store {
             captures.push(Capture::take(line.branch, chunk, &mut cached.lock()));
         }
         // All copies are one submit, and leave room for the rows that name them.
-        let may_log = captures.len() <= LOG_CHUNKS_MAX && super::logged::COPIES_MAX <= self.ledger.submit_max() / 2;
+        let may_log = captures.len() <= LOG_CHUNKS_MAX
+            && head.earlier.lock().is_empty()
+            && super::logged::COPIES_MAX <= self.ledger.submit_max() / 2;
         let copies = match head.small.take(!captures.is_empty(), may_log) {
             Plan::Log(copies) => copies,
             Plan::Sync(stale) => {
@@ -159,8 +163,6 @@ impl Store {
         self.ledger.wait(ticket)?;
         self.drop_log(head, closed)?;
         self.tidy_logged(head);
-        // What it is about is in the tables now.
-        head.take_back(granted);
         order.completed = covered;
         Ok(())
     }
@@ -191,11 +193,25 @@ impl Store {
         self.submit_changes(head, &head.line(), Vec::new(), stale).map(drop)
     }
 
-    /// Syncs the segments a disk wrote to.
+    /// Syncs the segments a disk wrote to, in this process or in one before it that was killed.
     ///
     /// # Errors
     /// Any error of the host; the pool refuses writes then.
     pub fn sync_owed(&self, head: &Head) -> Result<()> {
+        let mut earlier = head.earlier.lock();
+        while let Some(id) = earlier.last() {
+            // One that was removed since had nothing mapped; it may go at this very moment.
+            let is_there = || self.tables.read().segment(*id).is_ok_and(|row| !row.removed);
+            if is_there()
+                && let Err(error) = self.segment(*id).and_then(|segment| segment.sync_punches())
+                && is_there()
+            {
+                self.ledger.poison(&error);
+                return Err(error);
+            }
+            earlier.pop();
+        }
+        drop(earlier);
         for segment in head.take_owed() {
             if let Err(error) = segment.sync() {
                 self.ledger.poison(&error);
@@ -239,6 +255,7 @@ impl Store {
         captures: &mut std::iter::Peekable<std::vec::IntoIter<Capture>>,
     ) -> Result<Ticket> {
         let most = self.ledger.submit_max() / 4;
+        let head = self.head(id)?;
         let reclaim = self.reclaim.lock();
         let mut sums = Sums::default();
         let mut rows = Vec::new();
@@ -250,6 +267,7 @@ impl Store {
         {
             assert_eq!(capture.epoch, epoch, "captures of one epoch go together");
             let before = rows.len();
+            sums.fresh += capture.fresh;
             // What was inherited may have been copied into the branch since the chunk was loaded, see `flatten`.
             let inherited = capture.row.is_some_and(|row| row.0 != line.branch);
             if inherited {
@@ -273,6 +291,8 @@ impl Store {
             row.modified = clock::wall_seconds();
             row.touched = true;
         })?;
+        // Under the lock of the tables: nobody sees it counted twice, or not at all.
+        head.settle(sums.fresh * BLOCK_SIZE, 0);
         rows.into_iter().for_each(|row| edit.row(row));
         self.ledger.submit(edit.finish())
     }

@@ -23,7 +23,7 @@ use crate::error::{Error, Result};
 use crate::map::{BlockSet, ChunkGuard};
 use crate::pool::Segment;
 use crate::sync::{Mutex, MutexGuard, RwLock};
-use crate::units::{BlockAddress, BranchId, CHUNK_BLOCKS, ChunkIndex, DiskId, Epoch, SLOT_BITS};
+use crate::units::{BlockAddress, BranchId, CHUNK_BLOCKS, ChunkIndex, DiskId, Epoch, SLOT_BITS, SegmentId};
 
 /// What a writer needs to know of its disk; fixed while the gate is held.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,12 +82,15 @@ pub struct Head {
     slabs: Mutex<HashMap<ChunkIndex, Slab>>,
     alloc: Mutex<Alloc>,
     owed: Mutex<Vec<Arc<Segment>>>,
+    /// Segments in which an earlier process, that was killed, may have overwritten blocks in place and not synced them. A
+    /// flush and a snapshot of this process hold for that, too.
+    pub(super) earlier: Mutex<Vec<SegmentId>>,
     /// Checksums of blocks written whole in epochs that are not sealed yet.
     pub crcs: super::seal::Checksums,
     /// Blocks mapped now, unsaved changes included.
     pub referenced: AtomicI64,
-    /// Bytes of new blocks that were allowed and that no flush has brought into the tables, while there is a quota.
-    pub granted: AtomicU64,
+    /// Bytes of new blocks that were allowed, or written, and that the tables do not count yet. Below 0 for a moment only.
+    pub granted: AtomicI64,
     /// Who may write.
     pub tenancy: Tenancy,
     /// What of the changes is written down for who outlives this process.
@@ -124,9 +127,10 @@ impl Head {
             slabs: Mutex::default(),
             alloc: Mutex::default(),
             owed: Mutex::default(),
+            earlier: Mutex::default(),
             crcs: super::seal::Checksums::default(),
             referenced: AtomicI64::new(i64::try_from(row.referenced).unwrap_or(i64::MAX)),
-            granted: AtomicU64::new(0),
+            granted: AtomicI64::new(0),
             tenancy: Tenancy::default(),
             unflushed: super::unflushed::Unflushed::default(),
             gone: AtomicBool::new(false),
@@ -380,10 +384,11 @@ impl Head {
         self.referenced.fetch_add(change, Ordering::Relaxed);
     }
 
-    /// Takes back what was allowed of the quota: it was not used, or is in the tables.
-    pub fn take_back(&self, bytes: u64) {
-        let less = |granted: u64| Some(granted.saturating_sub(bytes));
-        self.granted.fetch_update(Ordering::AcqRel, Ordering::Acquire, less).expect("it always has a value");
+    /// Counts `now` bytes as granted in the place of `before`: what was written for what was allowed, nothing for what
+    /// was not written or is in the tables.
+    pub fn settle(&self, before: u64, now: u64) {
+        let signed = |bytes: u64| i64::try_from(bytes).expect("a disk ends at 64 TiB");
+        self.granted.fetch_add(signed(now) - signed(before), Ordering::AcqRel);
     }
 
     /// Locks the order of frames.
@@ -393,21 +398,33 @@ impl Head {
 }
 
 impl Store {
-    /// Returns the live side of a disk, the same for everybody.
+    /// Returns the live side of a disk, the same for everybody. The caller does not have the tables locked.
     ///
     /// # Errors
     /// `NotFound` when there is no such disk.
     pub fn head(&self, id: DiskId) -> Result<Arc<Head>> {
-        let mut heads = self.heads.lock();
-        if let Some(head) = heads.get(&id) {
+        if let Some(head) = self.heads.lock().get(&id) {
             return Ok(Arc::clone(head));
         }
-        let head = Arc::new(Head::new(id, self.tables.read().disk(id)?, self.new_owner()));
-        if self.keeper.stopping() {
-            head.shut();
-        }
-        heads.insert(id, Arc::clone(&head));
-        Ok(head)
+        // The tables first, as everywhere; and until the head is in the list, so that the disk is not removed in between.
+        let tables = self.tables.read();
+        let row = tables.disk(id)?;
+        let mut heads = self.heads.lock();
+        let head = heads.entry(id).or_insert_with(|| {
+            let head = Head::new(id, row, self.new_owner());
+            if self.unclean {
+                // What was born before the floor was synced for a snapshot, and is not overwritten.
+                let oldest = BlockAddress::from_raw(row.floor).map_or(SegmentId(0), BlockAddress::segment);
+                let mine =
+                    tables.segments().filter(|(at, segment)| segment.disk == id && *at >= oldest && !segment.removed);
+                *head.earlier.lock() = mine.map(|(at, _)| at).filter(|at| !self.segments.is_lost(*at)).collect();
+            }
+            if self.keeper.stopping() {
+                head.shut();
+            }
+            Arc::new(head)
+        });
+        Ok(Arc::clone(head))
     }
 
     /// Returns the live sides that were used since the pool was opened.

@@ -4,12 +4,12 @@
 //! `AFTERIMAGE_MAKE_FIXTURES=1 cargo test format::make`, which never changes one that is there.
 
 mod archive;
-mod files;
+pub(crate) mod files;
 mod make;
 mod pages;
 mod pool;
 mod record;
-mod samples;
+pub(crate) mod samples;
 mod unflushed;
 mod values;
 
@@ -18,7 +18,7 @@ use std::path::PathBuf;
 use afterimage::error::{Kind, Result};
 
 /// Returns a path below `fixtures/`.
-fn fixture_path(name: &str) -> PathBuf {
+pub(crate) fn fixture_path(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name)
 }
 
@@ -28,9 +28,13 @@ pub(crate) fn fixture(name: &str) -> Vec<u8> {
 }
 
 /// As [`fixture`], of another version of the format.
-fn fixture_of(version: &str, name: &str) -> Vec<u8> {
+pub(crate) fn fixture_of(version: &str, name: &str) -> Vec<u8> {
     let path = fixture_path(&format!("format/{version}/{name}.hex"));
-    let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    from_hex(&std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display())))
+}
+
+/// The bytes of a text as [`to_hex`] makes it.
+pub(crate) fn from_hex(text: &str) -> Vec<u8> {
     let mut bytes = Vec::new();
     for line in text.lines().filter(|line| !line.starts_with('#')) {
         if let Some(count) = line.strip_prefix("zeros ") {
@@ -45,7 +49,7 @@ fn fixture_of(version: &str, name: &str) -> Vec<u8> {
 }
 
 /// Writes bytes the way [`fixture`] reads them.
-fn to_hex(name: &str, version: u32, bytes: &[u8]) -> String {
+pub(crate) fn to_hex(name: &str, version: u32, bytes: &[u8]) -> String {
     let mut text = format!("# {name}, format version {version}: {} bytes.\n", bytes.len());
     let mut rest = bytes;
     while !rest.is_empty() {

@@ -12,10 +12,13 @@
 //! snapshot must be what the twin allows: for a snapshot exactly its image, for a live disk each 512-byte sector either
 //! what was last flushed or one of the versions written since.
 //!
+//! The process may also be killed: then what was acknowledged to a guest that comes back is there, flushed or not (`ends`).
+//!
 //! One failing seed is one command: `AFTERIMAGE_SEED=N cargo test model::seeds`. A long run:
 //! `AFTERIMAGE_SEEDS=1000 cargo test --release model::seeds`, beginning with seed `AFTERIMAGE_FIRST` if that is set. It
 //! goes on after a seed that fails, and names all of them at the end.
 
+mod ends;
 mod past;
 mod rebuild;
 mod run;
@@ -46,6 +49,10 @@ struct Counts {
     refused: u64,
     cut: u64,
     resumed: u64,
+    kills: u64,
+    guests: u64,
+    back: u64,
+    told: u64,
 }
 
 impl Counts {
@@ -68,6 +75,10 @@ impl Counts {
         self.refused += other.refused;
         self.cut += other.cut;
         self.resumed += other.resumed;
+        self.kills += other.kills;
+        self.guests += other.guests;
+        self.back += other.back;
+        self.told += other.told;
     }
 }
 
@@ -108,6 +119,7 @@ fn seeds() {
         total.crashes > 0 && total.snapshots > 0 && total.reverts > 0 && total.retires > 0 && total.diffs > 0,
         "the histories do something"
     );
+    assert!(total.kills > 0 && total.back > 0 && total.told > 0, "guests come back, and are told");
     assert!(total.sends > 0 && total.exports > 0 && total.received > 0 && total.onto > 0, "and so do the streams");
 }
 

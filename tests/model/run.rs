@@ -8,10 +8,11 @@ use afterimage::error::{Error, Kind};
 use afterimage::media::{Media, SimMedia, sim::Fault};
 use afterimage::progress::Silent;
 use afterimage::snapshot;
-use afterimage::store::{self, InitOptions, OpenOptions, SnapshotState, Store};
+use afterimage::store::{InitOptions, OpenOptions, Store};
 
 use super::Counts;
-use super::twin::{Image, Twin, TwinDisk, Write};
+use super::ends::Guests;
+use super::twin::{BLOCK, Image, Twin, TwinDisk, Write};
 
 const SIZE_MAX: u64 = 5 << 20;
 
@@ -21,6 +22,10 @@ pub struct Run {
     pub verbose: bool,
     pub(super) store: Option<Arc<Store>>,
     pub(super) twin: Twin,
+    /// Who writes and may come back after a kill.
+    pub(super) guests: Guests,
+    /// A fault was armed since the pool was opened.
+    pub(super) faulty: bool,
     /// What the snapshot is to be called that keeps the state of a disk which a stream replaces.
     pub(super) kept_as: Option<String>,
     random: u64,
@@ -40,7 +45,7 @@ pub(super) fn options() -> OpenOptions {
     }
 }
 
-fn open(media: Arc<dyn Media>) -> Result<Arc<Store>, Error> {
+pub(super) fn open(media: Arc<dyn Media>) -> Result<Arc<Store>, Error> {
     let store = Store::open(media, options())?;
     snapshot::attend(&store);
     Ok(store)
@@ -61,6 +66,8 @@ impl Run {
             store: Some(store),
             twin: Twin::default(),
             kept_as: None,
+            guests: Guests::default(),
+            faulty: false,
             random,
             names: 0,
             writes: 0,
@@ -90,6 +97,7 @@ impl Run {
                 self.media.crash_after(n);
             } else if self.next(250) == 0 {
                 let (n, kind) = (1 + self.next(30), self.next(2));
+                self.faulty = true;
                 self.media.fail_after(n, if kind == 0 { Fault::Eio } else { Fault::Enospc });
             }
             self.step();
@@ -125,12 +133,13 @@ impl Run {
 
     fn step(&mut self) {
         if self.verbose && std::env::var_os("AFTERIMAGE_CHECK").is_some() && !self.media.is_down() {
-            let report = store::check(self.store(), false, &Silent).expect("check runs");
+            let report = snapshot::check(self.store(), false, &Silent).expect("check runs");
             assert!(report.problems.is_empty(), "check found: {:#?}", report.problems);
         }
         match self.next(100) {
             0..=2 => self.create(),
-            3..=33 => self.write(),
+            3..=29 => self.write(),
+            30..=33 => self.come_or_go(),
             34 => self.send(),
             35 => self.export(),
             36..=42 => self.unmap(),
@@ -149,7 +158,7 @@ impl Run {
             93..=96 => self.read(),
             97 => self.fold(),
             98 => self.reopen(),
-            _ => self.cut_power(),
+            _ => self.end_at_once(),
         }
     }
 
@@ -211,114 +220,6 @@ impl Run {
         }
     }
 
-    fn cut_power(&mut self) {
-        self.say(|| "power cut".into());
-        self.recover(None);
-    }
-
-    /// Loses power, opens again, checks, compares.
-    fn recover(&mut self, or: Option<Twin>) {
-        self.counts.crashes += 1;
-        self.store = None;
-        self.media.crash();
-        if self.next(4) == 0 {
-            // Again, while recovering.
-            let n = 1 + self.next(60);
-            self.media.crash_after(n);
-            let opened = open(Arc::new(self.media.clone()));
-            let reclaimed = opened.and_then(|store| store.reclaim_wait(&Silent));
-            self.say(|| format!("  power cut again while recovering: {reclaimed:?}"));
-            self.media.crash();
-        }
-        self.open_and_compare(or, true);
-    }
-
-    fn reopen(&mut self) {
-        self.say(|| "reopen".into());
-        self.counts.reopens += 1;
-        let store = self.store.take().expect("open");
-        // A fault that hit work in the background: the pool refuses writes, and closing it makes nothing durable.
-        let poisoned = store.health().is_some();
-        let closed = store.close();
-        drop(store);
-        if poisoned || closed.is_err() || self.media.is_down() {
-            self.media.crash();
-            self.open_and_compare(None, true);
-            return;
-        }
-        // Whatever was armed is not meant for the comparison.
-        self.media.crash();
-        for disk in self.twin.disks.values_mut() {
-            disk.live.flush();
-        }
-        self.open_and_compare(None, false);
-    }
-
-    fn open_and_compare(&mut self, or: Option<Twin>, crashed: bool) {
-        let store = open(Arc::new(self.media.clone())).expect("the pool opens after a crash");
-        let report = store::check(&store, false, &Silent).expect("check runs");
-        if self.verbose && !report.problems.is_empty() {
-            show_tree(&store);
-        }
-        assert!(report.problems.is_empty(), "check found: {:#?}", report.problems);
-        self.store = Some(store);
-        self.name_kept();
-        let first = self.compare(&self.twin);
-        if self.verbose && first.is_err() {
-            show_tree(self.store());
-        }
-        let second = or.as_ref().map(|twin| self.compare(twin));
-        match (first, second) {
-            (Ok(()), _) => {}
-            (Err(_), Some(Ok(()))) => self.twin = or.expect("compared"),
-            (Err(why), None) => panic!("not what the twin has (crashed: {crashed}): {why}"),
-            (Err(why), Some(Err(also))) => panic!("neither as before: {why}\nnor as after: {also}"),
-        }
-        // From here on what was found is what is there.
-        let names: Vec<_> = self.twin.disks.keys().cloned().collect();
-        for name in names {
-            let found = read_all(&*disk::open(self.store(), &name).unwrap());
-            let live = &mut self.twin.disks.get_mut(&name).unwrap().live;
-            *live = live.found(found);
-        }
-    }
-
-    pub(super) fn compare(&self, twin: &Twin) -> Result<(), String> {
-        let names: Vec<_> = self.store().disks().into_iter().map(|info| info.name).collect();
-        let expected: Vec<_> = twin.disks.keys().cloned().collect();
-        if names != expected {
-            return Err(format!("disks {names:?} instead of {expected:?}"));
-        }
-        for (name, disk) in &twin.disks {
-            let snapshots = self.store().snapshots(name).unwrap();
-            for (state, expected) in [(SnapshotState::Live, &disk.snapshots), (SnapshotState::Retired, &disk.retired)] {
-                let mut found: Vec<_> = snapshots.iter().filter(|s| s.state == state).map(|s| s.name.clone()).collect();
-                found.sort();
-                if found != expected.keys().cloned().collect::<Vec<_>>() {
-                    return Err(format!("{state:?} snapshots of {name}: {found:?}"));
-                }
-            }
-            let found = read_all(&*disk::open(self.store(), name).unwrap());
-            disk.live.explain(&found).map_err(|why| format!("disk {name}: {why}"))?;
-            for (snap, frame) in &disk.snapshots {
-                let image = &frame.bytes;
-                let found = read_all(&*snapshot::open(self.store(), name, snap).unwrap());
-                if found == **image {
-                    continue;
-                }
-                if let Some(at) = (0..image.len().max(found.len())).find(|i| image.get(*i) != found.get(*i)) {
-                    return Err(format!(
-                        "snapshot {name}@{snap} differs at byte {at} (block {}): {:?} found, {:?} expected",
-                        at / 4096,
-                        found.get(at),
-                        image.get(at)
-                    ));
-                }
-            }
-        }
-        Ok(())
-    }
-
     fn create(&mut self) {
         if self.twin.disks.len() >= 4 {
             return;
@@ -327,7 +228,10 @@ impl Run {
         let size = (1 + self.next(SIZE_MAX / 512)) * 512;
         let mut after = self.twin.clone();
         let lineage = self.number();
-        after.disks.insert(name.clone(), TwinDisk { live: Image::new(size as usize), lineage, ..TwinDisk::default() });
+        after.disks.insert(
+            name.clone(),
+            TwinDisk { live: Image::new(size as usize), lineage, since: Some(Arc::default()), ..TwinDisk::default() },
+        );
         self.attempt(&format!("create {name} {size}"), after, |store| disk::create(store, &name, size).map(drop));
     }
 
@@ -370,7 +274,7 @@ impl Run {
         // that failed is explained by either version.
         let number = self.number();
         self.twin.disks.get_mut(&name).unwrap().live.write(offset as usize, &data, number);
-        let after = Twin::clone(&self.twin);
+        let after = self.acknowledged(&name);
         self.attempt(&format!("write {name} {offset}+{len}"), after, |store| {
             disk::open(store, &name)?.write(&data, offset)
         });
@@ -400,7 +304,7 @@ impl Run {
                 live.discard(from as usize, upto as usize);
             }
         }
-        let after = Twin::clone(&self.twin);
+        let after = self.acknowledged(&name);
         let what = if zero { "zero" } else { "discard" };
         self.attempt(&format!("{what} {name} {offset}+{len}"), after, |store| {
             let disk = disk::open(store, &name)?;
@@ -412,7 +316,21 @@ impl Run {
         let Some(name) = self.any_disk() else { return };
         let mut after = self.twin.clone();
         after.disks.get_mut(&name).unwrap().live.flush();
-        self.attempt(&format!("flush {name}"), after, |store| disk::open(store, &name)?.flush());
+        let mut told = false;
+        let done = self.attempt(&format!("flush {name}"), after, |store| {
+            let disk = disk::open(store, &name)?;
+            match disk.flush() {
+                Err(error) if error.message().contains("acknowledged and not flushed were lost") => {
+                    told = true;
+                    // It was flushed all the same.
+                    Ok(())
+                }
+                flushed => flushed,
+            }
+        });
+        if done {
+            self.hear(&name, told);
+        }
     }
 
     fn snapshot(&mut self) {
@@ -428,7 +346,7 @@ impl Run {
         let mut after = self.twin.clone();
         for (name, snap) in &targets {
             let disk = after.disks.get_mut(name).unwrap();
-            disk.snapshots.insert(snap.clone(), disk.live.stop());
+            disk.stop(snap);
         }
         // The flush before the stop may be all that happened to some of them: versions stay until it is answered.
         if self.attempt(&format!("snapshot {targets:?}"), after, |store| snapshot::take(store, &targets).map(drop)) {
@@ -444,8 +362,9 @@ impl Run {
         let new = self.fresh("clone");
         let mut after = self.twin.clone();
         let source = &self.twin.disks[&name];
-        let live = Image::of(source.snapshots[&snap].clone());
-        after.disks.insert(new.clone(), TwinDisk { live, lineage: source.lineage, ..TwinDisk::default() });
+        let mut disk = TwinDisk { lineage: source.lineage, ..TwinDisk::default() };
+        disk.become_like(source.snapshots[&snap].clone());
+        after.disks.insert(new.clone(), disk);
         if self.attempt(&format!("clone {name}@{snap} {new}"), after, |store| {
             snapshot::clone(store, &name, &snap, &new).map(drop)
         }) {
@@ -455,25 +374,30 @@ impl Run {
 
     fn revert(&mut self) {
         let Some((name, snap)) = self.any_snapshot() else { return };
+        self.leave(&name);
         let keep = self.chance(30).then(|| self.fresh("k"));
         let mut after = self.twin.clone();
         let disk = after.disks.get_mut(&name).unwrap();
         if let Some(keep) = &keep {
-            disk.snapshots.insert(keep.clone(), disk.live.stop());
+            disk.stop(keep);
         }
-        disk.live = Image::of(disk.snapshots[&snap].clone());
+        disk.become_like(disk.snapshots[&snap].clone());
         if let Some(keep) = keep.clone() {
             // Two frames: a crash may come between them. The first one alone first.
             let mut between = self.twin.clone();
             let disk = between.disks.get_mut(&name).unwrap();
-            disk.snapshots.insert(keep.clone(), disk.live.stop());
+            disk.stop(&keep);
             let target = vec![(name.clone(), keep)];
             if !self.attempt(&format!("keep {target:?}"), between, |store| snapshot::take(store, &target).map(drop)) {
                 return;
             }
         }
+        let (least, exact) = self.twin.dropped_by_revert(&name);
         if self.attempt(&format!("revert {name}@{snap}"), after, |store| {
-            snapshot::revert(store, &name, &snap, None).map(drop)
+            let dropped = snapshot::revert(store, &name, &snap, None)?.dropped as usize / BLOCK;
+            assert!(dropped >= least, "revert {name}@{snap} says that {dropped} blocks were dropped, {least} are gone");
+            assert!(exact.is_none_or(|exact| exact == dropped), "{dropped} blocks were dropped instead of {exact:?}");
+            Ok(())
         }) {
             self.counts.reverts += 1;
         }
@@ -485,19 +409,25 @@ impl Run {
         let disk = after.disks.get_mut(&name).unwrap();
         disk.snapshots.remove(&snap);
         disk.retired.remove(&snap);
+        after.mix_epochs();
         self.attempt(&format!("rm {name}@{snap}"), after, |store| snapshot::remove(store, &name, &snap));
     }
 
     fn remove_disk(&mut self) {
         let Some(name) = self.any_disk() else { return };
+        self.leave(&name);
         let mut after = self.twin.clone();
         after.disks.remove(&name);
+        after.mix_epochs();
         self.attempt(&format!("rm {name}"), after, |store| disk::remove(store, &name, true));
     }
 
     fn resize(&mut self) {
         let Some(name) = self.any_disk() else { return };
         let size = (1 + self.next(SIZE_MAX / 512)) * 512;
+        if (size as usize) < self.twin.disks[&name].live.now.len() {
+            self.leave(&name);
+        }
         // Zeros behind a cut end come first: they may be all that is left of a resize that a crash ends.
         self.twin.disks.get_mut(&name).unwrap().live.touch_cut_end(size as usize);
         let mut after = self.twin.clone();
@@ -564,7 +494,7 @@ impl Run {
 }
 
 /// Prints the branches, and what is in them.
-fn show_tree(store: &Store) {
+pub(super) fn show_tree(store: &Store) {
     let tables = store.tables.read();
     for (id, row) in tables.branches() {
         println!("branch {id}: {row:?}");

@@ -266,6 +266,7 @@ impl Run {
     }
 
     fn abort(&mut self, disk: &str) {
+        self.leave(disk);
         let after = self.twin.clone();
         self.attempt(&format!("abort {disk}"), after, |store| stream::abort(store, disk));
     }
@@ -362,15 +363,16 @@ impl Run {
         let fresh = TwinDisk { lineage, ..TwinDisk::default() };
         let disk = after.disks.entry(it.disk.clone()).or_insert(fresh);
         if plan.kept {
-            disk.snapshots.insert(kept.to_owned(), disk.live.stop());
+            disk.stop(kept);
         }
         disk.live = arrived(&plan.base, it, number, begun);
-        disk.snapshots.insert(name.to_owned(), disk.live.stop());
-        disk.live = Image::of(disk.snapshots[name].clone());
+        disk.stop(name);
+        disk.become_like(disk.snapshots[name].clone());
         after
     }
 
     fn deliver(&mut self, mut it: Delivery) {
+        self.leave(&it.disk);
         let Some(Plan { mut fate, base, kept }) = self.foresee(&it.disk, &it.carried, it.force) else { return };
         if it.rest && self.twin.disks.contains_key(&it.disk) && fate == Fate::Accepted {
             // What it was begun on may be another state than what it would be begun on now.

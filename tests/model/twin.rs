@@ -29,15 +29,75 @@ impl Frame {
     }
 }
 
-/// A live disk, with everything that may be found after a power cut.
+/// How a run of the program ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum End {
+    /// The power went: what was flushed is there.
+    Power,
+    /// The process was killed: so is what was acknowledged to a guest.
+    Kill,
+}
+
+/// What is there for certain, and what may be there instead.
+#[derive(Clone, Default)]
+struct Base {
+    bytes: Arc<Vec<u8>>,
+    /// Other versions of sectors since then.
+    versions: Arc<HashMap<usize, Vec<Vec<u8>>>>,
+}
+
+impl Base {
+    fn of(bytes: &Arc<Vec<u8>>) -> Self {
+        Self { bytes: Arc::clone(bytes), versions: Arc::default() }
+    }
+
+    fn note(&mut self, now: &[u8], sectors: std::ops::Range<usize>) {
+        let versions = Arc::make_mut(&mut self.versions);
+        for sector in sectors {
+            let (start, end) = (sector * SECTOR, ((sector + 1) * SECTOR).min(now.len()));
+            versions.entry(sector).or_default().push(now[start..end].to_vec());
+        }
+    }
+
+    fn resize(&mut self, old: usize, size: usize) {
+        Arc::make_mut(&mut self.bytes).resize(size, 0);
+        // The versions of a last, short sector get longer with the disk.
+        if !old.is_multiple_of(SECTOR)
+            && let Some(list) = Arc::make_mut(&mut self.versions).get_mut(&(old / SECTOR))
+        {
+            let len = (size - old / SECTOR * SECTOR).min(SECTOR);
+            list.iter_mut().for_each(|version| version.resize(len, 0));
+        }
+    }
+
+    /// Says which sector cannot be explained.
+    fn explain(&self, found: &[u8]) -> Result<(), String> {
+        for (sector, bytes) in found.chunks(SECTOR).enumerate() {
+            let start = sector * SECTOR;
+            let certain = &self.bytes[start..start + bytes.len()];
+            let known = bytes == certain || self.versions.get(&sector).is_some_and(|v| v.iter().any(|v| v == bytes));
+            if !known {
+                let versions = self.versions.get(&sector).map_or(0, Vec::len);
+                return Err(format!(
+                    "byte {start}: found {:02x?}.., certain {:02x?}.., {versions} versions since",
+                    &bytes[..8.min(bytes.len())],
+                    &certain[..8.min(certain.len())]
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A live disk, with everything that may be found after a power cut or a kill.
 #[derive(Clone, Default)]
 pub struct Image {
-    /// As last flushed.
-    pub durable: Arc<Vec<u8>>,
     /// As of now.
     pub now: Arc<Vec<u8>>,
-    /// Other versions of sectors since the flush.
-    versions: Arc<HashMap<usize, Vec<Vec<u8>>>>,
+    /// As last flushed.
+    durable: Base,
+    /// As last flushed, or as last acknowledged to a guest.
+    kept: Base,
     /// Of each block the write it has.
     pub writes: Arc<Vec<Write>>,
     /// Blocks that were written or unmapped since the flush.
@@ -53,7 +113,7 @@ impl Image {
 
     pub fn of(frame: Frame) -> Self {
         let Frame { bytes, writes, shrunk } = frame;
-        Self { durable: Arc::clone(&bytes), now: bytes, writes, shrunk, ..Self::default() }
+        Self { durable: Base::of(&bytes), kept: Base::of(&bytes), now: bytes, writes, shrunk, ..Self::default() }
     }
 
     pub fn frame(&self) -> Frame {
@@ -87,6 +147,18 @@ impl Image {
             }
         }
         Self { shrunk: self.shrunk, ..Self::of(Frame::new(bytes, writes)) }
+    }
+
+    /// What was found after a kill: as after a power cut, but nothing of it is durable that was not so before.
+    pub fn found_by_the_next(&self, bytes: Vec<u8>) -> Self {
+        let found = self.found(bytes);
+        let (durable, unsettled) = (self.durable.clone(), Arc::clone(&self.unsettled));
+        Self { durable, unsettled, ..found }
+    }
+
+    /// A guest has learned that what it did is done.
+    pub fn acknowledge(&mut self) {
+        self.kept = Base::of(&self.now);
     }
 
     /// Notes which write blocks have now.
@@ -129,16 +201,14 @@ impl Image {
         if data.is_empty() {
             return;
         }
-        let versions = Arc::make_mut(&mut self.versions);
-        for sector in offset / SECTOR..(offset + data.len()).div_ceil(SECTOR) {
-            let (start, end) = (sector * SECTOR, ((sector + 1) * SECTOR).min(self.now.len()));
-            versions.entry(sector).or_default().push(self.now[start..end].to_vec());
-        }
+        let sectors = offset / SECTOR..(offset + data.len()).div_ceil(SECTOR);
+        self.durable.note(&self.now, sectors.clone());
+        self.kept.note(&self.now, sectors);
     }
 
     pub fn flush(&mut self) {
-        self.durable = Arc::clone(&self.now);
-        self.versions = Arc::default();
+        self.durable = Base::of(&self.now);
+        self.kept = self.durable.clone();
         self.unsettled = Arc::default();
     }
 
@@ -160,35 +230,19 @@ impl Image {
         let old = self.now.len();
         Arc::make_mut(&mut self.writes).resize(size.div_ceil(BLOCK), NOTHING);
         Arc::make_mut(&mut self.now).resize(size, 0);
-        Arc::make_mut(&mut self.durable).resize(size, 0);
-        // The versions of a last, short sector get longer with the disk.
-        if !old.is_multiple_of(SECTOR)
-            && let Some(list) = Arc::make_mut(&mut self.versions).get_mut(&(old / SECTOR))
-        {
-            let len = (size - old / SECTOR * SECTOR).min(SECTOR);
-            list.iter_mut().for_each(|version| version.resize(len, 0));
-        }
+        self.durable.resize(old, size);
+        self.kept.resize(old, size);
     }
 
     /// Says which sector cannot be explained.
-    pub fn explain(&self, found: &[u8]) -> Result<(), String> {
+    pub fn explain(&self, found: &[u8], end: End) -> Result<(), String> {
         if found.len() != self.now.len() {
             return Err(format!("size {} instead of {}", found.len(), self.now.len()));
         }
-        for (sector, bytes) in found.chunks(SECTOR).enumerate() {
-            let start = sector * SECTOR;
-            let durable = &self.durable[start..start + bytes.len()];
-            let known = bytes == durable || self.versions.get(&sector).is_some_and(|v| v.iter().any(|v| v == bytes));
-            if !known {
-                let versions = self.versions.get(&sector).map_or(0, Vec::len);
-                return Err(format!(
-                    "byte {start}: found {:02x?}.., flushed {:02x?}.., {versions} versions since",
-                    &bytes[..8.min(bytes.len())],
-                    &durable[..8.min(durable.len())]
-                ));
-            }
+        match end {
+            End::Power => self.durable.explain(found),
+            End::Kill => self.kept.explain(found),
         }
-        Ok(())
     }
 }
 
@@ -201,10 +255,53 @@ pub struct TwinDisk {
     pub retired: BTreeMap<String, Frame>,
     /// Disks with the same number stem from one.
     pub lineage: u64,
+    /// What the disk began its epoch as, while no snapshot was deleted or retired since.
+    pub since: Option<Arc<Vec<Write>>>,
+}
+
+impl TwinDisk {
+    /// Takes a snapshot.
+    pub fn stop(&mut self, name: &str) {
+        let frame = self.live.stop();
+        self.since = Some(Arc::clone(&frame.writes));
+        self.snapshots.insert(name.to_owned(), frame);
+    }
+
+    /// Becomes what a snapshot is.
+    pub fn become_like(&mut self, frame: Frame) {
+        self.since = Some(Arc::clone(&frame.writes));
+        self.live = Image::of(frame);
+    }
 }
 
 /// The whole pool.
 #[derive(Clone, Default)]
 pub struct Twin {
     pub disks: BTreeMap<String, TwinDisk>,
+}
+
+impl Twin {
+    /// A snapshot goes, or its data does: who counts what was written in its epoch is for the pool to say.
+    pub fn mix_epochs(&mut self) {
+        self.disks.values_mut().for_each(|disk| disk.since = None);
+    }
+
+    /// Blocks that a revert of a disk drops: at least those that nothing else has, and exactly those of its epoch when no
+    /// snapshot was deleted or retired in between.
+    pub fn dropped_by_revert(&self, name: &str) -> (usize, Option<usize>) {
+        let disk = &self.disks[name];
+        let others = self.disks.iter().filter(|(other, _)| *other != name).map(|(_, disk)| &disk.live.writes);
+        let snapshots = self.disks.values().flat_map(|disk| disk.snapshots.values()).map(|frame| &frame.writes);
+        let others: Vec<_> = others.chain(snapshots).collect();
+        let writes = || disk.live.writes.iter().enumerate().filter(|(_, write)| ![NOTHING, UNKNOWN].contains(*write));
+        let alone = |block: usize, write: Write| others.iter().all(|other| other.get(block) != Some(&write));
+        let least = writes().filter(|(block, write)| alone(*block, **write)).count();
+        let known = !disk.live.shrunk && !disk.live.writes.contains(&UNKNOWN);
+        let exact = disk
+            .since
+            .as_ref()
+            .filter(|since| known && !since.contains(&UNKNOWN))
+            .map(|since| writes().filter(|(block, write)| since.get(*block) != Some(*write)).count());
+        (least, exact)
+    }
 }

@@ -2,6 +2,7 @@
 
 use std::io::Write;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use afterimage::budget::{Budget, Pot};
@@ -169,8 +170,8 @@ fn more_options_than_anybody_needs_end_the_connection() {
     Client::enter(&rig, "a").read(0, 512);
 }
 
-/// Compares for ever, unless nobody wants it any more.
-struct Endless;
+/// Compares for ever, unless nobody wants it any more; counts how often it has begun.
+struct Endless(Arc<AtomicUsize>);
 
 impl Contexts for Endless {
     fn names(&self) -> Vec<String> {
@@ -178,6 +179,7 @@ impl Contexts for Endless {
     }
 
     fn dirty(&self, _name: &str, asked: &Asked<'_>) -> Result<Arc<Dirty>> {
+        self.0.fetch_add(1, Ordering::SeqCst);
         while !(asked.cancelled)() {
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -185,7 +187,7 @@ impl Contexts for Endless {
     }
 }
 
-struct Slow(Pool);
+struct Slow(Pool, Arc<AtomicUsize>);
 
 impl Exports for Slow {
     fn names(&self) -> Vec<String> {
@@ -193,7 +195,7 @@ impl Exports for Slow {
     }
 
     fn open(&self, name: &str) -> Result<Export> {
-        Ok(Export { contexts: Arc::new(Endless), ..self.0.open(name)? })
+        Ok(Export { contexts: Arc::new(Endless(Arc::clone(&self.1))), ..self.0.open(name)? })
     }
 }
 
@@ -206,9 +208,10 @@ fn a_comparison_that_nobody_wants_any_more_is_broken_off() {
     let mut rig = Rig::new();
     rig.disk("a", MIB);
     rig.stop();
+    let begun = Arc::new(AtomicUsize::new(0));
     let start = |rig: &Rig| -> Server {
         let options = Options { listen: Listen::Unix(rig.socket()), tls: None, limits: limits(4) };
-        nbd::start(options, Arc::new(Slow(Pool(Arc::clone(&rig.store))))).unwrap()
+        nbd::start(options, Arc::new(Slow(Pool(Arc::clone(&rig.store)), Arc::clone(&begun)))).unwrap()
     };
     let ask = |rig: &Rig| {
         let mut client = Client::greet(rig);
@@ -218,12 +221,12 @@ fn a_comparison_that_nobody_wants_any_more_is_broken_off() {
     };
     rig.server = Some(start(&rig));
     let client = ask(&rig);
-    wait_until("it is not connected", || rig.store.disk_info("a").unwrap().holder.is_some());
+    wait_until("it does not begin", || begun.load(Ordering::SeqCst) == 1);
     drop(client);
     rig.wait_until_quiet();
     // And when the server ends, which waits for it.
     let _client = ask(&rig);
-    wait_until("it is not connected", || rig.store.disk_info("a").unwrap().holder.is_some());
+    wait_until("it does not begin", || begun.load(Ordering::SeqCst) == 2);
     rig.stop();
     assert_eq!(rig.store.disk_info("a").unwrap().holder, None);
 }

@@ -279,7 +279,7 @@ fn a_front_end_that_takes_memory_away_loses_its_session_and_nothing_else() {
         guest.disconnect();
         assert_eq!(&ram.content()[8 * 512..][..512], &[7; 512]);
     }
-    assert!(!ram.log.lock().iter().any(|what| *what == ("write", 0, 512)), "what is gone was not written");
+    assert!(!ram.log.lock().contains(&("write", 0, 512)), "what is gone was not written");
     let mut guest = served.guest(2);
     assert_eq!(guest.write(0, 0, &[1; 512]), 0);
     assert_eq!(guest.read(1, 8, 512), [7; 512]);
@@ -372,7 +372,7 @@ fn a_front_end_with_regions_of_every_wrong_kind_is_refused() {
         vec![region(0, 8192, 0), region(4096, 8192, 1 << 30)],
         vec![region(8192, 8192, 0), region(0, 12_288, 1 << 30)],
     ] {
-        assert!(front().set_mem_table(&wrong).is_err());
+        front().set_mem_table(&wrong).unwrap_err();
     }
     // More of them, one by one, than there may be.
     let mut patient = front();
@@ -428,7 +428,7 @@ fn memory_tables_that_do_not_fit_their_descriptors_are_refused() {
         stream.shutdown(std::net::Shutdown::Write).unwrap();
         let mut answers = Vec::new();
         std::io::Read::read_to_end(&mut stream, &mut answers).ok();
-        let last = answers.chunks_exact(20).filter(|answer| answer[..4] == 5_u32.to_le_bytes()).next_back();
+        let last = answers.chunks_exact(20).rfind(|answer| answer[..4] == 5_u32.to_le_bytes());
         let accepted = last.is_some_and(|answer| answer[12..] == [0; 8]);
         assert!(!accepted, "{said} said, {regions} there, {files} descriptors ({sent})");
     }

@@ -8,7 +8,9 @@
 //! 4. Replayed changes are durable before the opening takes its number: killed in between, the next one replays again.
 //!
 //! # Why no copies of blocks are needed
-//! Everything that was written is in the page cache or on the disk; it is synced here, before a frame names it.
+//! Everything that was written is in the page cache or on the disk; it is synced here, before a frame names it. What was
+//! overwritten in place has no record, and no frame waits for it: the first flush or snapshot of its disk syncs it
+//! (`Head::earlier`), whoever had written.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -32,7 +34,7 @@ const LEN_MAX: u64 = 64 * LONG;
 pub(in crate::store) struct Recovery {
     /// It was not closed in order.
     unclean: bool,
-    /// A log is of before a restart of the host.
+    /// A log of the last opening is of before a restart of the host.
     restarted: bool,
     /// Disks of which everything is there.
     whole: BTreeSet<DiskId>,
@@ -47,6 +49,10 @@ impl Recovery {
         }
         let why = self.broken.get(&id).map_or("there is no log of what was not flushed", String::as_str);
         Some(format!("the pool was not closed in order, and {why}"))
+    }
+
+    pub(super) fn was_closed(&self) -> bool {
+        !self.unclean
     }
 
     pub(super) fn restarted(&self) -> bool {
@@ -128,7 +134,8 @@ impl Store {
         let header = LogHeader::decode(path, &bytes)?;
         let boot = Uuid::from_u128(self.media.boot().map_err(fail)?);
         if header.boot != boot {
-            *restarted = true;
+            // One of an older opening, that could not be removed, says nothing about the last.
+            *restarted |= header.pool == self.uuid() && header.opening + 1 == self.opening;
             return Err(Error::failed(format!("{path} is of before a restart of the host")));
         }
         if header != (LogHeader { pool: self.uuid(), boot, opening: self.opening - 1, disk }) {
@@ -162,7 +169,6 @@ impl Store {
     fn replay_log(&self, id: DiskId, records: &[LogRecord]) -> Result<Option<String>> {
         let head = self.head(id)?;
         let line = head.line();
-        let mut segments = BTreeSet::new();
         let mut stopped = None;
         let mut count = 0;
         for record in records {
@@ -175,7 +181,6 @@ impl Store {
                         stopped = Some(format!("a record of its log cannot be: {why}"));
                         break;
                     }
-                    segments.insert(base.segment());
                     self.replay_change(&head, &line, *chunk, Some(*base), set)?;
                 }
                 MapChange::Unmapped { branch, epoch, chunk, set } => {
@@ -189,12 +194,10 @@ impl Store {
             count += 1;
         }
         if count > 0 {
-            for segment in segments {
-                // Not by this process, so it does not count as written.
-                self.segment(segment)?.sync_punches()?;
-            }
+            // It syncs what the killed process has written (`Head::earlier`).
             self.flush(&head)?;
-            tracing::info!("{count} changes of disk {id} that were not flushed are there again");
+            let name = self.tables.read().called(id);
+            tracing::info!("{count} changes of disk {name} that were not flushed are there again");
         }
         Ok(stopped)
     }
