@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 /// Layers, lowest first: a module names its own layer and those before it.
 const LAYERS: [&[&str]; 12] = [
-    &["units", "codec", "error", "clock", "sync", "parallel", "workers", "metrics", "progress"],
+    &["units", "codec", "error", "clock", "sync", "parallel", "workers", "budget", "metrics", "progress"],
     &["sys"],
     &["media"],
     &["pool"],

@@ -3,7 +3,8 @@
 //! # Rules
 //! 1. A buffer has the length that was asked for or the next power of two, so that any request of a size fits any buffer
 //!    of that size.
-//! 2. What is kept is bounded, in bytes. More than that goes back to the host.
+//! 2. What is kept is bounded, in bytes. More than that goes back to the host, and all of it when the owner says so: memory
+//!    that nobody uses is counted as his ([`Buffers::total`]).
 //! 3. The first buffers of a large size are cut from huge pages. Those are kept in any case: a huge page of which a part was
 //!    given back stays in memory as a whole until the host runs short.
 //!
@@ -29,6 +30,10 @@ const SIZES: usize = 24;
 pub struct Buffers {
     spare: [Spare; SIZES],
     kept: usize,
+    /// Bytes that are lent.
+    lent: usize,
+    /// Bytes in huge pages' parts that are kept.
+    huge: usize,
 }
 
 /// Buffers of one size that nobody uses.
@@ -43,7 +48,7 @@ struct Spare {
 
 impl Default for Buffers {
     fn default() -> Self {
-        Self { spare: std::array::from_fn(|_| Spare::default()), kept: 0 }
+        Self { spare: std::array::from_fn(|_| Spare::default()), kept: 0, lent: 0, huge: 0 }
     }
 }
 
@@ -59,10 +64,17 @@ impl Buffers {
     /// # Errors
     /// When the host has no memory.
     pub fn take(&mut self, len: usize) -> io::Result<Pages> {
+        let pages = self.find(len)?;
+        self.lent += pages.len();
+        Ok(pages)
+    }
+
+    fn find(&mut self, len: usize) -> io::Result<Pages> {
         let size = size_of(len);
         let whole = PAGE << size;
         let Some(spare) = self.spare.get_mut(size) else { return Pages::new(whole) };
         if let Some(pages) = spare.huge.pop() {
+            self.huge -= pages.len();
             return Ok(pages);
         }
         if let Some(pages) = spare.small.pop() {
@@ -70,20 +82,42 @@ impl Buffers {
             return Ok(pages);
         }
         if (LARGE..HUGE_PAGE).contains(&whole) && spare.cut < HUGE_MAX {
-            return spare.cut_huge(whole);
+            let pages = spare.cut_huge(whole)?;
+            self.huge += HUGE_PAGE - whole;
+            return Ok(pages);
         }
         if whole < HUGE_PAGE { Pages::new(whole) } else { Pages::huge(whole) }
     }
 
-    /// Takes memory back.
+    /// Takes memory back that was taken from here.
     pub fn give_back(&mut self, pages: Pages) {
+        self.lent -= pages.len();
         let Some(spare) = self.spare.get_mut(size_of(pages.len())) else { return };
         if pages.is_huge() && pages.len() < HUGE_PAGE {
+            self.huge += pages.len();
             spare.huge.push(pages);
         } else if self.kept + pages.len() <= KEPT_MAX {
             self.kept += pages.len();
             spare.small.push(pages);
         }
+    }
+
+    /// Returns how many bytes are taken and were not given back.
+    #[must_use]
+    pub fn lent(&self) -> usize {
+        self.lent
+    }
+
+    /// Returns how much memory that is, with what is kept.
+    #[must_use]
+    pub fn total(&self) -> usize {
+        self.lent + self.kept + self.huge
+    }
+
+    /// Gives all that is kept back to the host.
+    pub fn trim(&mut self) {
+        self.spare = std::array::from_fn(|_| Spare::default());
+        (self.kept, self.huge) = (0, 0);
     }
 }
 
@@ -114,8 +148,11 @@ mod tests {
         assert_eq!(buffers.take(4096).unwrap()[0], 0, "another size");
         assert_eq!((buffers.take(8192).unwrap()[0], buffers.kept), (7, 0));
         let many: Vec<_> = (0..5).map(|_| buffers.take(4 << 20).unwrap()).collect();
+        assert_eq!((buffers.lent(), buffers.total()), ((20 << 20) + 12_288, (20 << 20) + 12_288));
         many.into_iter().for_each(|pages| buffers.give_back(pages));
-        assert_eq!(buffers.kept, KEPT_MAX);
+        assert_eq!((buffers.kept, buffers.total()), (KEPT_MAX, KEPT_MAX + 12_288));
+        buffers.trim();
+        assert_eq!(buffers.total(), 12_288);
         let large = buffers.take(1 << 40);
         assert!(large.is_err() || large.unwrap().len() == 1 << 40);
     }
@@ -130,6 +167,7 @@ mod tests {
         assert!(taken.iter().all(|pages| pages.len() == len && pages.as_ptr().align_offset(PAGE) == 0));
         taken.into_iter().rev().for_each(|pages| buffers.give_back(pages));
         assert_eq!((buffers.spare[size_of(len)].huge.len(), buffers.kept), (huge, KEPT_MAX));
+        assert_eq!((buffers.lent(), buffers.total()), (0, KEPT_MAX + HUGE_MAX * HUGE_PAGE));
         let again: Vec<_> = (0..huge).map(|_| buffers.take(len).unwrap()).collect();
         assert!(again.iter().all(Pages::is_huge), "they are used first");
         assert!(!buffers.take(len).unwrap().is_huge() && !buffers.take(LARGE / 2).unwrap().is_huge());

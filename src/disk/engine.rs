@@ -173,10 +173,10 @@ fn guarded<R>(work: impl FnOnce() -> Result<R>) -> Result<R> {
 }
 
 impl<T: Send + 'static> Engine<T> {
-    /// Makes an engine with at most `threads` other threads for what may wait; none is started before it is needed.
+    /// Makes an engine with at most `threads` other threads for what may wait; all but one are started when they are needed.
     ///
     /// # Errors
-    /// When the host has no more descriptors.
+    /// When the host has no more descriptors or threads.
     pub fn new(name: &'static str, threads: usize) -> Result<Self> {
         let fail = |e: rustix::io::Errno| Error::io("cannot make an eventfd", e.into());
         let bell = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(fail)?;
@@ -184,7 +184,7 @@ impl<T: Send + 'static> Engine<T> {
             Ring::new(RING_ENTRIES).inspect_err(|e| tracing::info!("no io_uring ({e}): threads do its work")).ok();
         Ok(Self {
             ring,
-            workers: Workers::new(name, threads, |_| (), 0),
+            workers: Workers::new(name, threads, |_| (), 0).map_err(|e| Error::io("cannot start a thread", e))?,
             returned: Arc::new(Returned { done: Mutex::default(), bell }),
             aside: 0,
             done: VecDeque::new(),

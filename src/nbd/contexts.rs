@@ -7,8 +7,8 @@
 //! 1. What is dirty is what differs between NAME and what is exported ([`crate::snapshot::diff`]): more may be told than
 //!    differs, never less. For a live disk it is as of the moment when the client chose the context; who wants data and
 //!    changes of one instant exports a snapshot.
-//! 2. It is computed once, when it is chosen, and kept in bounded memory: where there are too many ranges, those with the
-//!    smallest gaps between them become one.
+//! 2. It is computed once, when it is chosen, and kept in bounded memory ([`Asked`]): where there are too many ranges, those
+//!    with the smallest gaps between them become one. It is broken off when nobody wants it any more.
 //! 3. A base that cannot be used is an error, not an answer that all or nothing changed.
 
 use std::ops::Range;
@@ -19,8 +19,12 @@ use crate::snapshot::diff::{self, StateName};
 use crate::store::{StateKey, StateRow, Store, Tables};
 use crate::units::{BLOCK_SIZE, BranchId, DiskId, SnapshotId};
 
-/// Ranges that are kept of one context at most: 32 MiB.
+/// Ranges that are kept of one context at most.
 const RANGES_MAX: usize = 4 << 20;
+/// Bytes of a range.
+const RANGE: usize = size_of::<u64>();
+/// Bytes of as many as there may be.
+pub(super) const DIRTY_MAX: usize = RANGES_MAX * RANGE;
 /// Blocks of one range at most; longer ones are several.
 const BLOCKS_MAX: u64 = (1 << LENGTH_BITS) - 1;
 const LENGTH_BITS: u32 = 29;
@@ -46,6 +50,11 @@ impl Dirty {
     /// When it begins beyond 128 TiB: no disk is so large.
     pub fn add(&mut self, bytes: Range<u64>) {
         self.add_within(bytes, RANGES_MAX);
+    }
+
+    /// Returns how much memory it has.
+    pub(super) fn bytes(&self) -> usize {
+        self.ranges.capacity() * RANGE
     }
 
     fn add_within(&mut self, bytes: Range<u64>, ranges_max: usize) {
@@ -97,6 +106,29 @@ impl Dirty {
     }
 }
 
+/// How something is asked for that may take long and be large.
+#[derive(Clone, Copy)]
+pub struct Asked<'a> {
+    /// Bytes the answer may have; 16 at least.
+    pub bytes: usize,
+    /// Tells whether nobody wants it any more.
+    pub cancelled: &'a (dyn Fn() -> bool + Sync),
+}
+
+impl std::fmt::Debug for Asked<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Asked").field("bytes", &self.bytes).finish_non_exhaustive()
+    }
+}
+
+impl Asked<'static> {
+    /// Asks for as much as there may be, and waits for it.
+    #[must_use]
+    pub fn patiently() -> Self {
+        Self { bytes: DIRTY_MAX, cancelled: &|| false }
+    }
+}
+
 /// What changed since when, for an export.
 pub trait Contexts: Send + Sync {
     /// Returns the names that are listed; others may be known, too.
@@ -104,8 +136,8 @@ pub trait Contexts: Send + Sync {
     /// Finds what changed since `name`.
     ///
     /// # Errors
-    /// `NotFound` when there is no such name; any other when it is there and cannot be used.
-    fn dirty(&self, name: &str) -> Result<Arc<Dirty>>;
+    /// `NotFound` when there is no such name; any other when it is there and cannot be used, or was cancelled.
+    fn dirty(&self, name: &str, asked: &Asked<'_>) -> Result<Arc<Dirty>>;
 }
 
 /// No contexts.
@@ -117,7 +149,7 @@ impl Contexts for NoContexts {
         Vec::new()
     }
 
-    fn dirty(&self, name: &str) -> Result<Arc<Dirty>> {
+    fn dirty(&self, name: &str, _asked: &Asked<'_>) -> Result<Arc<Dirty>> {
         Err(Error::not_found(format!("there is no '{name}' to compare with")))
     }
 }
@@ -200,20 +232,22 @@ impl Contexts for Snapshots {
         self.names_in(&self.store.tables.read()).unwrap_or_default()
     }
 
-    fn dirty(&self, name: &str) -> Result<Arc<Dirty>> {
+    fn dirty(&self, name: &str, asked: &Asked<'_>) -> Result<Arc<Dirty>> {
         let (from, to) = self.sides(name)?;
         let mut dirty = Dirty::default();
+        let ranges_max = (asked.bytes / RANGE).clamp(2, RANGES_MAX);
         let each = &mut |extent: diff::Extent| {
-            dirty.add(extent.offset..extent.offset + extent.length);
+            dirty.add_within(extent.offset..extent.offset + extent.length, ranges_max);
             Ok(())
         };
-        let found = diff::open(&self.store, &from, &to).and_then(|diff| diff.each(each));
+        let found = diff::open(&self.store, &from, &to).and_then(|diff| diff.each_until(asked.cancelled, each));
         // Found a moment ago: that it is not found now is no sign of a name that never was.
         let gone = |e: Error| match e.kind() {
             Kind::NotFound => Error::failed(format!("'{name}' went away: {e}")),
             _ => e.context(format!("cannot compare with '{name}'")),
         };
         found.map_err(gone)?;
+        dirty.ranges.shrink_to_fit();
         Ok(Arc::new(dirty))
     }
 }

@@ -5,21 +5,28 @@
 //!    Only what leaves nobody knowing where the next option begins ends the connection.
 //! 2. With TLS configured nothing but STARTTLS and ABORT is answered before it has begun, and whatever was agreed before
 //!    is forgotten then.
-//! 3. A client has [`IDLE`] for each message and [`OPTIONS_MAX`] options in all.
+//! 3. A client has [`IDLE`] for each message, [`OPTIONS_MAX`] options in all, and a time for all of it that only grows by
+//!    what the server itself takes long for; TLS is a part of it.
 //! 4. An export is opened when the client names it, and let go when it names another one or goes away. It is entered when
 //!    the client chooses it, not before: who asks is in nobody's way. What is entered is what was asked about, with the
 //!    contexts that were chosen for it, even if it has got another name meanwhile.
+//! 5. A context is computed in memory that all connections share. With less of it than there could be ranges it tells of
+//!    more than has changed; with none it is refused. When the client goes, or the server ends, that is broken off.
 
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use super::contexts::DIRTY_MAX;
 use super::link::Link;
 use super::option::{self, Choice, DATA_MAX, FIXED_NEWSTYLE, NO_ZEROES, OPTION, Queries, ZEROES, info, kind, reply};
+use super::server::Limits;
 use super::status::{ALLOCATION, BITMAP, Context};
 use super::tls::Tls;
 use super::wire::{PAYLOAD_MAX, TEXT_MAX, transmission, word};
-use super::{Export, Exports, Keep};
+use super::{Asked, Contexts, Export, Exports, Keep};
+use crate::budget::Pot;
 use crate::clock::{self, Instant};
 use crate::error::{Error, Kind, Result};
 use crate::units::BLOCK_SIZE;
@@ -32,6 +39,10 @@ const OPTIONS_MAX: usize = 10_000;
 const SKIP_MAX: usize = 1 << 20;
 /// Contexts of one connection at most; each may take some memory.
 const CONTEXTS_MAX: usize = 8;
+/// So much longer a handshake takes at most if the server has much to compute for it.
+const LONGER: u32 = 10;
+/// The least memory a context is computed in.
+const DIRTY_MIN: usize = 64 << 10;
 
 /// What was agreed on.
 pub(super) struct Terms {
@@ -50,6 +61,10 @@ pub(super) struct Handshake<'a> {
     exports: &'a dyn Exports,
     tls: Option<&'a Tls>,
     stopping: &'a AtomicBool,
+    answers: &'a Arc<Pot>,
+    deadline: Instant,
+    /// The deadline is never later than this.
+    last: Instant,
     zeroes: bool,
     structured: bool,
     opened: Option<(String, Export)>,
@@ -68,13 +83,23 @@ enum Next {
 type Answer = Result<Vec<u8>, (u32, String)>;
 
 impl<'a> Handshake<'a> {
+    /// Begins a handshake that may take so long.
     pub(super) fn new(
         link: &'a mut Link,
         exports: &'a dyn Exports,
         tls: Option<&'a Tls>,
         stopping: &'a AtomicBool,
+        limits: &'a Limits,
     ) -> Self {
-        Self { link, exports, tls, stopping, zeroes: true, structured: false, opened: None, contexts: None }
+        let (answers, begun) = (&limits.budget.answers, clock::now());
+        let (deadline, last) = (begun + limits.handshake, begun + limits.handshake * LONGER);
+        let (zeroes, structured, opened, contexts) = (true, false, None, None);
+        Self { link, exports, tls, stopping, answers, deadline, last, zeroes, structured, opened, contexts }
+    }
+
+    /// Returns when the next message must be there, or taken.
+    fn deadline(&self) -> Instant {
+        self.deadline.min(clock::now() + IDLE)
     }
 
     /// Goes through the handshake; `None` when the client has said goodbye.
@@ -82,17 +107,23 @@ impl<'a> Handshake<'a> {
     /// # Errors
     /// When the connection broke, or what came makes no sense.
     pub(super) fn run(mut self) -> io::Result<Option<Terms>> {
-        self.link.send_all(&option::greeting(FIXED_NEWSTYLE | NO_ZEROES), deadline())?;
+        let deadline = self.deadline();
+        self.link.send_all(&option::greeting(FIXED_NEWSTYLE | NO_ZEROES), deadline)?;
         let mut flags = [0; 4];
-        self.link.receive_all(&mut flags, deadline())?;
+        self.link.receive_all(&mut flags, deadline)?;
         let flags = word(&flags, 0);
         if flags & !u32::from(FIXED_NEWSTYLE | NO_ZEROES) != 0 {
             return Err(io::Error::other(format!("the client has flags that nobody offered: {flags:#x}")));
         }
         self.zeroes = flags & u32::from(NO_ZEROES) == 0;
         for _ in 0..OPTIONS_MAX {
+            let deadline = self.deadline();
+            // A client that always has the next one ready never makes anybody wait.
+            if deadline <= clock::now() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
             let mut header = [0; OPTION];
-            self.link.receive_all(&mut header, deadline())?;
+            self.link.receive_all(&mut header, deadline)?;
             let (kind, len) =
                 option::option_header(&header).ok_or_else(|| io::Error::other("what came is no option"))?;
             match self.take(kind, len as usize)? {
@@ -106,16 +137,17 @@ impl<'a> Handshake<'a> {
 
     /// Answers an option with `len` bytes of data.
     fn take(&mut self, kind: u32, len: usize) -> io::Result<Next> {
+        let deadline = self.deadline();
         let name_max = if kind == kind::EXPORT_NAME { TEXT_MAX } else { DATA_MAX };
         if len > name_max {
             if len > SKIP_MAX || kind == kind::EXPORT_NAME {
                 return Err(io::Error::other(format!("option {kind} has {len} bytes")));
             }
-            self.link.receive_all(&mut vec![0; len], deadline())?;
+            self.link.receive_all(&mut vec![0; len], deadline)?;
             return self.answer(kind, Err((reply::ERR_TOO_BIG, format!("{len} bytes are too many"))));
         }
         let mut data = vec![0; len];
-        self.link.receive_all(&mut data, deadline())?;
+        self.link.receive_all(&mut data, deadline)?;
         if self.stopping.load(Ordering::Acquire) && kind != kind::ABORT {
             self.answer(kind, Err((reply::ERR_SHUTDOWN, "the server ends".into())))?;
             return Ok(Next::End);
@@ -146,7 +178,13 @@ impl<'a> Handshake<'a> {
             }
             kind::STRUCTURED_REPLY => Err((reply::ERR_INVALID, "this option has no data".into())),
             kind::LIST_META_CONTEXT => self.list_contexts(&data),
-            kind::SET_META_CONTEXT => self.set_contexts(&data),
+            kind::SET_META_CONTEXT => {
+                let begun = clock::now();
+                let answer = self.set_contexts(&data);
+                // What the server takes long for is not the client's fault, up to a point.
+                self.deadline = self.last.min(self.deadline + (clock::now() - begun));
+                answer
+            }
             _ => Err((reply::ERR_UNSUP, format!("option {kind} is not known here"))),
         };
         self.answer(kind, answer)
@@ -157,7 +195,8 @@ impl<'a> Handshake<'a> {
             tracing::debug!("NBD option {kind} is refused: {text}");
             option::option_reply(kind, error, shortened(&text).as_bytes())
         });
-        self.link.send_all(&bytes, deadline())?;
+        let deadline = self.deadline();
+        self.link.send_all(&bytes, deadline)?;
         Ok(Next::Option)
     }
 
@@ -170,7 +209,8 @@ impl<'a> Handshake<'a> {
             None => self.answer(kind, refuse(reply::ERR_POLICY, "this server has no certificate")),
             Some(tls) => {
                 self.answer(kind, Ok(acknowledged(kind)))?;
-                self.link.start_tls(tls, deadline())?;
+                let deadline = self.deadline();
+                self.link.start_tls(tls, deadline)?;
                 (self.structured, self.opened, self.contexts) = (false, None, None);
                 Ok(Next::Option)
             }
@@ -259,7 +299,8 @@ impl<'a> Handshake<'a> {
         if self.zeroes {
             bytes.extend_from_slice(&[0; ZEROES]);
         }
-        self.link.send_all(&bytes, deadline())?;
+        let deadline = self.deadline();
+        self.link.send_all(&bytes, deadline)?;
         Ok(self.agree(keep))
     }
 
@@ -293,26 +334,28 @@ impl<'a> Handshake<'a> {
     fn set_contexts(&mut self, data: &[u8]) -> Answer {
         self.contexts = None;
         let Queries { name, queries } = self.queries(data)?;
+        let (gone, stopping, answers) = (self.link.gone(), self.stopping, self.answers);
         let export = self.open(&name)?;
+        let cancelled = || stopping.load(Ordering::Acquire) || gone();
         let mut chosen: Vec<(String, Context)> = Vec::new();
         for query in queries {
+            let base = query.strip_prefix(BITMAP).filter(|base| !base.is_empty());
             // First: what a name stands for may take long to find out.
-            if chosen.iter().any(|(name, _)| *name == query) {
+            if chosen.iter().any(|(name, _)| *name == query) || base.is_none() && query != ALLOCATION {
                 continue;
             }
-            let context = match query.strip_prefix(BITMAP) {
-                _ if query == ALLOCATION => Context::Allocation,
-                Some(base) if !base.is_empty() => match export.contexts.dirty(base) {
-                    Ok(dirty) => Context::Dirty(dirty),
+            if chosen.len() == CONTEXTS_MAX {
+                return Err((reply::ERR_TOO_BIG, format!("more than {CONTEXTS_MAX} contexts at a time")));
+            }
+            let context = match base {
+                None => Context::Allocation,
+                Some(base) => match dirty(&*export.contexts, base, answers, &cancelled) {
+                    Ok(context) => context,
                     // One that is not known is just not chosen.
                     Err(error) if error.kind() == Kind::NotFound => continue,
                     Err(error) => return Err((reply::ERR_INVALID, said(&error))),
                 },
-                _ => continue,
             };
-            if chosen.len() == CONTEXTS_MAX {
-                return Err((reply::ERR_TOO_BIG, format!("more than {CONTEXTS_MAX} contexts at a time")));
-            }
             chosen.push((query, context));
         }
         let mut bytes = Vec::new();
@@ -326,8 +369,20 @@ impl<'a> Handshake<'a> {
     }
 }
 
-fn deadline() -> Instant {
-    clock::now() + IDLE
+/// Finds what changed since `base`, in as much memory as there is for it.
+fn dirty(
+    contexts: &dyn Contexts,
+    base: &str,
+    answers: &Arc<Pot>,
+    cancelled: &(dyn Fn() -> bool + Sync),
+) -> Result<Context> {
+    let mut sizes = std::iter::successors(Some(DIRTY_MAX), |size| Some(size / 2)).take_while(|size| *size >= DIRTY_MIN);
+    let Some(mut share) = sizes.find_map(|size| answers.take(size)) else {
+        return Err(Error::failed("there is no memory for one more context").hint("end another connection first"));
+    };
+    let dirty = contexts.dirty(base, &Asked { bytes: share.units(), cancelled })?;
+    share.shrink(dirty.bytes());
+    Ok(Context::Dirty { dirty, _share: Arc::new(share) })
 }
 
 fn acknowledged(kind: u32) -> Vec<u8> {

@@ -5,14 +5,16 @@
 //!    brings it the next request.
 //! 2. Without TLS the kernel puts bytes where they belong and takes them from where they are; with TLS they are copied
 //!    once on each way.
-//! 3. The handshake has a deadline for each message. (Later a client may be silent as long as it likes.)
+//! 3. The handshake has a deadline for each message, and one for all of it. (Later a client may be silent as long as it
+//!    likes.)
 
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, epoll};
-use rustix::net::{RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendFlags};
+use rustix::net::{RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendFlags, sockopt};
 use rustls::ServerConnection;
 
 use super::tls::Tls;
@@ -58,6 +60,20 @@ impl Link {
     /// Takes a connected socket.
     pub(super) fn new(socket: Arc<OwnedFd>) -> Self {
         Self { socket, tls: None, decrypted: 0 }
+    }
+
+    /// Lets a call that waits for bytes return now and then, as if there were none to come.
+    pub(super) fn wait_at_most(&self, time: Duration) -> io::Result<()> {
+        Ok(sockopt::set_socket_timeout(&self.socket, sockopt::Timeout::Recv, Some(time))?)
+    }
+
+    /// Returns what tells whether the client has gone, or at least says nothing more.
+    pub(super) fn gone(&self) -> impl Fn() -> bool + Sync + use<> {
+        let socket = Arc::clone(&self.socket);
+        move || {
+            let (flags, now) = (PollFlags::RDHUP, Timespec { tv_sec: 0, tv_nsec: 0 });
+            rustix::event::poll(&mut [PollFd::new(&socket, flags)], Some(&now)).is_ok_and(|ready| ready > 0)
+        }
     }
 
     /// Tells whether it is encrypted.

@@ -10,7 +10,8 @@
 //! # Rules
 //! 1. No byte of a client reaches an index, a length or an allocation unchecked. What makes no sense is refused with the
 //!    error that the protocol has for it; a connection ends only when nobody knows where its next message begins.
-//! 2. A client slows and harms itself only: its requests, its replies and its memory are bounded.
+//! 2. A client slows and harms itself only: its requests, its replies and its memory are bounded, those of all clients
+//!    together too ([`crate::budget`]); and so is the time for which it may keep others from what they share.
 //! 3. A flush, and FUA, cover what was answered on any connection (`CAN_MULTI_CONN`): all of them use one disk.
 //! 4. Asking about an export (LIST, INFO, contexts) needs no lease. Choosing it (GO, EXPORT_NAME) takes what it needs, a
 //!    lease, which is let go when the connection has ended and nothing is under way.
@@ -40,9 +41,9 @@ pub mod wire;
 use std::any::Any;
 use std::sync::Arc;
 
-pub use contexts::{Contexts, Dirty, Exported, NoContexts, contexts_of};
+pub use contexts::{Asked, Contexts, Dirty, Exported, NoContexts, contexts_of};
 pub use listen::Listen;
-pub use server::{Options, Server, start};
+pub use server::{Limits, Options, Server, start};
 pub use tls::Tls;
 
 use crate::disk::BlockDevice;

@@ -89,6 +89,20 @@ impl Receiver {
         self.start += skipped;
     }
 
+    /// Returns the request that [`Self::next`] begins to take, if it does; memory is needed for its payload.
+    pub(super) fn coming(&self) -> Option<Request> {
+        let busy = self.partial.is_some() || self.refused.is_some() || self.skip > 0;
+        if busy || self.end - self.start < REQUEST {
+            return None;
+        }
+        Request::decode(self.stage[self.start..self.start + REQUEST].try_into().expect("so many bytes"))
+    }
+
+    /// Tells whether a part of a request is there.
+    pub(super) fn has_part(&self) -> bool {
+        self.partial.is_some() || self.skip > 0 || self.end > self.start
+    }
+
     /// Takes the next request that is there in full.
     ///
     /// # Errors

@@ -36,13 +36,21 @@ pub(super) struct Outbox {
     answers: VecDeque<Answer>,
     /// Bytes of the first one that are sent.
     sent: usize,
-    bytes: usize,
+    /// Bytes of heads; data is on pages.
+    heads: usize,
+    /// Replies that were sent in whole.
+    taken: u64,
 }
 
 impl Outbox {
-    /// Returns how many bytes are not sent.
-    pub(super) fn bytes(&self) -> usize {
-        self.bytes
+    /// Returns how much memory it has without that of pages.
+    pub(super) fn heads(&self) -> usize {
+        self.heads
+    }
+
+    /// Returns how many replies were sent in whole so far.
+    pub(super) fn taken(&self) -> u64 {
+        self.taken
     }
 
     /// Returns how many replies are not sent.
@@ -52,7 +60,7 @@ impl Outbox {
 
     fn put(&mut self, heads: Vec<u8>, cuts: Vec<(usize, Range<usize>)>, pages: Option<Pages>) {
         let len = heads.len() + cuts.iter().map(|(_, data)| data.len()).sum::<usize>();
-        self.bytes += len;
+        self.heads += heads.len();
         self.answers.push_back(Answer { heads, cuts, pages, len });
     }
 
@@ -158,11 +166,12 @@ impl Outbox {
     }
 
     fn advance(&mut self, sent: usize, buffers: &mut Buffers) {
-        self.bytes -= sent;
         self.sent += sent;
         while self.answers.front().is_some_and(|first| first.len <= self.sent) {
             let Some(first) = self.answers.pop_front() else { return };
             self.sent -= first.len;
+            self.heads -= first.heads.len();
+            self.taken += 1;
             first.pages.into_iter().for_each(|pages| buffers.give_back(pages));
         }
     }

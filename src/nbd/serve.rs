@@ -9,9 +9,13 @@
 //!    first. It never waits for the client while I/O is under way, which holds on to the disk.
 //! 2. What is under way is bounded, in requests and in bytes, replies that the client has not taken included. Beyond that
 //!    no request is taken.
-//! 3. Everything about a request is checked before it is begun ([`check`]); what is refused is answered, and the
+//! 3. All memory beyond [`OWN`] comes out of a pot that all connections share, also what is only kept for the next request.
+//!    A request for which there is none waits in its socket. Who waits has nothing under way; who has, gives up what it
+//!    keeps when somebody waits, and if its client then takes no reply, or sends no rest of a request, for
+//!    [`Limits::stall`], it ends. So small requests always go on, and large ones do after a while, whatever other clients do.
+//! 4. Everything about a request is checked before it is begun ([`check`]); what is refused is answered, and the
 //!    connection goes on.
-//! 4. Whatever ends the connection, what was begun is finished first. A client that says goodbye, or whose server ends,
+//! 5. Whatever ends the connection, what was begun is finished first. A client that says goodbye, or whose server ends,
 //!    gets the replies to what was begun.
 //!
 //! # Order
@@ -21,22 +25,33 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use super::handshake::Terms;
 use super::link::{Link, Watch};
 use super::receive::{Incoming, Receiver};
 use super::send::Outbox;
-use super::status::{Context, Extents};
+use super::server::Limits;
+use super::status::{Context, Extents, extents_bytes};
 use super::wire::{Command, Errno, PAYLOAD_MAX, Request, command};
+use crate::budget::{Pot, Share};
+use crate::clock::{self, Instant};
 use crate::disk::engine::{self, Done, Engine, Op};
 use crate::disk::{BlockDevice, Buffers};
 use crate::error::{Error, Kind, Result};
-use crate::sys::pages::Pages;
+use crate::sys::pages::{PAGE, Pages};
+use crate::units::to_usize;
 
 /// Requests under way at most, with the replies that are not sent.
 const REQUESTS_MAX: usize = 256;
 /// Bytes of them at most, except that one request is taken if there is no other.
 const BYTES_MAX: usize = 64 << 20;
+/// Bytes of memory that a connection may always have: small requests never wait for other clients.
+const OWN: usize = 512 << 10;
+/// Bytes of the shared memory that a connection keeps although it does not need them now.
+const SLACK: usize = 4 << 20;
+/// How often that is looked at, and whether a connection rests.
+const LOOK: Duration = Duration::from_secs(1);
 /// Threads for what may wait, at most.
 const THREADS_MAX: usize = 8;
 /// Bytes of zeros that are written at a time, where a hole is not wanted.
@@ -72,8 +87,17 @@ pub(super) struct Session<'a> {
     receiver: Receiver,
     outbox: Outbox,
     buffers: Buffers,
-    /// Bytes of memory that the engine has.
-    held: usize,
+    /// Bytes that the extents under way may have.
+    promised: usize,
+    /// What it has of the memory that all share.
+    share: Share,
+    requests: Arc<Pot>,
+    stall: Duration,
+    /// What the next request needs of it and could not have.
+    blocked: Option<usize>,
+    /// When the client last took a reply, or sent the whole of a request, and how many it had taken by then.
+    moved: Instant,
+    taken: u64,
     /// No more requests are taken.
     ended: bool,
     read_only: bool,
@@ -86,8 +110,11 @@ impl<'a> Session<'a> {
     ///
     /// # Errors
     /// When the host has no descriptors.
-    pub(super) fn new(link: &'a mut Link, terms: Terms, stopping: &'a AtomicBool) -> Result<Self> {
-        let watch = Watch::new(link).map_err(|e| Error::io("cannot watch a connection", e))?;
+    pub(super) fn new(link: &'a mut Link, terms: Terms, stopping: &'a AtomicBool, limits: &Limits) -> Result<Self> {
+        let requests = &limits.budget.requests;
+        let cannot = |e| Error::io("cannot watch a connection", e);
+        let watch = Watch::new(link).map_err(cannot)?;
+        link.wait_at_most(LOOK).map_err(cannot)?;
         Ok(Self {
             link,
             stopping,
@@ -96,7 +123,13 @@ impl<'a> Session<'a> {
             receiver: Receiver::new(),
             outbox: Outbox::default(),
             buffers: Buffers::default(),
-            held: 0,
+            promised: 0,
+            share: requests.nothing(),
+            requests: Arc::clone(requests),
+            stall: limits.stall,
+            blocked: None,
+            moved: clock::now(),
+            taken: 0,
             ended: false,
             read_only: terms.export.device.read_only(),
             terms,
@@ -120,7 +153,7 @@ impl<'a> Session<'a> {
                 // A small request that is alone is done then.
                 self.engine.submit()?;
             } else if self.engine.in_flight() > 0 {
-                let takes = !self.ended && !self.is_full();
+                let takes = self.takes();
                 let watched = self.watch.on(takes, self.outbox.len() > 0 || self.link.must_send()).map_err(broke)?;
                 self.engine.wait(watched)?;
             }
@@ -128,6 +161,7 @@ impl<'a> Session<'a> {
                 self.finish(done);
             }
             let sent = self.outbox.send(self.link, &mut self.buffers).map_err(broke)?;
+            self.settle(taken);
             if self.engine.in_flight() > 0 {
                 continue;
             }
@@ -135,13 +169,93 @@ impl<'a> Session<'a> {
                 return Ok(());
             }
             if !sent {
-                self.link.wait(!self.ended && !self.is_full(), true, None).map_err(broke)?;
+                self.wait_for_client().map_err(broke)?;
+            } else if let Some(need) = self.blocked {
+                // Nothing is under way, so nobody is held up by this.
+                let _either_way = self.share.wait(need, clock::now() + LOOK);
             }
         }
     }
 
+    /// Tells whether another request would be taken if there were one.
+    fn takes(&self) -> bool {
+        !self.ended && self.blocked.is_none() && !self.is_full()
+    }
+
     fn is_full(&self) -> bool {
-        self.engine.in_flight() + self.outbox.len() >= REQUESTS_MAX || self.held + self.outbox.bytes() >= BYTES_MAX
+        let bytes = self.buffers.lent() + self.outbox.heads() + self.promised;
+        self.engine.in_flight() + self.outbox.len() >= REQUESTS_MAX || bytes >= BYTES_MAX
+    }
+
+    /// Returns how much of the shared memory is needed for all there is and `more` bytes.
+    fn shared(&self, more: usize) -> usize {
+        (self.buffers.total() + self.outbox.heads() + self.promised + more).saturating_sub(OWN)
+    }
+
+    /// Sees to it that there is memory for a request; false when it has to wait for that.
+    fn make_room(&mut self, request: &Request) -> bool {
+        let more = need(request, self.terms.contexts.len());
+        self.blocked = None;
+        if self.share.grow(self.shared(more)) {
+            return true;
+        }
+        self.buffers.trim();
+        let needed = self.shared(more);
+        if self.share.grow(needed) {
+            return true;
+        }
+        self.blocked = Some(needed);
+        false
+    }
+
+    /// Gives back what is not needed, and notes whether the client goes on.
+    fn settle(&mut self, taken: usize) {
+        if taken > 0 || self.outbox.taken() != self.taken || self.outbox.len() == 0 && !self.receiver.has_part() {
+            (self.moved, self.taken) = (clock::now(), self.outbox.taken());
+        }
+        let slack = if self.share.units() > 0 && self.requests.is_wanted() {
+            self.buffers.trim();
+            0
+        } else {
+            SLACK
+        };
+        let needed = self.shared(0);
+        if self.share.units() > needed + slack {
+            self.share.shrink(needed);
+        }
+    }
+
+    /// Waits until the client takes more of its replies, or sends more where that is wanted.
+    fn wait_for_client(&mut self) -> io::Result<()> {
+        match self.link.wait(self.takes(), true, Some(clock::now() + LOOK)) {
+            Err(error) if error.kind() == io::ErrorKind::TimedOut => self.refuse_stall(),
+            other => other,
+        }
+    }
+
+    /// Fails when the client has kept memory too long for which others wait.
+    fn refuse_stall(&self) -> io::Result<()> {
+        let stalled = self.share.units() > 0 && self.requests.is_wanted() && self.moved.elapsed() >= self.stall;
+        if !stalled {
+            return Ok(());
+        }
+        tracing::warn!(
+            "a client of NBD export '{}' is disconnected: it has not moved for {} s while others wait for memory",
+            self.terms.export.name,
+            self.stall.as_secs()
+        );
+        Err(io::ErrorKind::TimedOut.into())
+    }
+
+    /// Gives up all memory while the client rests; waits without end unless it has sent a part of something.
+    fn rest(&mut self) -> io::Result<()> {
+        if self.stopping.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        self.buffers.trim();
+        let needed = self.shared(0);
+        self.share.shrink(needed);
+        if self.receiver.has_part() { self.refuse_stall() } else { self.link.wait(true, false, None) }
     }
 
     /// Begins what was asked for; waits for it when nothing else is to be done. Returns how many requests there were.
@@ -150,20 +264,31 @@ impl<'a> Session<'a> {
         if self.stopping.load(Ordering::Acquire) {
             self.ended = true;
         }
+        self.blocked = None;
         while !self.ended {
-            while !self.ended && !self.is_full() {
+            while self.takes() {
+                if let Some(coming) = self.receiver.coming()
+                    && !self.make_room(&coming)
+                {
+                    break;
+                }
                 let Some(incoming) = self.receiver.next(&mut self.buffers)? else { break };
                 taken += 1;
                 self.begin(incoming);
             }
-            if self.ended || self.is_full() || taken > 0 && !self.link.has_more() {
+            if !self.takes() || taken > 0 && !self.link.has_more() {
                 break;
             }
             let idle = self.engine.in_flight() == 0 && self.outbox.len() == 0 && !self.link.must_send();
             match self.receiver.fill(self.link, idle)? {
                 Some(true) => {}
                 Some(false) => self.ended = true,
-                None => break,
+                None => {
+                    if idle {
+                        self.rest()?;
+                    }
+                    break;
+                }
             }
         }
         Ok(taken)
@@ -246,7 +371,6 @@ impl<'a> Session<'a> {
     }
 
     fn give(&mut self, offset: u64, len: u64, op: Op, pages: Option<Pages>, tag: Tag) {
-        self.held += pages.as_ref().map_or(0, |pages| pages.len());
         let device = Arc::clone(&self.terms.export.device);
         self.engine.begin(engine::Request { op, device, offset, len, pages, at: 0, tag });
     }
@@ -265,6 +389,7 @@ impl<'a> Session<'a> {
     }
 
     fn begin_status(&mut self, request: Request) {
+        self.promised += need(&request, self.terms.contexts.len());
         let contexts = self.terms.contexts.clone();
         let device = Arc::clone(&self.terms.export.device);
         let tag = Tag { request, command: Command::BlockStatus, step: Step::Only, extents: Vec::new() };
@@ -283,8 +408,10 @@ impl<'a> Session<'a> {
     /// Answers a request that is finished, or goes on with its next step.
     fn finish(&mut self, done: Done<Tag>) {
         let Done { request: engine::Request { offset, len, pages, tag, .. }, result } = done;
-        self.held -= pages.as_ref().map_or(0, |pages| pages.len());
         let request = tag.request;
+        if tag.command == Command::BlockStatus {
+            self.promised -= need(&request, self.terms.contexts.len());
+        }
         if let Err(error) = result {
             pages.into_iter().for_each(|pages| self.buffers.give_back(pages));
             let errno = errno_of(&error);
@@ -318,6 +445,17 @@ impl<'a> Session<'a> {
                 self.outbox.done(request.cookie);
             }
         }
+    }
+}
+
+/// Returns how much memory a request needs at most.
+fn need(request: &Request, contexts: usize) -> usize {
+    let length = request.length as usize;
+    match request.command() {
+        Some(Command::Read | Command::Write) if request.length <= PAYLOAD_MAX => length.next_power_of_two().max(PAGE),
+        Some(Command::WriteZeroes) if request.flags & command::NO_HOLE != 0 => length.min(to_usize(ZEROS)),
+        Some(Command::BlockStatus) => contexts * extents_bytes(request.length),
+        _ => 0,
     }
 }
 

@@ -1,7 +1,8 @@
 //! The server: who is connected, and the end of it.
 //!
 //! # Rules
-//! 1. One thread for each connection, and no more connections than allowed: one too many is closed at once.
+//! 1. One thread for each connection, and no more connections than allowed, nor than there are descriptors for: one too many
+//!    is closed at once. So clients leave the pool the descriptors that it needs for its files.
 //! 2. A connection that fails, or whose thread panics, takes nothing with it but itself.
 //! 3. The end: no new connections; what is under way is finished and answered; then connections are closed, also those
 //!    whose clients do not take their replies within [`STOP_TIME`]. When it returns, everything exported is let go, except
@@ -25,12 +26,19 @@ use super::link::Link;
 use super::listen::{Listen, Listener};
 use super::serve::Session;
 use super::tls::Tls;
+use crate::budget::Budget;
 use crate::clock;
 use crate::error::{Error, Result};
 use crate::sync::{Condvar, Mutex};
 
 /// How long the end of the server waits for clients to take their replies, and then for I/O under way.
 const STOP_TIME: Duration = Duration::from_secs(10);
+/// How long a handshake takes at most. The longest is that of a program that asks about each of a thousand exports.
+const HANDSHAKE: Duration = Duration::from_secs(60);
+/// How long a client keeps others waiting for memory at most.
+const STALL: Duration = Duration::from_secs(30);
+/// Descriptors of a connection: its socket, and what its engine and its waiting need.
+const DESCRIPTORS: usize = 4;
 /// How long accepting rests when the host has no descriptor or thread left.
 const REST: Duration = Duration::from_millis(100);
 
@@ -41,8 +49,29 @@ pub struct Options {
     pub listen: Listen,
     /// TLS, which is then forced.
     pub tls: Option<Tls>,
+    /// How much.
+    pub limits: Limits,
+}
+
+/// What clients may take of the server.
+#[derive(Debug, Clone)]
+pub struct Limits {
     /// Connections at a time.
-    pub connections_max: usize,
+    pub connections: usize,
+    /// How long a client may take for the whole handshake.
+    pub handshake: Duration,
+    /// How long a client may keep memory for which others wait without taking a reply or sending a request.
+    pub stall: Duration,
+    /// What it shares with other servers of the process.
+    pub budget: Budget,
+}
+
+impl Limits {
+    /// Allows so many connections, out of this budget.
+    #[must_use]
+    pub fn new(connections: usize, budget: Budget) -> Self {
+        Self { connections, handshake: HANDSHAKE, stall: STALL, budget }
+    }
 }
 
 /// A running server; it ends when this is dropped.
@@ -55,7 +84,7 @@ pub struct Server {
 struct Shared {
     listener: Listener,
     tls: Option<Tls>,
-    connections_max: usize,
+    limits: Limits,
     exports: Arc<dyn Exports>,
     stopping: AtomicBool,
     /// By a number that is theirs alone.
@@ -79,7 +108,7 @@ pub fn start(options: Options, exports: Arc<dyn Exports>) -> Result<Server> {
     let shared = Arc::new(Shared {
         listener: Listener::bind(&options.listen)?,
         tls: options.tls,
-        connections_max: options.connections_max,
+        limits: options.limits,
         exports,
         stopping: AtomicBool::new(false),
         connections: Mutex::default(),
@@ -157,15 +186,14 @@ fn accept(shared: &Arc<Shared>) {
 
 fn begin(shared: &Arc<Shared>, number: u64, socket: OwnedFd) {
     let socket = Arc::new(socket);
+    let Some(descriptors) = shared.limits.budget.descriptors.take(DESCRIPTORS) else {
+        return shared.refuse("there are no descriptors for it");
+    };
     {
         let mut connections = shared.connections.lock();
-        if connections.len() >= shared.connections_max {
-            let refused = shared.refused.fetch_add(1, Ordering::Relaxed) + 1;
-            if refused.is_power_of_two() {
-                let most = shared.connections_max;
-                tracing::warn!("an NBD connection more than the {most} allowed was closed ({refused} so far)");
-            }
-            return;
+        if connections.len() >= shared.limits.connections {
+            drop(connections);
+            return shared.refuse(&format!("there are {} already", shared.limits.connections));
         }
         connections.insert(number, Arc::clone(&socket));
     }
@@ -174,6 +202,7 @@ fn begin(shared: &Arc<Shared>, number: u64, socket: OwnedFd) {
         if catch_unwind(AssertUnwindSafe(|| serve(&own, socket))).is_err() {
             tracing::error!("an NBD connection ended on a mistake in this program");
         }
+        drop(descriptors);
         own.forget(number);
     };
     if let Err(error) = std::thread::Builder::new().name(format!("nbd-{number}")).spawn(serve) {
@@ -183,6 +212,14 @@ fn begin(shared: &Arc<Shared>, number: u64, socket: OwnedFd) {
 }
 
 impl Shared {
+    /// Counts a connection that is closed at once.
+    fn refuse(&self, why: &str) {
+        let refused = self.refused.fetch_add(1, Ordering::Relaxed) + 1;
+        if refused.is_power_of_two() {
+            tracing::warn!("an NBD connection was closed, for {why} ({refused} so far)");
+        }
+    }
+
     fn forget(&self, number: u64) {
         self.connections.lock().remove(&number);
         self.left.notify_all();
@@ -192,11 +229,11 @@ impl Shared {
 /// Serves a connection to its end.
 fn serve(shared: &Shared, socket: Arc<OwnedFd>) {
     let mut link = Link::new(socket);
-    let handshake = Handshake::new(&mut link, &*shared.exports, shared.tls.as_ref(), &shared.stopping);
+    let handshake = Handshake::new(&mut link, &*shared.exports, shared.tls.as_ref(), &shared.stopping, &shared.limits);
     let ended = handshake.run().map_err(|e: io::Error| Error::io("the handshake failed", e)).and_then(|terms| {
         let Some(terms) = terms else { return Ok(()) };
         tracing::debug!("an NBD client uses '{}'", terms.export.name);
-        Session::new(&mut link, terms, &shared.stopping)?.run()
+        Session::new(&mut link, terms, &shared.stopping, &shared.limits)?.run()
     });
     if let Err(error) = ended {
         tracing::debug!("an NBD connection ended: {error}");

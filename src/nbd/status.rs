@@ -7,8 +7,10 @@
 use std::sync::Arc;
 
 use super::contexts::Dirty;
+use crate::budget::Share;
 use crate::disk::BlockDevice;
 use crate::error::Result;
+use crate::units::{BLOCK_SIZE, to_usize};
 
 /// The context that tells what is allocated.
 pub(super) const ALLOCATION: &str = "base:allocation";
@@ -29,7 +31,18 @@ pub(super) type Extents = Vec<(u32, u32)>;
 #[derive(Debug, Clone)]
 pub(super) enum Context {
     Allocation,
-    Dirty(Arc<Dirty>),
+    Dirty {
+        dirty: Arc<Dirty>,
+        /// The memory that it has.
+        _share: Arc<Share>,
+    },
+}
+
+/// Returns how many bytes the extents of a context have at most, for a range of so many bytes.
+pub(super) fn extents_bytes(length: u32) -> usize {
+    // Half a block at either end.
+    let blocks = to_usize(u64::from(length) / BLOCK_SIZE) + 2;
+    blocks.min(EXTENTS_MAX) * size_of::<(u32, u32)>()
 }
 
 impl Context {
@@ -52,7 +65,7 @@ impl Context {
                     }
                     if at < data.0 { (HOLE_AND_ZERO, data.0) } else { (0, data.1) }
                 }
-                Self::Dirty(dirty) => {
+                Self::Dirty { dirty, .. } => {
                     let (is, upto) = dirty.at(at);
                     (if is { DIRTY } else { 0 }, upto)
                 }

@@ -15,4 +15,5 @@ pub mod pages;
 pub mod pipe;
 pub mod process;
 pub mod ring;
+pub mod shared;
 pub mod tap;

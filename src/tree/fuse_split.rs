@@ -59,6 +59,7 @@ pub(super) fn serve(session: Session<Mount>, parts: Parts) -> io::Result<()> {
 
 fn serve_split(session: Session<Mount>, parts: Parts, mut ring: Ring<Flight>) -> io::Result<()> {
     let Parts { tree, number, queue, threads, acl, .. } = parts;
+    let workers = Workers::new("mount-work", threads, stale::enter_handler, number)?;
     let device = Device::new(fs::File::from(session.as_fd().try_clone_to_owned()?), REQUEST_MAX as usize)?;
     let (near, far) = rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
     let near = Arc::new(near);
@@ -71,10 +72,8 @@ fn serve_split(session: Session<Mount>, parts: Parts, mut ring: Ring<Flight>) ->
         let (device, near) = (Arc::clone(&device), Arc::clone(&near));
         std::thread::Builder::new().name("mount-answer".into()).spawn(move || pass_answers(&device, &near))?
     };
-    let served = {
-        let workers = Workers::new("mount-work", threads, stale::enter_handler, number);
-        Loop { tree, device, workers, fuser: Arc::clone(&near), number, ahead: RefCell::default() }.run(&mut ring)
-    };
+    let served =
+        Loop { tree, device, workers, fuser: Arc::clone(&near), number, ahead: RefCell::default() }.run(&mut ring);
     for _ in 0..threads {
         rustix::net::send(&near, &wire::farewell(), SendFlags::empty())?;
     }

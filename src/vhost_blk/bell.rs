@@ -2,6 +2,8 @@
 //!
 //! # Rules
 //! 1. They come from the front end, so they may be anything: none is ever waited for in a read or write.
+//! 2. One that has ended (a pipe whose other end is closed) is readable for ever and brings nothing: whoever waits for it is
+//!    told, or it would wake him again at once.
 
 use std::fs::File;
 use std::io;
@@ -33,16 +35,20 @@ pub(super) fn ring(file: &File) {
     }
 }
 
-/// Takes what made a descriptor readable.
-pub(super) fn silence(file: &File) {
-    if let Err(error) = rustix::io::read(file, &mut [0_u8; 8])
-        && error != rustix::io::Errno::AGAIN
-    {
-        tracing::debug!("a notification was not read: {error}");
+/// Takes what made a descriptor readable; tells whether anything had.
+///
+/// # Errors
+/// When nothing will ever make it readable again.
+pub(super) fn silence(file: &File) -> io::Result<bool> {
+    match rustix::io::read(file, &mut [0_u8; 8]) {
+        Ok(0) => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "its other end is closed")),
+        Ok(_) => Ok(true),
+        Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => Ok(false),
+        Err(error) => Err(error.into()),
     }
 }
 
-/// Waits until one of two descriptors is readable; tells whether the first is.
+/// Waits until one of two descriptors is readable, or can never be; tells whether the first is.
 pub(super) fn wait(first: &impl AsFd, second: &File) -> io::Result<bool> {
     let mut fds = [PollFd::new(first, PollFlags::IN), PollFd::new(second, PollFlags::IN)];
     loop {
@@ -52,6 +58,12 @@ pub(super) fn wait(first: &impl AsFd, second: &File) -> io::Result<bool> {
             Err(error) => return Err(error.into()),
         }
     }
+}
+
+/// Tells whether a descriptor is readable now.
+pub(super) fn is_ringing(file: &impl AsFd) -> bool {
+    let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+    rustix::event::poll(&mut [PollFd::new(file, PollFlags::IN)], Some(&now)).is_ok_and(|ringing| ringing > 0)
 }
 
 /// Where the guest is told that requests are answered; the front end may put another one there at any time.

@@ -9,8 +9,7 @@
 
 use std::sync::Arc;
 
-use vm_memory::GuestMemoryMmap;
-
+use super::memory::Memory;
 use super::queue::Target;
 use super::request::{Request, SERIAL, Status, What};
 use crate::disk::engine::{Done, Op, Request as Part};
@@ -98,12 +97,12 @@ impl Flights {
     }
 
     /// Begins a request. It goes to the host when the engine is next asked to submit or wait.
-    pub(super) fn begin(&mut self, memory: &GuestMemoryMmap, head: u16, request: Request) {
+    pub(super) fn begin(&mut self, memory: &Memory, head: u16, request: Request) {
         match request.what {
             What::Refused(status) => return self.answer(memory, head, &request, status, 0),
             What::Serial => {
                 let len = request.data.len().min(SERIAL);
-                let told = request.data.copy_in(memory, 0, &self.target.serial[..len]);
+                let told = request.data.copy_in(&**memory, 0, &self.target.serial[..len]);
                 let (status, len) = if told { (Status::Ok, len) } else { (Status::Failed, 0) };
                 return self.answer(memory, head, &request, status, len);
             }
@@ -118,7 +117,7 @@ impl Flights {
     }
 
     /// Begins as many parts as may be under way; answers the request if there is none.
-    fn go_on(&mut self, memory: &GuestMemoryMmap, slot: usize, mut flight: Flight) {
+    fn go_on(&mut self, memory: &Memory, slot: usize, mut flight: Flight) {
         while flight.left < PARTS_MAX && !flight.failed {
             let Some(part) = self.next_part(memory, slot, &mut flight) else { break };
             flight.left += 1;
@@ -136,7 +135,7 @@ impl Flights {
     }
 
     /// Makes the next part of a request; `None` when there is none, or it has failed.
-    fn next_part(&mut self, memory: &GuestMemoryMmap, slot: usize, flight: &mut Flight) -> Option<Part<Tag>> {
+    fn next_part(&mut self, memory: &Memory, slot: usize, flight: &mut Flight) -> Option<Part<Tag>> {
         let durable = self.durable;
         let from = flight.begun;
         let left = flight.request.data.len() - if moves(&flight.request.what) { from } else { 0 };
@@ -159,7 +158,9 @@ impl Flights {
                 return None;
             };
             let write = matches!(op, Op::Write { .. });
-            if write && !flight.request.data.copy_out(memory, from, &mut memory_of_part[..len]) {
+            // What a front end has taken away meanwhile is not what the guest wrote.
+            let copied = |into: &mut [u8]| flight.request.data.copy_out(&**memory, from, into) && !memory.is_lost();
+            if write && !copied(&mut memory_of_part[..len]) {
                 self.buffers.give_back(memory_of_part);
                 flight.failed = true;
                 return None;
@@ -175,7 +176,7 @@ impl Flights {
     }
 
     /// Takes what the engine has finished and goes on with it; tells whether there was anything.
-    pub(super) fn collect(&mut self, memory: &GuestMemoryMmap) -> bool {
+    pub(super) fn collect(&mut self, memory: &Memory) -> bool {
         let mut any = false;
         while let Some(Done { request: part, result }) = self.engine.finished() {
             any = true;
@@ -188,7 +189,7 @@ impl Flights {
             }
             if let Some(pages) = part.pages {
                 if part.op == Op::Read && !flight.failed {
-                    flight.failed = !flight.request.data.copy_in(memory, from, &pages[..to_usize(part.len)]);
+                    flight.failed = !flight.request.data.copy_in(&**memory, from, &pages[..to_usize(part.len)]);
                 }
                 self.bytes -= pages.len();
                 self.buffers.give_back(pages);
@@ -198,8 +199,8 @@ impl Flights {
         any
     }
 
-    fn answer(&mut self, memory: &GuestMemoryMmap, head: u16, request: &Request, status: Status, read: usize) {
-        self.answered.push((head, request.answer(memory, status, read)));
+    fn answer(&mut self, memory: &Memory, head: u16, request: &Request, status: Status, read: usize) {
+        self.answered.push((head, request.answer(&**memory, status, read)));
     }
 }
 

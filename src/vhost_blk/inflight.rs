@@ -11,7 +11,8 @@
 //! 1. A head is marked before the request is begun, and the mark goes after the request is in the used ring.
 //! 2. What is about to go into the used ring is first listed, in that order, from `last_batch_head` on. `used_idx` follows
 //!    when all the marks are gone. So if they differ, as many as differ from the beginning of the list are answered.
-//! 3. The front end could write anything here: every index is checked.
+//! 3. The front end could write anything here, or take the memory away: every index is checked, and who has read asks
+//!    [`Track::is_lost`].
 //!
 //! # After a crash
 //! A request that was done and not answered is done again. That is harmless: the guest was not told, so it neither counts
@@ -26,6 +27,8 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use vm_memory::mmap::MmapRegion;
 use vm_memory::volatile_memory::VolatileMemory;
 use vm_memory::{AtomicAccess, Bytes, FileOffset};
+
+use crate::sys::shared::Shared;
 
 const VERSION: u16 = 1;
 const HEADER: usize = 16;
@@ -44,7 +47,7 @@ pub(super) type Refused = &'static str;
 /// The memory, of all queues.
 #[derive(Debug)]
 pub(super) struct Region {
-    map: MmapRegion<()>,
+    shared: Shared,
     queues: u16,
     size: u16,
 }
@@ -83,7 +86,7 @@ impl Region {
             return Err(bad("the inflight region is larger than its file"));
         }
         let map = MmapRegion::from_file(FileOffset::new(file, offset), needed).map_err(io::Error::other)?;
-        Ok(Self { map, queues, size })
+        Ok(Self { shared: Shared::new(map)?, queues, size })
     }
 
     /// Returns the tracking of one queue of `size` entries.
@@ -98,11 +101,15 @@ impl Region {
     }
 
     fn load<T: AtomicAccess>(&self, at: usize) -> T {
-        self.map.as_volatile_slice().load(at, Ordering::Acquire).expect("an aligned place inside the region")
+        self.shared.map().as_volatile_slice().load(at, Ordering::Acquire).expect("an aligned place inside the region")
     }
 
     fn store<T: AtomicAccess>(&self, at: usize, value: T) {
-        self.map.as_volatile_slice().store(value, at, Ordering::Release).expect("an aligned place inside the region");
+        self.shared
+            .map()
+            .as_volatile_slice()
+            .store(value, at, Ordering::Release)
+            .expect("an aligned place inside the region");
     }
 }
 
@@ -118,6 +125,11 @@ pub(super) struct Track {
 }
 
 impl Track {
+    /// Tells whether the memory was found to be gone.
+    pub(super) fn is_lost(&self) -> bool {
+        self.region.shared.is_lost()
+    }
+
     fn entry(&self, head: u16) -> usize {
         assert!(head < self.size, "heads are checked where they come from");
         self.begin + HEADER + ENTRY * usize::from(head)

@@ -26,6 +26,7 @@ pub mod chain;
 pub(crate) mod config;
 mod flight;
 mod inflight;
+mod memory;
 mod queue;
 pub mod request;
 mod server;

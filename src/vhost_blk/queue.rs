@@ -10,10 +10,13 @@
 //! 2. What a guest puts into its rings ends a request, or at worst this queue: its front end is told, and it rests until it
 //!    is set up anew.
 //! 3. The guest is asked to notify only when there is nothing left to do.
+//! 4. What the last server has left to be done again is taken like anything else: no more at a time than there is room for.
+//! 5. A bell that rings again and again for nothing is answered less often.
 //!
 //! # After a crash
 //! See [`super::inflight`].
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
@@ -24,18 +27,17 @@ use std::time::Duration;
 
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::bell::{self, Bell};
 use super::config::QUEUE_SIZE_MAX;
 use super::flight::Flights;
 use super::inflight::Track;
+use super::memory::Memory;
 use super::request::{Bounds, Request, SERIAL};
+use super::server::Line;
 use crate::clock;
 use crate::disk::BlockDevice;
-
-/// The memory of a guest.
-pub(super) type Memory = GuestMemoryMmap<()>;
 
 /// Requests under way at most; more stay in their ring.
 const IN_FLIGHT_MAX: usize = 256;
@@ -45,6 +47,10 @@ const BYTES_MAX: usize = 32 << 20;
 const PATIENCE_MAX: Duration = Duration::from_micros(32);
 /// Looks between two looks at the clock.
 const LOOKS: u32 = 16;
+/// So many bells in a row for nothing are a mistake of the front end; ...
+const FALSE_BELLS: u32 = 64;
+/// ... each of those to come is answered after a rest.
+const REST: Duration = Duration::from_millis(1);
 
 /// What the queues of a device share.
 pub(super) struct Target {
@@ -71,6 +77,8 @@ pub(super) struct Setup {
     pub(super) kick: Arc<File>,
     pub(super) bell: Arc<Bell>,
     pub(super) track: Option<Track>,
+    /// The connection to the front end.
+    pub(super) line: Arc<Line>,
 }
 
 /// A queue that works.
@@ -105,9 +113,9 @@ impl Worker {
             Ok(())
         })
         .map_err(bad)?;
-        let mut work =
-            Loop { queue, again, track, memory: setup.memory, bell: setup.bell, target: Arc::clone(&target) };
-        let (kick, durable) = (setup.kick, !setup.flushes);
+        let (memory, bell) = (setup.memory, setup.bell);
+        let mut work = Loop { queue, again, track, memory, bell, target: Arc::clone(&target), false_bells: 0 };
+        let (kick, durable, line) = (setup.kick, !setup.flushes, setup.line);
         let thread = std::thread::Builder::new().name("vhost-queue".into()).spawn({
             let stop = Arc::clone(&stop);
             move || {
@@ -115,7 +123,10 @@ impl Worker {
                 let served = Flights::new(target, durable)
                     .map_err(text)
                     .and_then(|mut flights| work.serve(&mut flights, &kick, &stop));
-                if let Err(reason) = served {
+                if work.look_at_memory().is_err() {
+                    tracing::warn!("a front end is disconnected, for it has taken memory of its guest away");
+                    line.cut();
+                } else if let Err(reason) = served {
                     tracing::error!("a queue of a guest cannot be used any more: {reason}");
                     error.iter().for_each(|error| bell::ring(error));
                 }
@@ -133,7 +144,7 @@ impl Worker {
     }
 }
 
-type Prepared = (Queue, Vec<u16>, Option<Track>);
+type Prepared = (Queue, VecDeque<u16>, Option<Track>);
 
 /// Sets a queue up, and finds what the last server has not answered.
 fn prepare(
@@ -143,18 +154,26 @@ fn prepare(
 ) -> Result<Prepared, String> {
     let mut queue = Queue::new(QUEUE_SIZE_MAX).map_err(text)?;
     set(&mut queue).map_err(text)?;
-    if !queue.is_valid(memory) {
+    if !queue.is_valid(&**memory) {
         return Err("the rings do not lie in the memory of the guest".into());
     }
-    let used = queue.used_idx(memory, Ordering::Acquire).map_err(text)?.0;
+    let used = queue.used_idx(&**memory, Ordering::Acquire).map_err(text)?.0;
     queue.set_next_used(used);
-    let mut again = Vec::new();
+    let mut again = VecDeque::new();
     if let Some(track) = &mut track
         && let Some(heads) = track.recover(used)?
     {
-        let taken = u16::try_from(heads.len()).map_err(|_| "more requests in flight than a queue has")?;
+        // The region may be of a larger queue.
+        let taken = u16::try_from(heads.len()).ok().filter(|taken| *taken <= queue.size());
+        let taken = taken.ok_or("more requests in flight than the queue has")?;
+        if let Some(head) = heads.iter().find(|head| **head >= queue.size()) {
+            return Err(format!("a request in flight begins with descriptor {head}, which the queue does not have"));
+        }
         queue.set_next_avail(used.wrapping_add(taken));
-        again = heads;
+        again = heads.into();
+    }
+    if memory.is_lost() || track.as_ref().is_some_and(Track::is_lost) {
+        return Err("memory that was shared is gone".into());
     }
     Ok((queue, again, track))
 }
@@ -163,10 +182,12 @@ struct Loop {
     queue: Queue,
     memory: Arc<Memory>,
     /// What the last server has not answered.
-    again: Vec<u16>,
+    again: VecDeque<u16>,
     track: Option<Track>,
     bell: Arc<Bell>,
     target: Arc<Target>,
+    /// Bells in a row that were for nothing.
+    false_bells: u32,
 }
 
 fn text(error: impl std::fmt::Display) -> String {
@@ -175,14 +196,19 @@ fn text(error: impl std::fmt::Display) -> String {
 
 impl Loop {
     fn serve(&mut self, flights: &mut Flights, kick: &File, stop: &Stop) -> Result<(), String> {
-        for head in std::mem::take(&mut self.again) {
-            self.begin(flights, head);
-        }
         let served = self.go_round(flights, kick, stop);
-        // What was taken is finished, whatever happened.
-        while flights.count() > 0 {
-            flights.engine().wait(None).map_err(text)?;
+        // What was taken is finished, whatever happened; what is to be done again counts as taken.
+        while flights.count() > 0 || !self.again.is_empty() {
+            while !full(flights)
+                && let Some(head) = self.again.pop_front()
+            {
+                self.begin(flights, head);
+            }
+            if flights.count() > 0 {
+                flights.engine().wait(None).map_err(text)?;
+            }
             flights.collect(&self.memory);
+            self.publish(flights).map_err(text)?;
         }
         self.publish(flights).map_err(text)?;
         served
@@ -191,11 +217,13 @@ impl Loop {
     fn go_round(&mut self, flights: &mut Flights, kick: &File, stop: &Stop) -> Result<(), String> {
         let mut patience = Patience::default();
         while !stop.asked.load(Ordering::Acquire) {
-            self.queue.disable_notification(&*self.memory).map_err(text)?;
+            self.look_at_memory()?;
+            self.queue.disable_notification(&**self.memory).map_err(text)?;
             let mut busy = self.take(flights)?;
             flights.engine().submit().map_err(text)?;
             busy |= flights.collect(&self.memory);
             self.publish(flights).map_err(text)?;
+            self.false_bells = if busy { 0 } else { self.false_bells };
             if busy && flights.count() == 0 {
                 // Look again before going to sleep: that costs less than being woken.
                 continue;
@@ -204,21 +232,45 @@ impl Loop {
                 flights.engine().wait(None).map_err(text)?;
             } else if flights.count() == 0 && self.look(&patience, stop) {
                 // It came before it was worth sleeping.
-            } else if self.queue.enable_notification(&*self.memory).map_err(text)? {
+            } else if self.queue.enable_notification(&**self.memory).map_err(text)? {
                 // There is more already.
             } else if flights.count() > 0 {
                 flights.engine().wait(Some(kick.as_fd())).map_err(text)?;
-                bell::silence(kick);
+                self.silence(kick, stop)?;
             } else {
+                // What has just been looked at may be gone, and nobody may ever kick again.
+                self.look_at_memory()?;
                 let begun = clock::now();
                 if bell::wait(kick, &stop.event).map_err(text)? {
-                    bell::silence(kick);
+                    self.silence(kick, stop)?;
                 }
                 patience.slept(clock::now().duration_since(begun));
             }
-            flights.collect(&self.memory);
+            if flights.collect(&self.memory) {
+                self.false_bells = 0;
+            }
         }
         Ok(())
+    }
+
+    /// Takes what made the bell ring; rests when that was for nothing too often.
+    fn silence(&mut self, kick: &File, stop: &Stop) -> Result<(), String> {
+        if stop.asked.load(Ordering::Acquire) {
+            // It may have rung for who has the queue next.
+            return Ok(());
+        }
+        let rung = bell::silence(kick).map_err(|e| format!("it cannot be kicked any more: {e}"))?;
+        self.false_bells = self.false_bells.saturating_add(rung.into());
+        if rung && self.false_bells > FALSE_BELLS {
+            clock::sleep(REST);
+        }
+        Ok(())
+    }
+
+    /// Fails when what was read is no memory any more.
+    fn look_at_memory(&self) -> Result<(), String> {
+        let lost = self.memory.is_lost() || self.track.as_ref().is_some_and(Track::is_lost);
+        if lost { Err("memory that was shared is gone".into()) } else { Ok(()) }
     }
 
     /// Looks for the next request without sleeping, for a while; tells whether there is one. The guest need not notify
@@ -227,7 +279,7 @@ impl Loop {
         let until = clock::now() + patience.0;
         while clock::now() < until && !stop.asked.load(Ordering::Relaxed) {
             for _ in 0..LOOKS {
-                let index = self.queue.avail_idx(&*self.memory, Ordering::Acquire);
+                let index = self.queue.avail_idx(&**self.memory, Ordering::Acquire);
                 if index.is_ok_and(|index| index.0 != self.queue.next_avail()) {
                     return true;
                 }
@@ -241,7 +293,12 @@ impl Loop {
     fn take(&mut self, flights: &mut Flights) -> Result<bool, String> {
         let mut any = false;
         while !full(flights) {
-            let mut chains = self.queue.iter(&*self.memory).map_err(text)?;
+            if let Some(head) = self.again.pop_front() {
+                self.begin(flights, head);
+                any = true;
+                continue;
+            }
+            let mut chains = self.queue.iter(&**self.memory).map_err(text)?;
             let Some(head) = chains.next().map(|chain| chain.head_index()) else { break };
             if head >= self.queue.size() {
                 return Err(format!("it has no descriptor {head}"));
@@ -258,7 +315,7 @@ impl Loop {
     fn begin(&self, flights: &mut Flights, head: u16) {
         let bounds = Bounds::of(&*self.target.device, self.target.read_only);
         let table = GuestAddress(self.queue.desc_table());
-        let request = Request::take(&*self.memory, table, self.queue.size(), head, bounds);
+        let request = Request::take(&**self.memory, table, self.queue.size(), head, bounds);
         flights.begin(&self.memory, head, request);
     }
 
@@ -268,7 +325,7 @@ impl Loop {
         if answered.is_empty() {
             return Ok(());
         }
-        let memory = &*self.memory;
+        let memory = &**self.memory;
         let heads = || answered.iter().map(|(head, _)| *head);
         if let Some(track) = &self.track {
             track.ending(heads());

@@ -1,7 +1,8 @@
 //! The socket of a disk: takes one front end after another and tells it of a new size.
 //!
 //! # Rules
-//! 1. A disk has one front end at a time, as a device has one driver; the next one waits until it is gone.
+//! 1. A disk has one front end at a time, as a device has one driver; the next one waits until it is gone. One that does not
+//!    even say that it owns the device, for [`PATIENCE`], gives way to it.
 //! 2. Whatever a front end does wrong ends its connection, and the server goes on listening.
 //! 3. When the server stops, or a front end goes, what its queues had taken is finished first.
 //!
@@ -16,6 +17,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags};
 use vhost::vhost_user::message::{BackendReq, FrontendReq};
@@ -24,14 +26,52 @@ use vhost::vhost_user::{BackendReqHandler, Error as ProtocolError};
 use super::bell;
 use super::queue::Target;
 use super::session::Session;
-use crate::clock;
+use crate::clock::{self, Instant};
 use crate::media::socket::Socket;
-use crate::sync::Mutex;
+use crate::sync::{Condvar, Mutex};
 
 /// Bytes of the head of a message: request, flags, length of what follows.
 const HEAD: usize = 12;
 /// The version of the protocol, in the flags.
 const VERSION: u32 = 1;
+/// How long a front end that says nothing keeps the next one waiting.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How often it is looked after that whether there is a next one.
+const LOOK_EACH: Duration = Duration::from_secs(1);
+
+/// The connection to a front end.
+#[derive(Debug)]
+pub(super) struct Line {
+    stream: UnixStream,
+    greeted: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Line {
+    fn new(stream: UnixStream) -> Self {
+        Self { stream, greeted: Mutex::new(false), changed: Condvar::new() }
+    }
+
+    /// Notes that the front end has said that it owns the device, or has gone: nobody has to look at it any more.
+    pub(super) fn greeted(&self) {
+        *self.greeted.lock() = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits for that; tells whether it came in time.
+    fn wait_greeted(&self, deadline: Instant) -> bool {
+        let mut greeted = self.greeted.lock();
+        while !*greeted && !self.changed.wait_until(&mut greeted, deadline).timed_out() {}
+        *greeted
+    }
+
+    /// Ends the connection.
+    pub(super) fn cut(&self) {
+        if let Err(error) = self.stream.shutdown(std::net::Shutdown::Both) {
+            tracing::debug!("a connection was closed already: {error}");
+        }
+    }
+}
 
 /// What the thread and the handle share.
 pub(super) struct Shared {
@@ -40,7 +80,7 @@ pub(super) struct Shared {
     stopping: AtomicBool,
     stop: File,
     /// The connection there is, to end it.
-    connection: Mutex<Option<UnixStream>>,
+    connection: Mutex<Option<Arc<Line>>>,
     /// Where its front end hears of changes.
     channel: Mutex<Option<OwnedFd>>,
 }
@@ -78,10 +118,8 @@ impl Shared {
     pub(super) fn stop(&self) {
         self.stopping.store(true, Ordering::SeqCst);
         bell::ring(&self.stop);
-        if let Some(connection) = &*self.connection.lock()
-            && let Err(error) = connection.shutdown(std::net::Shutdown::Both)
-        {
-            tracing::debug!("a connection was closed already: {error}");
+        if let Some(line) = &*self.connection.lock() {
+            line.cut();
         }
     }
 
@@ -95,7 +133,7 @@ pub(super) fn run(socket: Socket, shared: Arc<Shared>) -> io::Result<JoinHandle<
     std::thread::Builder::new().name("vhost-blk".into()).spawn(move || {
         while !shared.stops() {
             match accept(socket.listener(), &shared) {
-                Ok(Some(stream)) => serve(stream, &shared),
+                Ok(Some(stream)) => serve(stream, socket.listener(), &shared, PATIENCE),
                 Ok(None) => {}
                 Err(error) => {
                     tracing::error!("no front end can connect to {} any more: {error}", socket.path().display());
@@ -134,21 +172,47 @@ fn accept(listener: &UnixListener, shared: &Shared) -> io::Result<Option<UnixStr
 }
 
 /// Serves one front end until it goes.
-fn serve(stream: UnixStream, shared: &Shared) {
-    let session = Arc::new(Session::new(Arc::clone(&shared.target), shared.queues));
+fn serve(stream: UnixStream, listener: &UnixListener, shared: &Shared, patience: Duration) {
     let copies = stream.try_clone().and_then(|copy| Ok((copy, stream.try_clone()?)));
     let Ok((peeked, kept)) = copies else {
         tracing::error!("the host has no descriptor for a front end");
         return;
     };
-    *shared.connection.lock() = Some(kept);
+    let line = Arc::new(Line::new(kept));
+    *shared.connection.lock() = Some(Arc::clone(&line));
     if shared.stops() {
         return;
     }
     tracing::debug!("a front end has connected");
+    std::thread::scope(|scope| {
+        let watching = std::thread::Builder::new().name("vhost-greet".into());
+        match watching.spawn_scoped(scope, || watch(&line, listener, patience)) {
+            Ok(_) => listen(stream, &peeked, &line, shared),
+            Err(error) => tracing::error!("the host has no thread for a front end: {error}"),
+        }
+        line.greeted();
+    });
+    *shared.connection.lock() = None;
+}
+
+/// Ends the connection of a front end that says nothing while another one waits.
+fn watch(line: &Line, listener: &UnixListener, patience: Duration) {
+    let mut wait = patience;
+    while !line.wait_greeted(clock::now() + wait) {
+        if bell::is_ringing(listener) {
+            tracing::warn!("a front end that has not said a word gives way to the next one");
+            return line.cut();
+        }
+        wait = LOOK_EACH.min(patience);
+    }
+}
+
+/// Does what a front end says.
+fn listen(stream: UnixStream, peeked: &UnixStream, line: &Arc<Line>, shared: &Shared) {
+    let session = Arc::new(Session::new(Arc::clone(&shared.target), shared.queues, Arc::clone(line)));
     let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(&session));
     let ended = loop {
-        if let Some(channel) = peek_channel(&peeked) {
+        if let Some(channel) = peek_channel(peeked) {
             *shared.channel.lock() = Some(channel);
         }
         if let Err(error) = handler.handle_request() {
@@ -157,7 +221,6 @@ fn serve(stream: UnixStream, shared: &Shared) {
     };
     *shared.channel.lock() = None;
     session.end();
-    *shared.connection.lock() = None;
     match ended {
         ProtocolError::Disconnected | ProtocolError::SocketBroken(_) => tracing::debug!("a front end has gone"),
         error if shared.stops() => tracing::debug!("a front end was disconnected: {error}"),
@@ -185,4 +248,36 @@ fn peek_channel(stream: &UnixStream) -> Option<OwnedFd> {
     let first = files.flatten().next();
     let request = u32::from_le_bytes(head[..4].try_into().expect("4 bytes"));
     (message.bytes == HEAD && request == u32::from(FrontendReq::SET_BACKEND_REQ_FD)).then_some(first)?
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[test]
+    fn who_says_nothing_gives_way_to_the_next_and_keeps_its_place_while_there_is_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let listener = UnixListener::bind(&path).unwrap();
+        let (line, short) = (UnixStream::pair().unwrap(), Duration::from_millis(5));
+        let (mut theirs, line) = (line.0, Line::new(line.1));
+        std::thread::scope(|scope| {
+            let watching = scope.spawn(|| watch(&line, &listener, short));
+            theirs.set_read_timeout(Some(short * 10)).unwrap();
+            theirs.read_exact(&mut [0; 1]).expect_err("nobody else is there");
+            assert!(!watching.is_finished());
+            let _next = UnixStream::connect(&path).unwrap();
+            theirs.set_read_timeout(None).unwrap();
+            assert_eq!(theirs.read(&mut [0; 1]).unwrap(), 0);
+        });
+        // One that has said a word stays.
+        let (_theirs, ours) = UnixStream::pair().unwrap();
+        let line = Line::new(ours);
+        line.greeted();
+        watch(&line, &listener, short);
+        rustix::net::send(&line.stream, &[1], SendFlags::NOSIGNAL).expect("it is not cut");
+    }
 }

@@ -6,8 +6,7 @@
 //! 1. A queue works when it is enabled and has memory, addresses and a descriptor to be kicked by; whatever changes one of
 //!    these stops it first.
 //! 2. Addresses come as the front end sees them and are found in its memory table when a queue begins, not before.
-//! 3. Memory that a file does not have is refused: touching it would end the server. A front end that shortens the file
-//!    later can still do that; it has opened a socket that only its owner can open, and is trusted so far.
+//! 3. A front end that takes memory away which it has shared is disconnected (see [`super::memory`]).
 //!
 //! # Why not `vhost-user-backend`
 //! It refuses the messages for inflight tracking, keeps its queues in its own event loop and gives no way to either.
@@ -16,6 +15,13 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
+use super::bell::{self, Bell};
+use super::config::{self, QUEUE_SIZE_MAX};
+use super::inflight::Region;
+use super::memory::{Memory, REGIONS_MAX};
+use super::queue::{Setup, Target, Worker};
+use super::server::Line;
+use crate::sync::Mutex;
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight, VhostUserLog,
@@ -23,16 +29,6 @@ use vhost::vhost_user::message::{
     VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
 };
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandler};
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestRegionMmap};
-
-use super::bell::{self, Bell};
-use super::config::{self, QUEUE_SIZE_MAX};
-use super::inflight::Region;
-use super::queue::{Memory, Setup, Target, Worker};
-use crate::sync::Mutex;
-
-/// Regions of guest memory at most, as with vhost in the kernel.
-const REGIONS_MAX: u64 = 509;
 
 /// What a front end has said of a queue.
 #[derive(Default)]
@@ -48,18 +44,10 @@ struct Ring {
     worker: Option<Worker>,
 }
 
-/// Where a region of guest memory is for the front end.
-struct Mapping {
-    theirs: u64,
-    guest: u64,
-    len: u64,
-}
-
 #[derive(Default)]
 struct State {
     features: u64,
     memory: Option<Arc<Memory>>,
-    mappings: Vec<Mapping>,
     inflight: Option<Arc<Region>>,
     rings: Vec<Ring>,
 }
@@ -68,14 +56,15 @@ struct State {
 pub(super) struct Session {
     target: Arc<Target>,
     queues: usize,
+    line: Arc<Line>,
     state: Mutex<State>,
 }
 
 impl Session {
-    pub(super) fn new(target: Arc<Target>, queues: usize) -> Self {
+    pub(super) fn new(target: Arc<Target>, queues: usize, line: Arc<Line>) -> Self {
         let mut rings = Vec::new();
         rings.resize_with(queues, || Ring { size: QUEUE_SIZE_MAX, ..Ring::default() });
-        Self { target, queues, state: Mutex::new(State { rings, ..State::default() }) }
+        Self { target, queues, line, state: Mutex::new(State { rings, ..State::default() }) }
     }
 
     /// Stops the queues, having finished what they had taken.
@@ -92,7 +81,7 @@ impl Session {
         let mut state = self.state.lock();
         state.stop(index)?;
         change(&mut state.rings[index])?;
-        state.start(index, &self.target)
+        state.start(index, self)
     }
 
     /// Changes something of all queues while none works.
@@ -101,7 +90,7 @@ impl Session {
         state.stop_all();
         let changed = change(&mut state);
         for index in 0..state.rings.len() {
-            state.start(index, &self.target)?;
+            state.start(index, self)?;
         }
         changed
     }
@@ -127,7 +116,7 @@ impl State {
     }
 
     /// Lets a queue work if all is said.
-    fn start(&mut self, index: usize, target: &Arc<Target>) -> Result<()> {
+    fn start(&mut self, index: usize, session: &Session) -> Result<()> {
         // A front end that knows of no protocol features knows no other way to enable a queue.
         let known = vhost::vhost_user::message::VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         let enabled = self.rings[index].enabled || self.features & known == 0;
@@ -136,7 +125,7 @@ impl State {
         else {
             return Ok(());
         };
-        let [descriptors, available, used] = addresses.map(|address| self.guest_address(address));
+        let [descriptors, available, used] = addresses.map(|address| memory.guest_address(address));
         let track = match &self.inflight {
             Some(region) => Some(region.track(index, ring.size).map_err(|what| failed(io::Error::other(what)))?),
             None => None,
@@ -153,35 +142,18 @@ impl State {
             kick: Arc::clone(kick),
             bell: Arc::clone(&ring.bell),
             track,
+            line: Arc::clone(&session.line),
         };
-        let worker = Worker::start(setup, Arc::clone(target), ring.error.clone()).map_err(failed)?;
+        let worker = Worker::start(setup, Arc::clone(&session.target), ring.error.clone()).map_err(failed)?;
         self.rings[index].worker = Some(worker);
         Ok(())
     }
-
-    fn guest_address(&self, theirs: u64) -> Result<GuestAddress> {
-        let inside = |mapping: &&Mapping| theirs.checked_sub(mapping.theirs).is_some_and(|at| at < mapping.len);
-        let mapping = self.mappings.iter().find(inside).ok_or(Error::InvalidParam)?;
-        Ok(GuestAddress(theirs - mapping.theirs + mapping.guest))
-    }
 }
 
-fn failed(error: io::Error) -> Error {
+/// Says in the log why something is refused.
+pub(super) fn failed(error: io::Error) -> Error {
     tracing::warn!("a front end asks for something that cannot be: {error}");
     Error::ReqHandlerError(error)
-}
-
-/// Maps a region of guest memory.
-fn map(region: &VhostUserMemoryRegion, file: File) -> Result<(GuestRegionMmap<()>, Mapping)> {
-    let end = region.mmap_offset.checked_add(region.memory_size).ok_or(Error::InvalidParam)?;
-    let data = file.metadata().map_err(failed)?;
-    if data.is_file() && data.len() < end {
-        return Err(failed(io::Error::other("a region of guest memory is larger than its file")));
-    }
-    let mapped = region.mmap_region(file)?;
-    let mapping = Mapping { theirs: region.user_addr, guest: region.guest_phys_addr, len: region.memory_size };
-    let region = GuestRegionMmap::new(mapped, GuestAddress(region.guest_phys_addr)).ok_or(Error::InvalidParam)?;
-    Ok((region, mapping))
 }
 
 fn index(index: u32) -> usize {
@@ -190,6 +162,7 @@ fn index(index: u32) -> usize {
 
 impl VhostUserBackendReqHandler for Session {
     fn set_owner(&self) -> Result<()> {
+        self.line.greeted();
         Ok(())
     }
 
@@ -221,12 +194,9 @@ impl VhostUserBackendReqHandler for Session {
         files: Vec<File>,
         _postcopy: Option<bool>,
     ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
-        let mapped = regions.iter().zip(files).map(|(region, file)| map(region, file)).collect::<Result<Vec<_>>>()?;
-        let (regions, mappings): (Vec<_>, Vec<_>) = mapped.into_iter().unzip();
-        let memory = Memory::from_regions(regions).map_err(|e| failed(io::Error::other(e)))?;
+        let memory = Memory::of(regions, files)?;
         self.change_all(|state| {
             state.memory = Some(Arc::new(memory));
-            state.mappings = mappings;
             Ok(())
         })?;
         Ok(None)
@@ -371,15 +341,9 @@ impl VhostUserBackendReqHandler for Session {
         file: File,
         _postcopy: Option<bool>,
     ) -> Result<Option<VhostUserMemoryRegionBase>> {
-        let (region, mapping) = map(region, file)?;
         self.change_all(|state| {
-            let old = state.memory.clone().unwrap_or_default();
-            if old.num_regions() as u64 >= REGIONS_MAX {
-                return Err(Error::InvalidParam);
-            }
-            let new = old.insert_region(Arc::new(region)).map_err(|e| failed(io::Error::other(e)))?;
-            state.memory = Some(Arc::new(new));
-            state.mappings.push(mapping);
+            let memory = state.memory.clone().unwrap_or_default().with(region, file)?;
+            state.memory = Some(Arc::new(memory));
             Ok(())
         })?;
         Ok(None)
@@ -388,11 +352,7 @@ impl VhostUserBackendReqHandler for Session {
     fn remove_mem_region(&self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
         self.change_all(|state| {
             let old = state.memory.clone().unwrap_or_default();
-            let (new, _) = old
-                .remove_region(GuestAddress(region.guest_phys_addr), region.memory_size)
-                .map_err(|e| failed(io::Error::other(e)))?;
-            state.memory = Some(Arc::new(new));
-            state.mappings.retain(|mapping| mapping.guest != region.guest_phys_addr);
+            state.memory = Some(Arc::new(old.without(region.guest_phys_addr, region.memory_size)?));
             Ok(())
         })
     }

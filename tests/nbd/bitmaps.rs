@@ -1,7 +1,7 @@
 //! Changed blocks: `qemu:dirty-bitmap:NAME` for snapshots of the lineage, live and retired.
 
 use afterimage::disk::{self, BlockDevice};
-use afterimage::nbd::{Exported, contexts_of};
+use afterimage::nbd::{Asked, Exported, contexts_of};
 use afterimage::snapshot;
 use serde_json::Value;
 
@@ -50,14 +50,14 @@ fn snapshots_of_relatives_are_bases_too_and_strangers_are_refused() {
     rig.take("c", "u");
     let contexts = contexts_of(&rig.store, Exported::Disk(clone.id()));
     assert_eq!(contexts.names(), ["t", "a@s"]);
-    assert_eq!(contexts.dirty("a@s").unwrap().at(0), (false, MIB));
-    assert_eq!(contexts.dirty("a@s").unwrap().at(MIB), (true, MIB + 4096));
-    assert_eq!(contexts.dirty("t").unwrap().at(0), (false, u64::MAX));
-    let stranger = contexts.dirty("c@u").unwrap_err();
+    assert_eq!(contexts.dirty("a@s", &Asked::patiently()).unwrap().at(0), (false, MIB));
+    assert_eq!(contexts.dirty("a@s", &Asked::patiently()).unwrap().at(MIB), (true, MIB + 4096));
+    assert_eq!(contexts.dirty("t", &Asked::patiently()).unwrap().at(0), (false, u64::MAX));
+    let stranger = contexts.dirty("c@u", &Asked::patiently()).unwrap_err();
     assert_eq!(stranger.kind(), afterimage::error::Kind::Failed);
     assert!(stranger.to_string().contains("nothing in common"), "{stranger}");
     for unknown in ["x", "x@s", "a@x", ""] {
-        assert_eq!(contexts.dirty(unknown).unwrap_err().kind(), afterimage::error::Kind::NotFound);
+        assert_eq!(contexts.dirty(unknown, &Asked::patiently()).unwrap_err().kind(), afterimage::error::Kind::NotFound);
     }
     let snapshot = snapshot::open(&rig.store, "b", "t").unwrap();
     assert_eq!(contexts_of(&rig.store, Exported::Snapshot(snapshot.id())).names(), ["a@s"]);

@@ -29,7 +29,7 @@ impl Exports for One {
 fn serve(ram: &Arc<Ram>) -> (Server, Client, tempfile::TempDir) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("sock");
-    let options = Options { listen: Listen::Unix(path.clone()), tls: None, connections_max: 4 };
+    let options = Options { listen: Listen::Unix(path.clone()), tls: None, limits: super::limits(4) };
     let server = nbd::start(options, Arc::new(One(Arc::clone(ram)))).unwrap();
     let mut client = Client { stream: UnixStream::connect(path).unwrap(), structured: false };
     client.stream.set_read_timeout(Some(std::time::Duration::from_secs(60))).unwrap();

@@ -11,7 +11,7 @@ use afterimage::nbd::wire::{Command, Request};
 use afterimage::nbd::{self, Listen, Options};
 
 use super::plain::Client;
-use super::{MIB, Pool, Rig};
+use super::{MIB, Pool, Rig, limits};
 
 #[test]
 fn one_connection_too_many_is_closed() {
@@ -128,7 +128,7 @@ fn a_socket_is_for_its_owner_and_one_in_the_way_is_removed_if_it_is_dead() {
     let mode = std::fs::metadata(rig.socket()).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
     let start = |path: std::path::PathBuf| {
-        let options = Options { listen: Listen::Unix(path), tls: None, connections_max: 2 };
+        let options = Options { listen: Listen::Unix(path), tls: None, limits: limits(2) };
         nbd::start(options, Arc::new(Pool(Arc::clone(&rig.store))))
     };
     let busy = start(rig.socket()).unwrap_err();
@@ -161,13 +161,13 @@ fn a_path_may_be_longer_than_the_kernel_takes() {
     let deep = rig.file(&"d".repeat(120));
     std::fs::create_dir(&deep).unwrap();
     let path = deep.join("nbd.sock");
-    let options = Options { listen: Listen::Unix(path.clone()), tls: None, connections_max: 2 };
+    let options = Options { listen: Listen::Unix(path.clone()), tls: None, limits: limits(2) };
     let server = nbd::start(options, Arc::new(Pool(Arc::clone(&rig.store)))).unwrap();
     assert!(path.exists());
     server.stop();
     assert!(!path.exists());
     let missing = Listen::Unix(rig.file("no/such/dir.sock"));
-    let options = Options { listen: missing, tls: None, connections_max: 2 };
+    let options = Options { listen: missing, tls: None, limits: limits(2) };
     assert_eq!(nbd::start(options, Arc::new(Pool(Arc::clone(&rig.store)))).unwrap_err().kind(), Kind::NotFound);
 }
 

@@ -11,6 +11,7 @@ mod durable;
 mod ends;
 mod fsx;
 mod hostile;
+mod limits;
 mod plain;
 mod tls;
 mod wire;
@@ -19,9 +20,10 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use afterimage::budget::Budget;
 use afterimage::disk::{self, BlockDevice, Disk};
 use afterimage::error::{Error, Result};
-use afterimage::nbd::{self, Exported, Exports, Listen, Options, Server, contexts_of};
+use afterimage::nbd::{self, Exported, Exports, Limits, Listen, Options, Server, contexts_of};
 use afterimage::snapshot;
 use afterimage::store::Store;
 
@@ -77,7 +79,11 @@ impl Rig {
         Self::with(16)
     }
 
-    pub(crate) fn with(connections_max: usize) -> Self {
+    pub(crate) fn with(connections: usize) -> Self {
+        Self::within(limits(connections))
+    }
+
+    fn within(limits: Limits) -> Self {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir(dir.path().join("out")).unwrap();
         let pool = tempfile::TempDir::new_in(dir.path()).unwrap();
@@ -85,12 +91,16 @@ impl Rig {
         // The directory around it removes it.
         let _ = pool.keep();
         let mut rig = Self { store, server: None, dir };
-        rig.start(connections_max);
+        rig.serve(limits);
         rig
     }
 
-    fn start(&mut self, connections_max: usize) {
-        let options = Options { listen: Listen::Unix(self.socket()), tls: None, connections_max };
+    fn start(&mut self, connections: usize) {
+        self.serve(limits(connections));
+    }
+
+    fn serve(&mut self, limits: Limits) {
+        let options = Options { listen: Listen::Unix(self.socket()), tls: None, limits };
         self.server = Some(nbd::start(options, Arc::new(Pool(Arc::clone(&self.store)))).unwrap());
     }
 
@@ -138,6 +148,10 @@ impl Drop for Rig {
         self.server = None;
         self.store.close().ok();
     }
+}
+
+fn limits(connections: usize) -> Limits {
+    Limits::new(connections, Budget::new(4 * 4096))
 }
 
 fn content(device: &dyn BlockDevice) -> Vec<u8> {

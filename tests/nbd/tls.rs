@@ -36,7 +36,8 @@ done
 fn start(rig: &Rig, dir: &Path, ask_clients: bool) -> (Server, String) {
     let ca = ask_clients.then(|| dir.join("ca-cert.pem"));
     let tls = Tls::load(&dir.join("server-cert.pem"), &dir.join("server-key.pem"), ca.as_deref()).unwrap();
-    let options = Options { listen: Listen::Tcp("127.0.0.1:0".parse().unwrap()), tls: Some(tls), connections_max: 8 };
+    let limits = super::limits(8);
+    let options = Options { listen: Listen::Tcp("127.0.0.1:0".parse().unwrap()), tls: Some(tls), limits };
     let server = nbd::start(options, Arc::new(Pool(Arc::clone(&rig.store)))).unwrap();
     let port = server.address().rsplit(':').next().unwrap().to_owned();
     (server, port)

@@ -11,7 +11,7 @@ use std::time::Duration;
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserInflight, VhostUserProtocolFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -131,6 +131,19 @@ impl Guest {
         front.set_vring_addr(ring.index, &config).unwrap();
         front.set_vring_kick(ring.index, &ring.kick).unwrap();
         front.set_vring_call(ring.index, &ring.call).unwrap();
+    }
+
+    /// Shortens the file of its memory, which it must not touch any more.
+    pub(crate) fn take_memory_away(&self, left: u64) {
+        let region = self.memory.iter().next().unwrap();
+        region.file_offset().unwrap().file().set_len(left).unwrap();
+    }
+
+    /// Waits until the server has ended the connection.
+    pub(crate) fn wait_for_end(&mut self) {
+        let channel = self.channel.as_mut().unwrap();
+        channel.set_read_timeout(Some(PATIENCE)).unwrap();
+        assert_eq!(channel.read(&mut [0; 12]).unwrap(), 0);
     }
 
     /// Goes away without a word.

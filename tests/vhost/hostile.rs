@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{IoSlice, Write};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
@@ -256,6 +257,182 @@ fn a_kick_that_is_no_kick_holds_nothing_up() {
     guest.send(0, 0, 0, &[], 512);
     served.server.take().unwrap().stop();
     drop(writer);
+}
+
+#[test]
+fn a_front_end_that_takes_memory_away_loses_its_session_and_nothing_else() {
+    let ram = Ram::new(1 << 20);
+    let served = Served::new(Arc::clone(&ram) as _, 2);
+    // All of it, rings included, and only the data of a request that is written.
+    for left in [0, (16 << 20) + (512 << 10)] {
+        let mut guest = served.guest(2);
+        assert_eq!(guest.write(0, 8, &[7; 512]), 0);
+        let (header, status) = (guest.put(&header(1, 0)), guest.put(&[0xEE]));
+        guest.room(1 << 20);
+        let data = guest.put(&[9; 512]);
+        let head = guest.chain(1, &[(header, 16, 0), (data, 512, 0), (status, 1, WRITE)]);
+        guest.offer(1, head);
+        // From here on it is not touched here: to this process it would be what it must not be to the server.
+        guest.take_memory_away(left);
+        guest.kick(1);
+        guest.wait_for_end();
+        guest.disconnect();
+        assert_eq!(&ram.content()[8 * 512..][..512], &[7; 512]);
+    }
+    assert!(!ram.log.lock().contains(&("write", 0, 512)), "what is gone was not written");
+    let mut guest = served.guest(2);
+    assert_eq!(guest.write(0, 0, &[1; 512]), 0);
+    assert_eq!(guest.read(1, 8, 512), [7; 512]);
+    // The memory in which requests are tracked, too.
+    guest.inflight.as_ref().unwrap().1.set_len(0).expect_err("the one we have made is sealed");
+    guest.disconnect();
+    let file = File::from(rustix::fs::memfd_create("tracked", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+    file.set_len(1 << 16).unwrap();
+    let mut guest = super::Guest::new(1);
+    guest.inflight = Some((VhostUserInflight::new(1 << 16, 0, 1, SIZE), file.try_clone().unwrap()));
+    guest.connect(&served.socket);
+    guest.read(0, 0, 512);
+    file.set_len(0).unwrap();
+    guest.send(0, 0, 0, &[], 512);
+    guest.kick(0);
+    guest.wait_for_end();
+    served.guest(1).read(0, 0, 512);
+}
+
+#[test]
+fn a_kick_whose_other_end_is_closed_ends_its_queue_and_does_not_spin() {
+    let served = Served::new(Ram::new(1 << 20), 1);
+    for idle in [true, false] {
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        let mut guest = served.guest(1);
+        let error = EventFd::new(EFD_NONBLOCK).unwrap();
+        let front = guest.front.as_ref().unwrap();
+        front.set_vring_err(0, &error).unwrap();
+        front.set_vring_kick(0, &as_event(File::from(reader))).unwrap();
+        if !idle {
+            guest.send(0, 0, 0, &[], 512);
+        }
+        drop(writer);
+        while error.read().is_err() {
+            std::thread::yield_now();
+        }
+        guest.disconnect();
+    }
+    served.guest(1).read(0, 0, 512);
+}
+
+#[test]
+fn what_is_to_be_done_again_is_checked_against_the_queue() {
+    let served = Served::new(Ram::new(1 << 20), 1);
+    // A region of a queue of 1024, for one of 64: marks beyond it, or more marks than it has.
+    for heads in [vec![63, 64], (0..65).collect(), vec![1023], (0..1024).collect::<Vec<u64>>()] {
+        let file = File::from(rustix::fs::memfd_create("tracked", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+        file.set_len(1 << 16).unwrap();
+        let write = |at: u64, bytes: &[u8]| std::os::unix::fs::FileExt::write_all_at(&file, bytes, at).unwrap();
+        write(8, &1_u16.to_le_bytes());
+        write(10, &1024_u16.to_le_bytes());
+        for head in &heads {
+            write(16 + 16 * head, &[1]);
+        }
+        let mut guest = super::Guest::new(1);
+        guest.inflight = Some((VhostUserInflight::new(1 << 16, 0, 1, 1024), file));
+        let refused = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| guest.connect(&served.socket)));
+        assert!(refused.is_err(), "{} heads up to {:?}", heads.len(), heads.last());
+        served.guest(1).read(0, 0, 512);
+    }
+}
+
+#[test]
+fn a_front_end_with_regions_of_every_wrong_kind_is_refused() {
+    let served = Served::new(Ram::new(1 << 20), 1);
+    let file = File::from(rustix::fs::memfd_create("some", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+    file.set_len(1 << 20).unwrap();
+    let front = || {
+        let mut front = Frontend::from_stream(UnixStream::connect(&served.socket).unwrap(), 1);
+        front.set_owner().unwrap();
+        let features = front.get_features().unwrap();
+        let protocol = front.get_protocol_features().unwrap();
+        front.set_protocol_features(protocol).unwrap();
+        front.set_hdr_flags(vhost::vhost_user::message::VhostUserHeaderFlag::NEED_REPLY);
+        front.set_features(features).unwrap();
+        front
+    };
+    let region = |guest, size, theirs| VhostUserMemoryRegionInfo {
+        guest_phys_addr: guest,
+        memory_size: size,
+        userspace_addr: theirs,
+        mmap_offset: 0,
+        mmap_handle: file.as_raw_fd(),
+    };
+    for wrong in [
+        vec![region(0, 0, 0)],
+        vec![region(u64::MAX - 4095, 8192, 0)],
+        vec![region(u64::MAX - 4095, 4096, 0), region(0, 4096, 0)],
+        vec![region(0, 4096, u64::MAX - 4094)],
+        vec![region(0, 8192, 0), region(4096, 8192, 1 << 30)],
+        vec![region(8192, 8192, 0), region(0, 12_288, 1 << 30)],
+    ] {
+        front().set_mem_table(&wrong).unwrap_err();
+    }
+    // More of them, one by one, than there may be.
+    let mut patient = front();
+    let mut added = 0_u64;
+    while added < 2000 && patient.add_mem_region(&region(added << 20, 4096, added << 20)).is_ok() {
+        added += 1;
+    }
+    assert_eq!(added, 509);
+    drop(patient);
+    served.guest(1).read(0, 0, 512);
+}
+
+#[test]
+fn memory_tables_that_do_not_fit_their_descriptors_are_refused() {
+    let served = Served::new(Ram::new(1 << 20), 1);
+    let file = File::from(rustix::fs::memfd_create("some", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+    file.set_len(1 << 20).unwrap();
+    let send = |stream: &UnixStream, code: u32, body: &[u8], files: usize| {
+        let head = [code.to_le_bytes(), 9_u32.to_le_bytes(), (body.len() as u32).to_le_bytes()].concat();
+        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(40))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        let files = vec![file.as_fd(); files];
+        if !files.is_empty() {
+            assert!(control.push(SendAncillaryMessage::ScmRights(&files)));
+        }
+        rustix::net::sendmsg(stream, &[IoSlice::new(&head), IoSlice::new(body)], &mut control, SendFlags::NOSIGNAL)
+            .is_ok()
+    };
+    // What the table says, regions in it, descriptors.
+    for (said, regions, files) in [
+        (0, 0, 0),
+        (1, 1, 0),
+        (1, 1, 2),
+        (2, 2, 1),
+        (8, 8, 1),
+        (9, 9, 9),
+        (40, 40, 40),
+        (2, 1, 2),
+        (1, 2, 1),
+        (u32::MAX, 1, 1),
+        (1, 0, 1),
+    ] {
+        let mut stream = UnixStream::connect(&served.socket).unwrap();
+        let mut body = [said.to_le_bytes(), [0; 4]].concat();
+        for n in 0..regions as u64 {
+            for number in [n << 20, 4096, n << 20, 0] {
+                body.extend_from_slice(&number.to_le_bytes());
+            }
+        }
+        // The features first, so that there is an answer; then that none comes is as good as one that refuses.
+        let mut sent = send(&stream, 3, &[], 0) && send(&stream, 2, &(1_u64 << 30).to_le_bytes(), 0);
+        sent = sent && send(&stream, 16, &8_u64.to_le_bytes(), 0) && send(&stream, 5, &body, files);
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut answers = Vec::new();
+        std::io::Read::read_to_end(&mut stream, &mut answers).ok();
+        let last = answers.chunks_exact(20).rfind(|answer| answer[..4] == 5_u32.to_le_bytes());
+        let accepted = last.is_some_and(|answer| answer[12..] == [0; 8]);
+        assert!(!accepted, "{said} said, {regions} there, {files} descriptors ({sent})");
+    }
+    served.guest(1).read(0, 0, 512);
 }
 
 #[expect(unsafe_code, reason = "an event descriptor is not made of anything else in any other way")]

@@ -33,12 +33,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::answer::Export;
 use super::{Request, Target};
+use crate::budget::Budget;
 use crate::disk::{self, Attached, BlockDevice, ReadOnly};
 use crate::error::{Error, Result};
 use crate::metrics::{Kind, Text};
 use crate::pool::{ExportKind, ExportRow};
 use crate::store::{Change, Store};
 use crate::sync::Mutex;
+use crate::sys::process::share_of_open_files;
 use crate::units::DiskId;
 use crate::vhost_blk;
 use book::Book;
@@ -87,6 +89,8 @@ pub(super) struct Exports {
     /// What is held for the next server, by number, where nothing is served.
     kept: Mutex<BTreeMap<u64, Vec<Attached>>>,
     idle: Mutex<Option<Idle>>,
+    /// What the clients of all exports may take together.
+    budget: Budget,
 }
 
 impl Exports {
@@ -98,6 +102,7 @@ impl Exports {
             table: Mutex::default(),
             kept: Mutex::default(),
             idle: Mutex::default(),
+            budget: Budget::new(share_of_open_files(CLIENTS_SHARE)),
         })
     }
 
@@ -167,10 +172,8 @@ impl Exports {
         let front = match row.kind {
             ExportKind::Nbd => {
                 let (store, served, clients) = (Arc::clone(&self.store), Arc::clone(&served), Arc::clone(&clients));
-                Front::Nbd(begin_nbd(
-                    row,
-                    nbd::Shown { store, served, read_only: row.read_only, holder, clients, book },
-                )?)
+                let shown = nbd::Shown { store, served, read_only: row.read_only, holder, clients, book };
+                Front::Nbd(begin_nbd(row, shown, &self.budget)?)
             }
             ExportKind::VhostUser => Front::Vhost(self.begin_vhost(row, &served, &holder, book)?),
         };
@@ -359,6 +362,8 @@ impl Exports {
 
 /// Connections of one NBD export at most.
 const CONNECTIONS_MAX: usize = 256;
+/// Connections of all of them get one part in so many of the files that may be open: the segments need as many.
+const CLIENTS_SHARE: usize = 4;
 
 /// The name under which an export takes leases and is told of; the same after a restart.
 fn holder(row: &ExportRow) -> String {
@@ -366,8 +371,8 @@ fn holder(row: &ExportRow) -> String {
 }
 
 /// Serves over NBD.
-fn begin_nbd(row: &ExportRow, shown: nbd::Shown) -> Result<crate::nbd::Server> {
-    use crate::nbd::{Listen, Options, Tls};
+fn begin_nbd(row: &ExportRow, shown: nbd::Shown, budget: &Budget) -> Result<crate::nbd::Server> {
+    use crate::nbd::{Limits, Listen, Options, Tls};
     let listen = match (&row.socket, &row.listen) {
         (Some(path), _) => Listen::Unix(path.into()),
         (None, Some(listen)) => Listen::Tcp(wish::parse_listen(listen)?),
@@ -379,7 +384,8 @@ fn begin_nbd(row: &ExportRow, shown: nbd::Shown) -> Result<crate::nbd::Server> {
         }
         _ => None,
     };
-    crate::nbd::start(Options { listen, tls, connections_max: CONNECTIONS_MAX }, Arc::new(shown))
+    let limits = Limits::new(CONNECTIONS_MAX, budget.clone());
+    crate::nbd::start(Options { listen, tls, limits }, Arc::new(shown))
 }
 
 /// Finds the numbers of the exports that a name stands for, among all with what they serve.

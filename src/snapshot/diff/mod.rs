@@ -309,8 +309,26 @@ impl Diff {
     /// # Errors
     /// `Corrupt` when rows are damaged; any error of reading the catalog; what `each` returns.
     pub fn each(&self, each: &mut dyn FnMut(Extent) -> Result<()>) -> Result<()> {
+        self.each_until(&|| false, each)
+    }
+
+    /// As [`Diff::each`], until `cancelled` tells that nobody wants the rest: it is asked after each part of the disk, also
+    /// one in which nothing differs.
+    ///
+    /// # Errors
+    /// `Failed` when it was cancelled; as [`Diff::each`].
+    pub fn each_until(
+        &self,
+        cancelled: &(dyn Fn() -> bool + Sync),
+        each: &mut dyn FnMut(Extent) -> Result<()>,
+    ) -> Result<()> {
         let mut joining = Joining::new(self.sizes(), each);
-        let each = &mut |part: Vec<Changed>| part.iter().try_for_each(|changed| joining.chunk(changed));
+        let each = &mut |part: Vec<Changed>| {
+            if cancelled() {
+                return Err(Error::failed("the comparison was broken off: nobody wants it any more"));
+            }
+            part.iter().try_for_each(|changed| joining.chunk(changed))
+        };
         self.compare(&Vec::new(), each)?;
         joining.finish()
     }
