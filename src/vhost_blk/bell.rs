@@ -34,7 +34,7 @@ pub(super) fn ring(file: &File) {
 }
 
 /// Takes what made a descriptor readable.
-pub(super) fn silence(file: &File) {
+pub(super) fn silence(file: impl AsFd) {
     if let Err(error) = rustix::io::read(file, &mut [0_u8; 8])
         && error != rustix::io::Errno::AGAIN
     {
@@ -43,8 +43,8 @@ pub(super) fn silence(file: &File) {
 }
 
 /// Waits until one of two descriptors is readable; tells whether the first is.
-pub(super) fn wait(first: &impl AsFd, second: &File) -> io::Result<bool> {
-    let mut fds = [PollFd::new(first, PollFlags::IN), PollFd::new(second, PollFlags::IN)];
+pub(super) fn wait(first: impl AsFd, second: impl AsFd) -> io::Result<bool> {
+    let mut fds = [PollFd::new(&first, PollFlags::IN), PollFd::new(&second, PollFlags::IN)];
     loop {
         match rustix::event::poll(&mut fds, None) {
             Ok(_) => return Ok(!fds[0].revents().is_empty()),

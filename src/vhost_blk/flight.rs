@@ -11,8 +11,8 @@ use std::sync::Arc;
 
 use vm_memory::GuestMemoryMmap;
 
-use super::queue::Target;
 use super::request::{Request, SERIAL, Status, What};
+use super::service::Target;
 use crate::disk::engine::{Done, Op, Request as Part};
 use crate::disk::{Buffers, Engine};
 use crate::error::Result;
@@ -63,7 +63,7 @@ impl Flights {
     pub(super) fn new(target: Arc<Target>, durable: bool) -> Result<Self> {
         Ok(Self {
             target,
-            engine: Engine::new("vhost-work", THREADS)?,
+            engine: Engine::new("disk-work", THREADS)?,
             buffers: Buffers::default(),
             flights: Vec::new(),
             free: Vec::new(),
@@ -103,7 +103,7 @@ impl Flights {
             What::Refused(status) => return self.answer(memory, head, &request, status, 0),
             What::Serial => {
                 let len = request.data.len().min(SERIAL);
-                let told = request.data.copy_in(memory, 0, &self.target.serial[..len]);
+                let told = request.data.copy_in(memory, 0, &self.target.serial()[..len]);
                 let (status, len) = if told { (Status::Ok, len) } else { (Status::Failed, 0) };
                 return self.answer(memory, head, &request, status, len);
             }

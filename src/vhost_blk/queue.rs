@@ -1,15 +1,10 @@
-//! One queue at work: a thread that takes requests out of guest memory, has them done and answers them.
-//!
-//! ```text
-//!   available ring --take, many--> flights --> engine --collect, many--> used ring --one notification--> guest
-//! ```
+//! One queue of a front end at work: set up, served by a thread ([`Service`]), stopped.
 //!
 //! # Rules
 //! 1. A queue works from the moment its front end has said all there is to say, until it says stop, goes away or changes
 //!    something; then what was taken is finished first. So nothing is in flight while anything changes.
 //! 2. What a guest puts into its rings ends a request, or at worst this queue: its front end is told, and it rests until it
 //!    is set up anew.
-//! 3. The guest is asked to notify only when there is nothing left to do.
 //!
 //! # After a crash
 //! See [`super::inflight`].
@@ -18,42 +13,16 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
 
-use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use virtio_queue::{Queue, QueueT};
+use vm_memory::GuestAddress;
 
 use super::bell::{self, Bell};
 use super::config::QUEUE_SIZE_MAX;
-use super::flight::Flights;
 use super::inflight::Track;
-use super::request::{Bounds, Request, SERIAL};
-use crate::clock;
-use crate::disk::BlockDevice;
-
-/// The memory of a guest.
-pub(super) type Memory = GuestMemoryMmap<()>;
-
-/// Requests under way at most; more stay in their ring.
-const IN_FLIGHT_MAX: usize = 256;
-/// Bytes of their data at most, or of one request.
-const BYTES_MAX: usize = 32 << 20;
-/// How long it looks for a request before sleeping, at most: what QEMU takes.
-const PATIENCE_MAX: Duration = Duration::from_micros(32);
-/// Looks between two looks at the clock.
-const LOOKS: u32 = 16;
-
-/// What the queues of a device share.
-pub(super) struct Target {
-    pub(super) device: Arc<dyn BlockDevice>,
-    pub(super) serial: [u8; SERIAL],
-    pub(super) read_only: bool,
-    /// Requests the device failed; a log line is written for the first, second, fourth and so on.
-    pub(super) failures: AtomicU64,
-}
+use super::service::{Memory, Service, Target, Wires};
 
 /// All there is to say about a queue before it can work.
 pub(super) struct Setup {
@@ -94,7 +63,7 @@ impl Worker {
     pub(super) fn start(setup: Setup, target: Arc<Target>, error: Option<Arc<File>>) -> io::Result<Self> {
         let bad = |what: String| io::Error::new(io::ErrorKind::InvalidInput, what);
         let stop = Arc::new(Stop { asked: AtomicBool::new(false), event: bell::eventfd()? });
-        let (queue, again, track) = prepare(setup.track, &setup.memory, |queue| {
+        let (mut queue, again, track) = prepare(setup.track, &setup.memory, |queue| {
             queue.try_set_size(setup.size)?;
             queue.try_set_desc_table_address(setup.descriptors)?;
             queue.try_set_avail_ring_address(setup.available)?;
@@ -105,21 +74,18 @@ impl Worker {
             Ok(())
         })
         .map_err(bad)?;
-        let mut work =
-            Loop { queue, again, track, memory: setup.memory, bell: setup.bell, target: Arc::clone(&target) };
-        let (kick, durable) = (setup.kick, !setup.flushes);
+        let (memory, kick, bell, durable) = (setup.memory, setup.kick, setup.bell, !setup.flushes);
         let thread = std::thread::Builder::new().name("vhost-queue".into()).spawn({
             let stop = Arc::clone(&stop);
             move || {
-                // Made here: the ring of an engine belongs to one thread.
-                let served = Flights::new(target, durable)
-                    .map_err(text)
-                    .and_then(|mut flights| work.serve(&mut flights, &kick, &stop));
-                if let Err(reason) = served {
+                let call = || bell.ring();
+                let wires = Wires { kick: kick.as_fd(), stop: &stop.asked, wake: stop.event.as_fd(), call: &call };
+                let mut service = Service { queue: &mut queue, memory: &memory, target: &target, wires, track };
+                if let Err(reason) = service.run(again, durable) {
                     tracing::error!("a queue of a guest cannot be used any more: {reason}");
                     error.iter().for_each(|error| bell::ring(error));
                 }
-                work.queue.next_avail()
+                queue.next_avail()
             }
         })?;
         Ok(Self { thread, stop })
@@ -159,161 +125,6 @@ fn prepare(
     Ok((queue, again, track))
 }
 
-struct Loop {
-    queue: Queue,
-    memory: Arc<Memory>,
-    /// What the last server has not answered.
-    again: Vec<u16>,
-    track: Option<Track>,
-    bell: Arc<Bell>,
-    target: Arc<Target>,
-}
-
 fn text(error: impl std::fmt::Display) -> String {
     error.to_string()
-}
-
-impl Loop {
-    fn serve(&mut self, flights: &mut Flights, kick: &File, stop: &Stop) -> Result<(), String> {
-        for head in std::mem::take(&mut self.again) {
-            self.begin(flights, head);
-        }
-        let served = self.go_round(flights, kick, stop);
-        // What was taken is finished, whatever happened.
-        while flights.count() > 0 {
-            flights.engine().wait(None).map_err(text)?;
-            flights.collect(&self.memory);
-        }
-        self.publish(flights).map_err(text)?;
-        served
-    }
-
-    fn go_round(&mut self, flights: &mut Flights, kick: &File, stop: &Stop) -> Result<(), String> {
-        let mut patience = Patience::default();
-        while !stop.asked.load(Ordering::Acquire) {
-            self.queue.disable_notification(&*self.memory).map_err(text)?;
-            let mut busy = self.take(flights)?;
-            flights.engine().submit().map_err(text)?;
-            busy |= flights.collect(&self.memory);
-            self.publish(flights).map_err(text)?;
-            if busy && flights.count() == 0 {
-                // Look again before going to sleep: that costs less than being woken.
-                continue;
-            }
-            if full(flights) {
-                flights.engine().wait(None).map_err(text)?;
-            } else if flights.count() == 0 && self.look(&patience, stop) {
-                // It came before it was worth sleeping.
-            } else if self.queue.enable_notification(&*self.memory).map_err(text)? {
-                // There is more already.
-            } else if flights.count() > 0 {
-                flights.engine().wait(Some(kick.as_fd())).map_err(text)?;
-                bell::silence(kick);
-            } else {
-                let begun = clock::now();
-                if bell::wait(kick, &stop.event).map_err(text)? {
-                    bell::silence(kick);
-                }
-                patience.slept(clock::now().duration_since(begun));
-            }
-            flights.collect(&self.memory);
-        }
-        Ok(())
-    }
-
-    /// Looks for the next request without sleeping, for a while; tells whether there is one. The guest need not notify
-    /// meanwhile.
-    fn look(&self, patience: &Patience, stop: &Stop) -> bool {
-        let until = clock::now() + patience.0;
-        while clock::now() < until && !stop.asked.load(Ordering::Relaxed) {
-            for _ in 0..LOOKS {
-                let index = self.queue.avail_idx(&*self.memory, Ordering::Acquire);
-                if index.is_ok_and(|index| index.0 != self.queue.next_avail()) {
-                    return true;
-                }
-                std::hint::spin_loop();
-            }
-        }
-        false
-    }
-
-    /// Takes what is available, as far as there is room; tells whether there was anything.
-    fn take(&mut self, flights: &mut Flights) -> Result<bool, String> {
-        let mut any = false;
-        while !full(flights) {
-            let mut chains = self.queue.iter(&*self.memory).map_err(text)?;
-            let Some(head) = chains.next().map(|chain| chain.head_index()) else { break };
-            if head >= self.queue.size() {
-                return Err(format!("it has no descriptor {head}"));
-            }
-            if let Some(track) = &mut self.track {
-                track.begin(head);
-            }
-            self.begin(flights, head);
-            any = true;
-        }
-        Ok(any)
-    }
-
-    fn begin(&self, flights: &mut Flights, head: u16) {
-        let bounds = Bounds::of(&*self.target.device, self.target.read_only);
-        let table = GuestAddress(self.queue.desc_table());
-        let request = Request::take(&*self.memory, table, self.queue.size(), head, bounds);
-        flights.begin(&self.memory, head, request);
-    }
-
-    /// Puts what is answered into the used ring, all of it at once.
-    fn publish(&mut self, flights: &mut Flights) -> Result<(), virtio_queue::Error> {
-        let answered = flights.answered();
-        if answered.is_empty() {
-            return Ok(());
-        }
-        let memory = &*self.memory;
-        let heads = || answered.iter().map(|(head, _)| *head);
-        if let Some(track) = &self.track {
-            track.ending(heads());
-        }
-        for (head, len) in &*answered {
-            self.queue.add_used(memory, *head, *len)?;
-        }
-        if let Some(track) = &self.track {
-            track.ended(heads(), self.queue.next_used());
-        }
-        answered.clear();
-        let wanted = self.queue.needs_notification(memory)?;
-        // Without an index there is a flag, which the crate leaves to us.
-        let flag = || memory.read_obj::<u16>(GuestAddress(self.queue.avail_ring()));
-        let silent = || flag().is_ok_and(|flags| u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT != 0);
-        if wanted && (self.queue.event_idx_enabled() || !silent()) {
-            self.bell.ring();
-        }
-        Ok(())
-    }
-}
-
-/// How long it is worth looking for the next request before sleeping: as long as it would have found one lately, so that
-/// a guest that rests costs nothing.
-#[derive(Debug, Default)]
-struct Patience(Duration);
-
-impl Patience {
-    /// Learns from a sleep that came after it had looked.
-    fn slept(&mut self, slept: Duration) {
-        self.0 = if self.0 + slept > PATIENCE_MAX { Duration::ZERO } else { PATIENCE_MAX.min((self.0 + slept) * 2) };
-    }
-}
-
-/// Tells whether nothing more should be taken before something is finished.
-fn full(flights: &Flights) -> bool {
-    flights.count() >= IN_FLIGHT_MAX || flights.bytes() >= BYTES_MAX || flights.answered_len() >= IN_FLIGHT_MAX
-}
-
-impl Target {
-    /// Says in the log that the disk failed a request, if not too often.
-    pub(super) fn failed(&self, error: &crate::error::Error) {
-        let before = self.failures.fetch_add(1, Ordering::Relaxed);
-        if (before + 1).is_power_of_two() {
-            tracing::warn!("a request of a guest failed ({} so far): {error}", before + 1);
-        }
-    }
 }

@@ -28,7 +28,8 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestRegionMmap};
 use super::bell::{self, Bell};
 use super::config::{self, QUEUE_SIZE_MAX};
 use super::inflight::Region;
-use super::queue::{Memory, Setup, Target, Worker};
+use super::queue::{Setup, Worker};
+use super::service::{Memory, Target};
 use crate::sync::Mutex;
 
 /// Regions of guest memory at most, as with vhost in the kernel.
