@@ -4,7 +4,7 @@
 //!   GET  /v1/vm               tells about it
 //!   POST /v1/vm/pause         stops it where it is
 //!   POST /v1/vm/resume        lets it go on
-//!   POST /v1/vm/stop          asks the guest to switch itself off; asked again, ends it
+//!   POST /v1/vm/stop          asks the guest to switch itself off, and ends it after a minute; asked again, ends it
 //!   POST /v1/vm/kill          ends it as a power cut does
 //! ```
 //!
@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::{Path as UrlPath, State};
-use axum::http::{StatusCode, header};
+use axum::http::{StatusCode, Uri, header};
 use axum::response::Response as HttpResponse;
 use axum::routing::{get, post};
 use http_body_util::{BodyExt, Full, Limited};
@@ -35,13 +35,15 @@ use tokio::sync::oneshot;
 use super::{Failure, Line};
 use crate::error::{Error, Kind, Result};
 use crate::media::socket::{ShortPath, Socket};
-use crate::vmm::{Home, Info, Runner};
+use crate::vmm::{self, Home, Info, PATIENCE, Runner};
 
 /// File name of the socket in the folder of the machine.
 const NAME: &str = "api.sock";
 /// How often a machine that does not answer is looked at again, and how far apart.
 const LOOKS: u32 = 50;
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
+/// How long the process of a machine may take to end after its guest has.
+const END_TIME_MAX: Duration = Duration::from_secs(60);
 /// Connections the kernel keeps before they are accepted.
 const BACKLOG: i32 = 16;
 /// Bytes of an answer at most.
@@ -106,18 +108,30 @@ async fn tell(State(runner): State<Arc<Runner>>) -> HttpResponse {
     answer(runner, |_| Ok(())).await
 }
 
-async fn act(State(runner): State<Arc<Runner>>, UrlPath(what): UrlPath<String>) -> HttpResponse {
+/// Reads how long a guest may take: `patience=SECONDS`.
+fn patience(query: Option<&str>) -> Result<Duration> {
+    let Some(query) = query else { return Ok(PATIENCE) };
+    let seconds = query.strip_prefix("patience=").and_then(|seconds| seconds.parse::<u32>().ok());
+    seconds
+        .map(|seconds| Duration::from_secs(seconds.into()))
+        .ok_or_else(|| Error::usage(format!("'{query}' is not understood")).hint("give ?patience=SECONDS"))
+}
+
+async fn act(State(runner): State<Arc<Runner>>, UrlPath(what): UrlPath<String>, uri: Uri) -> HttpResponse {
     match what.as_str() {
         "pause" => answer(runner, Runner::pause).await,
         "resume" => answer(runner, Runner::resume).await,
-        "stop" => answer(runner, |runner| runner.stop(false)).await,
-        "kill" => answer(runner, |runner| runner.stop(true)).await,
+        "stop" => match patience(uri.query()) {
+            Ok(patience) => answer(runner, move |runner| runner.stop(patience)).await,
+            Err(error) => failure(&error),
+        },
+        "kill" => answer(runner, |runner| runner.stop(Duration::ZERO)).await,
         _ => failure(&Error::not_found("there is nothing at this address")),
     }
 }
 
 /// Does something and tells about the machine.
-async fn answer(runner: Arc<Runner>, act: fn(&Runner) -> Result<()>) -> HttpResponse {
+async fn answer(runner: Arc<Runner>, act: impl FnOnce(&Runner) -> Result<()> + Send + 'static) -> HttpResponse {
     let done = tokio::task::spawn_blocking(move || act(&runner).map(|()| runner.info())).await;
     match done {
         Ok(Ok(info)) => {
@@ -154,8 +168,8 @@ pub enum Act {
     Pause,
     /// Let it go on.
     Resume,
-    /// Ask it to switch itself off.
-    Stop,
+    /// Ask it to switch itself off, and end it after that many seconds.
+    Stop(u32),
     /// End it.
     Kill,
 }
@@ -194,11 +208,11 @@ fn exchange(home: &Home, act: Act) -> Result<Option<Info>> {
             }
         };
         let (method, path) = match act {
-            Act::Tell => (Method::GET, "/v1/vm"),
-            Act::Pause => (Method::POST, "/v1/vm/pause"),
-            Act::Resume => (Method::POST, "/v1/vm/resume"),
-            Act::Stop => (Method::POST, "/v1/vm/stop"),
-            Act::Kill => (Method::POST, "/v1/vm/kill"),
+            Act::Tell => (Method::GET, "/v1/vm".to_owned()),
+            Act::Pause => (Method::POST, "/v1/vm/pause".to_owned()),
+            Act::Resume => (Method::POST, "/v1/vm/resume".to_owned()),
+            Act::Stop(seconds) => (Method::POST, format!("/v1/vm/stop?patience={seconds}")),
+            Act::Kill => (Method::POST, "/v1/vm/kill".to_owned()),
         };
         let lost = |e: hyper::Error| gone().because(e);
         let (mut sender, connection) =
@@ -223,6 +237,22 @@ fn exchange(home: &Home, act: Act) -> Result<Option<Info>> {
             _ => Err(gone()),
         }
     })
+}
+
+/// Waits until nobody runs a machine any more, and tells about it then.
+///
+/// # Errors
+/// Those of [`ask_machine`]; `Busy` when it takes longer than that many seconds and some.
+pub fn wait_for_end(home: &Home, seconds: u32) -> Result<Info> {
+    let until = crate::clock::now() + Duration::from_secs(seconds.into()) + END_TIME_MAX;
+    while ask_machine(home, Act::Tell)?.is_some_and(|info| info.state != vmm::State::Ended) || home.is_locked()? {
+        if crate::clock::now() >= until {
+            return Err(Error::busy(format!("the virtual machine {} does not end", home.name()))
+                .hint("a request to one of its disks may not have been answered; vmm.log in its folder may say more"));
+        }
+        crate::clock::sleep(LOOK_INTERVAL);
+    }
+    Info::of_stopped(home)
 }
 
 /// Tells about every machine of a pool, whether it runs or not.

@@ -4,8 +4,11 @@
 //! 1. `vm run` and `vm start` are that process. In the foreground they show what the guest says, and their exit code tells
 //!    how it ended: 0 when it switched itself off or was stopped, 1 when it crashed, 5 when its memory could not be had.
 //! 2. With --detach they start it in the background and return when the guest runs; its log is POOL/vms/NAME/vmm.log.
-//! 3. The first SIGTERM or SIGINT asks the guest to switch itself off, the second ends it.
+//! 3. The first SIGTERM or SIGINT asks the guest to switch itself off, the second ends it; so does the end of its patience.
+//! 4. What is defined is what could be started: a definition is kept when the machine has been made, and else the one before.
+//! 5. Once all is open the process gives up what rights it does not need.
 
+use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
@@ -17,18 +20,24 @@ use clap::{Args, Subcommand};
 
 use super::screen::Screen;
 use super::{Global, daemon, signal};
-use crate::api::machine::{Act, MachineServer, ask_machine, list_machines};
+use crate::api::machine::{Act, MachineServer, ask_machine, list_machines, wait_for_end};
 use crate::api::{Failure, Line};
 use crate::error::{Error, Kind, Result};
 use crate::media::socket::ShortPath;
 use crate::units::{parse_size, show_size};
-use crate::vmm::{Boot, Definition, DiskDefinition, Ending, Home, Info, NetSettings, Runner, State};
+use crate::vmm::{
+    Boot, Definition, DiskDefinition, Ending, Home, HomeLock, Info, NetSettings, PATIENCE, Runner, State,
+};
 
 /// Run virtual machines
 ///
 /// A machine boots a Linux kernel (bzImage, or ELF with a PVH entry) directly on KVM. Its devices are virtio over MMIO,
 /// which the kernel finds through ACPI; the modules it needs are virtio_mmio, virtio_blk and virtio_net. Each machine is
 /// one process and has a folder POOL/vms/NAME with its definition, its sockets and its logs.
+///
+/// The guest is not trusted, and neither is the process that runs it: when all it needs is open it confines itself to the
+/// system calls it needs (seccomp), a set for each kind of thread. Any other ends it, and the log names the call. With --user
+/// a process that root started has the rights of somebody else from then on.
 #[derive(Debug, Args)]
 pub(super) struct Vm {
     #[command(subcommand)]
@@ -74,6 +83,9 @@ struct Run {
     /// Processors
     #[arg(long, value_name = "N", default_value_t = 1)]
     cpus: u8,
+    /// As root: run it with the rights of this user, once all that it needs has been opened
+    #[arg(long, value_name = "NAME")]
+    user: Option<String>,
     #[command(flatten)]
     how: How,
 }
@@ -119,9 +131,9 @@ struct Resume {
     name: String,
 }
 
-/// Ask a guest to switch itself off
+/// Ask a guest to switch itself off, and wait until it has
 ///
-/// Presses its power button. A guest that was asked before is ended, as by a power cut.
+/// Presses its power button. A guest that takes too long is ended, as by a power cut, and so is one that was asked before.
 #[derive(Debug, Args)]
 struct Stop {
     /// Name of the machine
@@ -129,6 +141,9 @@ struct Stop {
     /// End it at once, as by a power cut
     #[arg(long)]
     force: bool,
+    /// How long the guest may take
+    #[arg(long, value_name = "SECONDS", default_value_t = PATIENCE.as_secs().try_into().unwrap_or(u32::MAX))]
+    patience: u32,
 }
 
 /// Remove a virtual machine that does not run; its disks stay
@@ -155,16 +170,19 @@ impl Vm {
             VmCommand::Run(run) => {
                 let home = Home::of(&pool, &run.name)?;
                 let definition = run.definition()?;
-                home.make()?;
-                // Not while it runs.
-                let lock = home.lock()?;
-                home.define(&definition)?;
-                drop(lock);
-                start(&home, &pool, &run.how, global, screen)
+                if run.how.detach && !daemon::is_child() {
+                    home.make()?;
+                    // The background half is told the same words.
+                    return detached(&home, &std::env::args_os().skip(1).collect::<Vec<_>>(), screen);
+                }
+                start(&home, Some(definition), screen)
             }
             VmCommand::Start(wanted) => {
                 let home = Home::of(&pool, &wanted.name)?;
-                start(&home, &pool, &wanted.how, global, screen)
+                if wanted.how.detach && !daemon::is_child() {
+                    return detached(&home, &std::env::args_os().skip(1).collect::<Vec<_>>(), screen);
+                }
+                start(&home, None, screen)
             }
             VmCommand::Ls(Ls {}) => {
                 let machines = list_machines(&pool)?;
@@ -184,7 +202,8 @@ impl Vm {
             VmCommand::Pause(wanted) => ask(&Home::of(&pool, &wanted.name)?, Act::Pause, screen),
             VmCommand::Resume(wanted) => ask(&Home::of(&pool, &wanted.name)?, Act::Resume, screen),
             VmCommand::Stop(wanted) => {
-                ask(&Home::of(&pool, &wanted.name)?, if wanted.force { Act::Kill } else { Act::Stop }, screen)
+                let patience = if wanted.force { 0 } else { wanted.patience };
+                stop(&Home::of(&pool, &wanted.name)?, patience, screen)
             }
             VmCommand::Rm(wanted) => {
                 let home = Home::of(&pool, &wanted.name)?;
@@ -208,6 +227,7 @@ impl Run {
             command_line: self.cmdline.clone(),
         };
         let mut definition = Definition::new(boot, parse_size(&self.memory)?, self.cpus);
+        definition.user.clone_from(&self.user);
         for disk in &self.disks {
             let mut disk = parse_disk(disk)?;
             disk.file = absolute(&disk.file)?;
@@ -268,34 +288,21 @@ fn parse_net(text: &str) -> Result<NetSettings> {
     Ok(NetSettings { tap: tap.ok_or_else(bad)?, mac })
 }
 
-/// Runs a defined machine, here or in the background.
-fn start(home: &Home, pool: &Path, how: &How, global: &Global, screen: &Screen) -> Result<u8> {
-    if how.detach {
-        let info = detached(home, pool, global)?;
-        screen.confirm(&value(&info), &line(&info));
-        return Ok(0);
-    }
+/// Runs a machine in this process: a new one, or the one that is defined.
+fn start(home: &Home, new: Option<Definition>, screen: &Screen) -> Result<u8> {
     let child = daemon::is_child();
     if child {
         daemon::detach()?;
     }
-    let runner = match prepare(home) {
-        Ok(runner) => runner,
+    let ready = match prepare(home, new) {
+        Ok(ready) => ready,
         Err(error) if child => {
             screen.bytes(&Line::Error(Failure::from(&error)).encode());
             return Err(error);
         }
         Err(error) => return Err(error),
     };
-    let server = MachineServer::start(home, Arc::clone(&runner))?;
-    let watched = Arc::clone(&runner);
-    signal::watch(move |_| {
-        if let Err(error) = watched.stop(false) {
-            tracing::debug!("a signal came too late: {error}");
-        }
-        let waiting = Arc::clone(&watched);
-        std::thread::spawn(move || waiting.wait_for_end());
-    })?;
+    let (runner, server) = ready;
     if child {
         screen.bytes(format!("{}\n", value(&runner.info())).as_bytes());
     }
@@ -314,17 +321,35 @@ fn start(home: &Home, pool: &Path, how: &How, global: &Global, screen: &Screen) 
     })
 }
 
-fn prepare(home: &Home) -> Result<Arc<Runner>> {
-    let lock = home.lock()?;
-    let definition = home.definition()?;
-    let runner = Runner::new(home.clone(), definition, lock)?;
-    // Before anybody is told that the guest runs: who is told may look for it.
-    runner.serve_serial()?;
-    Ok(Arc::new(runner))
+/// Makes a machine and all that belongs to it. A new one is defined when nothing can be wrong with it any more.
+fn prepare(home: &Home, new: Option<Definition>) -> Result<(Arc<Runner>, MachineServer)> {
+    let Some(definition) = new else { return make(home, home.definition()?, home.lock()?, false) };
+    home.make()?;
+    make(home, definition, home.lock()?, true).inspect_err(|_| {
+        if let Ok(lock) = home.lock() {
+            home.forget(lock);
+        }
+    })
 }
 
-/// Starts the background half, and returns when the guest runs.
-fn detached(home: &Home, pool: &Path, global: &Global) -> Result<Info> {
+fn make(home: &Home, definition: Definition, lock: HomeLock, new: bool) -> Result<(Arc<Runner>, MachineServer)> {
+    let runner = Arc::new(Runner::new(home.clone(), definition.clone(), lock)?);
+    let server = MachineServer::start(home, Arc::clone(&runner))?;
+    let watched = Arc::clone(&runner);
+    signal::watch(move |_| {
+        if let Err(error) = watched.stop(PATIENCE) {
+            tracing::debug!("a signal came too late: {error}");
+        }
+    })?;
+    if new {
+        home.define(&definition)?;
+    }
+    runner.confine()?;
+    Ok((runner, server))
+}
+
+/// Starts the background half with the words that this process was told, and returns when the guest runs.
+fn detached(home: &Home, words: &[OsString], screen: &Screen) -> Result<u8> {
     let cannot = |e| Error::io("cannot start the virtual machine in the background", e);
     // Told here rather than by a log.
     drop(home.lock()?);
@@ -336,15 +361,15 @@ fn detached(home: &Home, pool: &Path, global: &Global) -> Result<Info> {
         .open(&path)
         .map_err(|e| Error::io(format!("cannot open the log {}", path.display()), e))?;
     let mut command = Command::new(std::env::current_exe().map_err(cannot)?);
-    command.arg("--pool").arg(pool).args(["vm", "start", home.name()]);
-    command.args(std::iter::repeat_n("-v", usize::from(global.verbose.max(1))));
+    command.args(words).arg("-v");
     daemon::mark_child(&mut command);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
     let mut child = command.spawn().map_err(cannot)?;
     let mut told = String::new();
     BufReader::new(child.stdout.take().expect("stdout is piped")).read_line(&mut told).map_err(cannot)?;
-    if let Ok(info) = serde_json::from_str::<Told>(&told) {
-        return Ok(info.vm);
+    if let Ok(Told { vm }) = serde_json::from_str::<Told>(&told) {
+        screen.confirm(&value(&vm), &line(&vm));
+        return Ok(0);
     }
     match serde_json::from_str(&told) {
         Ok(Line::Error(failure)) => Err(failure.into()),
@@ -352,6 +377,24 @@ fn detached(home: &Home, pool: &Path, global: &Global) -> Result<Info> {
             Err(Error::failed("the virtual machine ended before it ran").hint(format!("{} says more", path.display())))
         }
     }
+}
+
+/// Stops a machine, and returns when it has ended.
+fn stop(home: &Home, patience: u32, screen: &Screen) -> Result<u8> {
+    let act = if patience == 0 { Act::Kill } else { Act::Stop(patience) };
+    if ask_machine(home, act)?.is_none() {
+        return Err(does_not_run(home)?);
+    }
+    let info = wait_for_end(home, patience)?;
+    screen.confirm(&value(&info), &line(&info));
+    Ok(0)
+}
+
+/// Says that nobody runs a machine that is defined.
+fn does_not_run(home: &Home) -> Result<Error> {
+    home.definition()?;
+    Ok(Error::not_found(format!("the virtual machine {} does not run", home.name()))
+        .hint(format!("'afterimage vm start {}' starts it", home.name())))
 }
 
 /// What the background half writes when all is well.
@@ -366,11 +409,7 @@ fn value(info: &Info) -> serde_json::Value {
 
 /// Asks a machine that must run.
 fn ask(home: &Home, act: Act, screen: &Screen) -> Result<u8> {
-    let Some(info) = ask_machine(home, act)? else {
-        home.definition()?;
-        return Err(Error::not_found(format!("the virtual machine {} does not run", home.name()))
-            .hint(format!("'afterimage vm start {}' starts it", home.name())));
-    };
+    let Some(info) = ask_machine(home, act)? else { return Err(does_not_run(home)?) };
     screen.confirm(&value(&info), &line(&info));
     Ok(0)
 }
@@ -409,6 +448,9 @@ fn sheet(info: &Info) -> String {
     for net in &info.definition.nets {
         let mac = net.mac.map(|byte| format!("{byte:02x}")).join(":");
         add("network", format!("tap {}, {mac}", net.tap));
+    }
+    if let Some(user) = &info.definition.user {
+        add("user", user.clone());
     }
     text
 }

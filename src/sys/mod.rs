@@ -8,6 +8,7 @@
 
 pub mod cow;
 pub mod event;
+pub mod forbidden;
 pub mod hole;
 pub mod kvm;
 pub mod lock;

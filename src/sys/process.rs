@@ -1,8 +1,14 @@
-//! What the daemon asks of the kernel for itself as a whole.
+//! What a process asks of the kernel for itself as a whole.
+#![expect(unsafe_code, reason = "users and their names are the C library's, and so is changing to one in all threads")]
 
+use std::ffi::CString;
 use std::io;
+use std::ptr;
 
 use rustix::process::{Resource, Rlimit};
+
+/// Bytes of the texts that belong to a user; more than any system has.
+const TEXTS: usize = 64 << 10;
 
 /// Tells the kernel that this process serves block or file system I/O (`PR_SET_IO_FLUSHER`, Linux 5.6).
 ///
@@ -28,9 +34,65 @@ pub fn share_of_open_files(parts: usize) -> usize {
     limit.map_or(usize::MAX, |limit| usize::try_from(limit).unwrap_or(usize::MAX)) / parts
 }
 
+/// Has the allocator share its memory among the threads in so many parts at most. It finds out how many processors there are
+/// otherwise, in a file, whenever it likes.
+pub fn limit_arenas(parts: libc::c_int) {
+    // SAFETY: numbers only.
+    let taken = unsafe { libc::mallopt(libc::M_ARENA_MAX, parts) };
+    if taken == 0 {
+        tracing::debug!("the allocator does not take a limit of {parts} parts");
+    }
+}
+
+/// A user of the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct User {
+    /// The number of the user,
+    pub uid: u32,
+    /// and that of the main group.
+    pub gid: u32,
+}
+
+/// Finds a user by name; `None` when there is none of it.
+pub fn find_user(name: &str) -> io::Result<Option<User>> {
+    let name = CString::new(name)?;
+    let mut texts = vec![0; TEXTS];
+    // SAFETY: all zeros are a valid `passwd`.
+    let mut entry: libc::passwd = unsafe { std::mem::zeroed() };
+    let mut found = ptr::null_mut();
+    let (at, len) = (texts.as_mut_ptr(), texts.len());
+    // SAFETY: all pointers are to what lives through the call, and the length is that of the buffer.
+    let error = unsafe { libc::getpwnam_r(name.as_ptr(), &raw mut entry, at, len, &raw mut found) };
+    match error {
+        0 if found.is_null() => Ok(None),
+        0 => Ok(Some(User { uid: entry.pw_uid, gid: entry.pw_gid })),
+        // What the manual says may come for a name that is not there.
+        libc::ENOENT | libc::ESRCH => Ok(None),
+        _ => Err(io::Error::from_raw_os_error(error)),
+    }
+}
+
+/// Makes all threads of this process those of another user, in no group but the main one, for good.
+pub fn become_user(user: User) -> io::Result<()> {
+    let check = |result: libc::c_int| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
+    // SAFETY: the list has no entries.
+    check(unsafe { libc::setgroups(0, ptr::null()) })?;
+    // SAFETY: numbers only.
+    check(unsafe { libc::setresgid(user.gid, user.gid, user.gid) })?;
+    // SAFETY: numbers only.
+    check(unsafe { libc::setresuid(user.uid, user.uid, user.uid) })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn users_are_found_by_name() {
+        assert_eq!(find_user("root").unwrap(), Some(User { uid: 0, gid: 0 }));
+        assert_eq!(find_user("no-such-user-here").unwrap(), None);
+        find_user("a\0b").unwrap_err();
+    }
 
     #[test]
     fn open_files_are_raised_to_the_hard_limit() {

@@ -39,7 +39,7 @@ pub(super) fn ring(file: &File) {
 ///
 /// # Errors
 /// When nothing will ever make it readable again.
-pub(super) fn silence(file: &File) -> io::Result<bool> {
+pub(super) fn silence(file: impl AsFd) -> io::Result<bool> {
     match rustix::io::read(file, &mut [0_u8; 8]) {
         Ok(0) => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "its other end is closed")),
         Ok(_) => Ok(true),
@@ -49,8 +49,8 @@ pub(super) fn silence(file: &File) -> io::Result<bool> {
 }
 
 /// Waits until one of two descriptors is readable, or can never be; tells whether the first is.
-pub(super) fn wait(first: &impl AsFd, second: &File) -> io::Result<bool> {
-    let mut fds = [PollFd::new(first, PollFlags::IN), PollFd::new(second, PollFlags::IN)];
+pub(super) fn wait(first: impl AsFd, second: impl AsFd) -> io::Result<bool> {
+    let mut fds = [PollFd::new(&first, PollFlags::IN), PollFd::new(&second, PollFlags::IN)];
     loop {
         match rustix::event::poll(&mut fds, None) {
             Ok(_) => return Ok(!fds[0].revents().is_empty()),

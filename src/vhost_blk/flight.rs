@@ -9,9 +9,8 @@
 
 use std::sync::Arc;
 
-use super::memory::Memory;
-use super::queue::Target;
 use super::request::{Request, SERIAL, Status, What};
+use super::service::{Memory, Target};
 use crate::disk::engine::{Done, Op, Request as Part};
 use crate::disk::{Buffers, Engine};
 use crate::error::Result;
@@ -62,7 +61,7 @@ impl Flights {
     pub(super) fn new(target: Arc<Target>, durable: bool) -> Result<Self> {
         Ok(Self {
             target,
-            engine: Engine::new("vhost-work", THREADS)?,
+            engine: Engine::new("disk-work", THREADS)?,
             buffers: Buffers::default(),
             flights: Vec::new(),
             free: Vec::new(),
@@ -97,12 +96,12 @@ impl Flights {
     }
 
     /// Begins a request. It goes to the host when the engine is next asked to submit or wait.
-    pub(super) fn begin(&mut self, memory: &Memory, head: u16, request: Request) {
+    pub(super) fn begin(&mut self, memory: &dyn Memory, head: u16, request: Request) {
         match request.what {
             What::Refused(status) => return self.answer(memory, head, &request, status, 0),
             What::Serial => {
                 let len = request.data.len().min(SERIAL);
-                let told = request.data.copy_in(&**memory, 0, &self.target.serial[..len]);
+                let told = request.data.copy_in(memory.map(), 0, &self.target.serial()[..len]);
                 let (status, len) = if told { (Status::Ok, len) } else { (Status::Failed, 0) };
                 return self.answer(memory, head, &request, status, len);
             }
@@ -117,7 +116,7 @@ impl Flights {
     }
 
     /// Begins as many parts as may be under way; answers the request if there is none.
-    fn go_on(&mut self, memory: &Memory, slot: usize, mut flight: Flight) {
+    fn go_on(&mut self, memory: &dyn Memory, slot: usize, mut flight: Flight) {
         while flight.left < PARTS_MAX && !flight.failed {
             let Some(part) = self.next_part(memory, slot, &mut flight) else { break };
             flight.left += 1;
@@ -135,7 +134,7 @@ impl Flights {
     }
 
     /// Makes the next part of a request; `None` when there is none, or it has failed.
-    fn next_part(&mut self, memory: &Memory, slot: usize, flight: &mut Flight) -> Option<Part<Tag>> {
+    fn next_part(&mut self, memory: &dyn Memory, slot: usize, flight: &mut Flight) -> Option<Part<Tag>> {
         let durable = self.durable;
         let from = flight.begun;
         let left = flight.request.data.len() - if moves(&flight.request.what) { from } else { 0 };
@@ -159,7 +158,7 @@ impl Flights {
             };
             let write = matches!(op, Op::Write { .. });
             // What a front end has taken away meanwhile is not what the guest wrote.
-            let copied = |into: &mut [u8]| flight.request.data.copy_out(&**memory, from, into) && !memory.is_lost();
+            let copied = |into: &mut [u8]| flight.request.data.copy_out(memory.map(), from, into) && !memory.is_lost();
             if write && !copied(&mut memory_of_part[..len]) {
                 self.buffers.give_back(memory_of_part);
                 flight.failed = true;
@@ -176,7 +175,7 @@ impl Flights {
     }
 
     /// Takes what the engine has finished and goes on with it; tells whether there was anything.
-    pub(super) fn collect(&mut self, memory: &Memory) -> bool {
+    pub(super) fn collect(&mut self, memory: &dyn Memory) -> bool {
         let mut any = false;
         while let Some(Done { request: part, result }) = self.engine.finished() {
             any = true;
@@ -189,7 +188,7 @@ impl Flights {
             }
             if let Some(pages) = part.pages {
                 if part.op == Op::Read && !flight.failed {
-                    flight.failed = !flight.request.data.copy_in(&**memory, from, &pages[..to_usize(part.len)]);
+                    flight.failed = !flight.request.data.copy_in(memory.map(), from, &pages[..to_usize(part.len)]);
                 }
                 self.bytes -= pages.len();
                 self.buffers.give_back(pages);
@@ -199,8 +198,8 @@ impl Flights {
         any
     }
 
-    fn answer(&mut self, memory: &Memory, head: u16, request: &Request, status: Status, read: usize) {
-        self.answered.push((head, request.answer(&**memory, status, read)));
+    fn answer(&mut self, memory: &dyn Memory, head: u16, request: &Request, status: Status, read: usize) {
+        self.answered.push((head, request.answer(memory.map(), status, read)));
     }
 }
 

@@ -115,7 +115,7 @@ impl Region {
 
 /// The tracking of one queue.
 #[derive(Debug)]
-pub(super) struct Track {
+pub(crate) struct Track {
     region: Arc<Region>,
     begin: usize,
     /// Entries of the region, no fewer than the queue has.

@@ -2,7 +2,7 @@
 //!
 //! # Rules
 //! 1. A region that its file does not have is refused. A front end that shortens the file later loses its session and
-//!    nothing else: what was there reads as zeros, and [`Memory::is_lost`] says so.
+//!    nothing else: what was there reads as zeros, and `is_lost` says so.
 //! 2. Who has read or written asks that before it acts on it.
 
 use std::fs::File;
@@ -88,9 +88,14 @@ impl Memory {
         let mapping = self.mappings.iter().find(inside).ok_or(Error::InvalidParam)?;
         Ok(GuestAddress(theirs - mapping.theirs + mapping.guest))
     }
+}
 
-    /// Tells whether any of it was found to be gone.
-    pub(super) fn is_lost(&self) -> bool {
+impl super::service::Memory for Memory {
+    fn map(&self) -> &GuestMemoryMmap<()> {
+        &self.map
+    }
+
+    fn is_lost(&self) -> bool {
         self.mappings.iter().any(|mapping| mapping.shared.is_lost())
     }
 }

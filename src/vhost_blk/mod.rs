@@ -19,7 +19,7 @@
 //! # After a crash
 //! The disk is as after a power cut; a VMM that reconnects (QEMU: `reconnect-ms`) resumes where it was.
 //!
-//! [`request`] serves devices of other kinds, too.
+//! [`chain`], [`request`] and `service` serve devices of other kinds, too: those of a VMM of our own.
 
 mod bell;
 pub mod chain;
@@ -30,20 +30,19 @@ mod memory;
 mod queue;
 pub mod request;
 mod server;
+pub(crate) mod service;
 mod session;
 
 use std::any::Any;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::thread::JoinHandle;
 
 use crate::disk::BlockDevice;
 use crate::error::{Error, Result};
 use crate::media::socket::Socket;
-use queue::Target;
-use request::SERIAL;
 use server::Shared;
+use service::Target;
 
 /// Front ends that may wait to be accepted.
 const BACKLOG: i32 = 16;
@@ -83,10 +82,7 @@ pub fn start(options: Options, device: Arc<dyn BlockDevice>, keep: Box<dyn Any +
     if !(1..=QUEUES_MAX).contains(&options.queues) {
         return Err(Error::usage(format!("{} queues cannot be: a device has 1 to {QUEUES_MAX}", options.queues)));
     }
-    let mut serial = [0; SERIAL];
-    serial.iter_mut().zip(options.serial.bytes()).for_each(|(to, from)| *to = from);
-    let read_only = device.read_only();
-    let target = Arc::new(Target { device, serial, read_only, failures: AtomicU64::new(0) });
+    let target = Arc::new(Target::new(device, false, &options.serial));
     let host = |e| Error::io("cannot serve a disk over vhost-user", e);
     let shared = Arc::new(Shared::new(target, options.queues).map_err(host)?);
     let socket = Socket::listen(&options.socket, BACKLOG)?;

@@ -1,6 +1,7 @@
-//! Requests of a virtio block device (virtio 1.2, section 5.2.6): parsed, checked, done and answered.
+//! Requests of a virtio block device (virtio 1.2, section 5.2.6): parsed, checked and answered.
 //!
-//! Knows nothing of queues and sockets: a VMM with devices of its own uses it as the vhost-user server does.
+//! Knows nothing of queues and sockets: a VMM with devices of its own uses it as the vhost-user server does. What is asked
+//! for is done by `flight`.
 //!
 //! # Rules
 //! 1. A request is what its buffers say in order, however they are cut: 16 bytes of header and the data to write, then the
@@ -8,7 +9,7 @@
 //! 2. Every length and sector is checked before it is used. What is wrong ends the request with an error status; where not
 //!    even a status can be written, it is returned with nothing written.
 //! 3. Data of a write is copied out of the guest before anything looks at it, once: the guest may change it meanwhile.
-//! 4. A request of any length is done in memory of a fixed size, piece by piece; so no limit is told to the guest.
+//! 4. A request of any length is done in parts, in memory of a fixed size; so no limit is told to the guest.
 //!
 //! # What unmap means
 //! Disks are thin and reserve nothing, so write-zeroes unmaps whole blocks whether or not the guest allows it: there is
@@ -19,7 +20,6 @@ use vm_memory::{Bytes, GuestAddress, GuestMemory};
 
 use super::chain::{Chain, Scatter};
 use crate::disk::BlockDevice;
-use crate::error::Result;
 
 /// Bytes of a sector, the unit of addresses.
 pub const SECTOR: u64 = 512;
@@ -154,54 +154,6 @@ impl Request {
         let what = what.unwrap_or(What::Refused(Status::Failed));
         let data = if matches!(what, What::Write(_)) { readable } else { writable };
         Self { what, data, status }
-    }
-
-    /// Does what is asked for, through `buffer`, and returns how it went and how many bytes of data the guest got.
-    /// It is not answered yet.
-    ///
-    /// # Errors
-    /// Those of the device.
-    pub fn run<M: GuestMemory>(
-        &self,
-        memory: &M,
-        device: &dyn BlockDevice,
-        serial: &[u8; SERIAL],
-        buffer: &mut [u8],
-    ) -> Result<(Status, usize)> {
-        let len = self.data.len();
-        match &self.what {
-            What::Read(offset) => {
-                for from in (0..len).step_by(buffer.len()) {
-                    let part = buffer.len().min(len - from);
-                    device.read(&mut buffer[..part], offset + from as u64)?;
-                    if !self.data.copy_in(memory, from, &buffer[..part]) {
-                        return Ok((Status::Failed, 0));
-                    }
-                }
-                return Ok((Status::Ok, len));
-            }
-            What::Write(offset) => {
-                for from in (0..len).step_by(buffer.len()) {
-                    let part = buffer.len().min(len - from);
-                    if !self.data.copy_out(memory, from, &mut buffer[..part]) {
-                        return Ok((Status::Failed, 0));
-                    }
-                    device.write(&buffer[..part], offset + from as u64)?;
-                }
-            }
-            What::Flush => device.flush()?,
-            What::Discard(spans) => spans.iter().try_for_each(|span| device.discard(span.offset, span.len))?,
-            What::WriteZeroes(spans) => {
-                spans.iter().try_for_each(|span| device.write_zeroes(span.offset, span.len))?;
-            }
-            What::Serial => {
-                let part = len.min(SERIAL);
-                let told = self.data.copy_in(memory, 0, &serial[..part]);
-                return Ok(if told { (Status::Ok, part) } else { (Status::Failed, 0) });
-            }
-            What::Refused(status) => return Ok((*status, 0)),
-        }
-        Ok((Status::Ok, 0))
     }
 
     /// Writes the status and returns how many bytes the used ring says were written, of which `data` are data.

@@ -24,7 +24,7 @@ use vhost::vhost_user::message::{BackendReq, FrontendReq};
 use vhost::vhost_user::{BackendReqHandler, Error as ProtocolError};
 
 use super::bell;
-use super::queue::Target;
+use super::service::Target;
 use super::session::Session;
 use crate::clock::{self, Instant};
 use crate::media::socket::Socket;

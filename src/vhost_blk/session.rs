@@ -19,8 +19,9 @@ use super::bell::{self, Bell};
 use super::config::{self, QUEUE_SIZE_MAX};
 use super::inflight::Region;
 use super::memory::{Memory, REGIONS_MAX};
-use super::queue::{Setup, Target, Worker};
+use super::queue::{Setup, Worker};
 use super::server::Line;
+use super::service::Target;
 use crate::sync::Mutex;
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{

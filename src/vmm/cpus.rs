@@ -6,7 +6,8 @@
 //! 2. A paused processor has nothing half done: an access to a device that the guest began is finished by entering KVM once
 //!    more with the order to come straight back (Documentation/virt/kvm/api.rst, `KVM_RUN`).
 //! 3. The first thing that ends the guest counts, and ends it on all processors.
-//! 4. An access to a device at an address where there is memory is never answered: that is a page that cannot be had.
+//! 4. A thread is confined just before it enters the guest for the first time.
+//! 5. An access to a device at an address where there is memory is never answered: that is a page that cannot be had.
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -17,6 +18,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend};
 use super::bus::Bus;
 use super::cpu_state::CpuState;
 use super::ending::Ending;
+use super::filter::Confinement;
 use super::memory::Memory;
 use crate::error::{Error, Result};
 use crate::sync::{Condvar, Mutex};
@@ -46,6 +48,7 @@ struct Shared {
     kicks: Vec<Arc<Kick>>,
     vm: Arc<Vm>,
     bus: Arc<Bus>,
+    confinement: Confinement,
 }
 
 /// The processors.
@@ -61,11 +64,12 @@ impl Cpus {
     ///
     /// # Errors
     /// When the host has no thread.
-    pub(super) fn start(vm: &Arc<Vm>, cpus: Vec<Cpu>, bus: Arc<Bus>) -> Result<Self> {
+    pub(super) fn start(vm: &Arc<Vm>, cpus: Vec<Cpu>, bus: Arc<Bus>, confinement: &Confinement) -> Result<Self> {
         let state = State { wanted: Wanted::Pause, resting: 0, ending: None };
         let kicks = cpus.iter().map(Cpu::kick).collect();
-        let shared =
-            Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), kicks, vm: Arc::clone(vm), bus });
+        let (state, changed) = (Mutex::new(state), Condvar::new());
+        let (vm, confinement) = (Arc::clone(vm), confinement.clone());
+        let shared = Arc::new(Shared { state, changed, kicks, vm, bus, confinement });
         let cpus: Vec<_> = cpus.into_iter().map(|cpu| Arc::new(Mutex::new(cpu))).collect();
         // Threads that did start end when this is dropped.
         let mut started = Self { shared, cpus, threads: Vec::new() };
@@ -74,7 +78,7 @@ impl Cpus {
             let shared = Arc::clone(&started.shared);
             let thread = std::thread::Builder::new().name(format!("cpu-{index}")).spawn(move || {
                 kick.enter();
-                shared.live(&cpu, &kick);
+                shared.live(&cpu, &kick, index == 0);
                 kick.leave();
             });
             started.threads.push(thread.map_err(|e| Error::io("no thread for a processor of the guest", e))?);
@@ -163,13 +167,22 @@ impl Shared {
     }
 
     /// The life of a thread.
-    fn live(&self, cpu: &Mutex<Cpu>, kick: &Kick) {
-        let mut ran = false;
+    fn live(&self, cpu: &Mutex<Cpu>, kick: &Kick, first: bool) {
+        let (mut ran, mut confined) = (false, false);
         loop {
             kick.clear();
             // What is wanted is looked at after the call was cleared (rule 1).
             let wanted = self.state.lock().wanted;
             if wanted == Wanted::Run {
+                if !std::mem::replace(&mut confined, true) {
+                    if let Err(error) = self.confinement.processor() {
+                        self.end(Ending::Crashed(error.to_string()));
+                        continue;
+                    }
+                    if first {
+                        tracing::info!("the guest begins");
+                    }
+                }
                 ran = true;
                 if let Some(ending) = self.enter(&mut cpu.lock()) {
                     self.end(ending);

@@ -1,13 +1,15 @@
 //! A raw file of the host, or a block device of it, as the disk of a guest.
 //!
 //! # Rules
-//! 1. Its size is that at the start; nobody else may shrink it.
+//! 1. Its size is what it was when it was looked at last ([`FileDisk::look`]): others may let it grow. What is beyond is
+//!    refused here, and what somebody cut off by the host.
 //! 2. A flush is an fdatasync, and no write is durable before one.
 //! 3. Discards and zeros punch holes where the host can; where it cannot, a discard does nothing and zeros are written.
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::FlockOperation;
 
@@ -23,7 +25,7 @@ const ZEROS: usize = 1 << 16;
 pub struct FileDisk {
     file: File,
     path: PathBuf,
-    size: u64,
+    size: AtomicU64,
     read_only: bool,
 }
 
@@ -48,8 +50,19 @@ impl FileDisk {
             }
             Err(error) => return Err(cannot(error.into())),
         }
-        let size = rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0)).map_err(|e| cannot(e.into()))?;
-        Ok(Self { file, path: path.to_owned(), size, read_only })
+        let disk = Self { file, path: path.to_owned(), size: AtomicU64::new(0), read_only };
+        disk.look()?;
+        Ok(disk)
+    }
+
+    /// Looks how large it is; tells whether that has changed.
+    ///
+    /// # Errors
+    /// Those of the host.
+    pub fn look(&self) -> Result<bool> {
+        let end = rustix::fs::seek(&self.file, rustix::fs::SeekFrom::End(0));
+        let size = end.map_err(|e| self.failed("find the end of", e.into()))?;
+        Ok(self.size.swap(size, Ordering::Relaxed) != size)
     }
 
     fn failed(&self, what: &str, error: std::io::Error) -> Error {
@@ -57,7 +70,7 @@ impl FileDisk {
     }
 
     fn check(&self, offset: u64, len: u64) -> Result<()> {
-        if offset.checked_add(len).is_none_or(|end| end > self.size) {
+        if offset.checked_add(len).is_none_or(|end| end > self.size()) {
             return Err(Error::usage(format!("bytes {offset} to {offset}+{len} are beyond {}", self.path.display())));
         }
         Ok(())
@@ -73,7 +86,7 @@ impl FileDisk {
 
 impl BlockDevice for FileDisk {
     fn size(&self) -> u64 {
-        self.size
+        self.size.load(Ordering::Relaxed)
     }
 
     fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
@@ -120,7 +133,7 @@ impl BlockDevice for FileDisk {
     }
 
     fn mapped(&self) -> u64 {
-        hole::allocated(&self.file).unwrap_or(self.size)
+        hole::allocated(&self.file).unwrap_or_else(|_| self.size())
     }
 
     fn read_only(&self) -> bool {
@@ -162,6 +175,16 @@ mod tests {
             assert_eq!(disk.write_zeroes(offset, len).unwrap_err().kind(), Kind::Usage, "{offset} {len}");
         }
         assert_eq!(disk.size(), 8192);
+    }
+
+    #[test]
+    fn a_file_that_grows_is_a_larger_disk_once_it_is_looked_at() {
+        let (file, disk) = disk(4096);
+        assert!(!disk.look().unwrap());
+        file.as_file().set_len(8192).unwrap();
+        assert_eq!(disk.write(&[1; 512], 4096).unwrap_err().kind(), Kind::Usage);
+        assert!(disk.look().unwrap() && disk.size() == 8192);
+        disk.write(&[1; 512], 4096).unwrap();
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Where a virtual machine lives in its pool: `vms/NAME/`, for its owner alone.
 //!
 //! ```text
-//!   vm.json       what it is made of; written whole, durably, before it runs
+//!   vm.json       what it is made of; written whole, durably, when it is known that it can be started, before it runs
 //!   api.sock      while it runs: HTTP and JSON (see afterimage-api(5))
 //!   serial.sock   while it runs: its serial port
 //!   console.log   what it said on its serial port, since it was started last
@@ -10,7 +10,9 @@
 //!
 //! # Rules
 //! 1. Who runs a machine holds the lock of its folder; a second start is told so, and so is a removal.
-//! 2. `vm.json` says its version first. One of a newer program is refused, not guessed.
+//! 2. The folder is its owner's also where the machine runs as somebody else, so that a guest that has broken out changes
+//!    neither what it is made of nor what it has said.
+//! 3. `vm.json` says its version first. One of a newer program is refused, not guessed.
 //!
 //! # After a crash
 //! The lock is gone with the process. Sockets stay and refuse connections; the next start removes them.
@@ -23,7 +25,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::{Boot, NetSettings};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::media::{HostMedia, Media, Open};
 use crate::sys;
 
@@ -56,6 +58,9 @@ pub struct Definition {
     /// Its network cards, in order.
     #[serde(default)]
     pub nets: Vec<NetSettings>,
+    /// The user of the host whose rights its process has, when root starts it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
 }
 
 /// A disk of a machine, as it is kept.
@@ -76,7 +81,7 @@ impl Definition {
     /// Makes one of this version.
     #[must_use]
     pub fn new(boot: Boot, memory: u64, cpus: u8) -> Self {
-        Self { version: VERSION, boot, memory, cpus, disks: Vec::new(), nets: Vec::new() }
+        Self { version: VERSION, boot, memory, cpus, disks: Vec::new(), nets: Vec::new(), user: None }
     }
 }
 
@@ -166,6 +171,16 @@ impl Home {
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.dir).map_err(cannot)
     }
 
+    /// Removes the folder of a machine that was never defined, with the lock that its maker has, and the sockets and logs
+    /// in it; leaves any other.
+    pub fn forget(&self, _lock: HomeLock) {
+        if !self.exists()
+            && let Err(error) = std::fs::remove_dir_all(&self.dir)
+        {
+            tracing::debug!("{} stays: {error}", self.dir.display());
+        }
+    }
+
     /// Takes the lock.
     ///
     /// # Errors
@@ -180,6 +195,18 @@ impl Home {
             Ok(false) => Err(Error::busy(format!("the virtual machine {} runs", self.name))
                 .hint(format!("'afterimage vm stop {}' ends it", self.name))),
             Err(error) => Err(Error::io(format!("cannot lock {}", self.dir.display()), error)),
+        }
+    }
+
+    /// Tells whether somebody has the lock.
+    ///
+    /// # Errors
+    /// As [`Home::lock`], but for the lock itself.
+    pub fn is_locked(&self) -> Result<bool> {
+        match self.lock() {
+            Ok(_) => Ok(false),
+            Err(error) if error.kind() == Kind::Busy => Ok(true),
+            Err(error) => Err(error),
         }
     }
 
@@ -245,7 +272,6 @@ impl Home {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::Kind;
 
     fn definition() -> Definition {
         let boot = Boot { kernel: "/boot/vmlinuz".into(), initrd: None, command_line: "quiet".into() };

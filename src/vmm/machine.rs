@@ -5,7 +5,6 @@
 //! 2. Order down: processors first, devices then, memory last.
 //! 3. A reboot is a new machine from the same settings: nothing of the old one is left to be wrong.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use kvm_bindings::{
@@ -23,23 +22,23 @@ use super::bus::Bus;
 use super::cpuid::Supported;
 use super::cpus::Cpus;
 use super::ending::Ending;
+use super::filter::Confinement;
+use super::means::Means;
 use super::power::{self, Power};
 use super::serial::{Log, Serial, SerialSocket, SerialState};
 use super::state::{Chips, MachineState};
 use super::virtio::{Block, Device, Net, Rng, Transport};
 use super::{acpi, layout, memory, virtio};
 use crate::disk::BlockDevice;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
+use crate::media::socket::Socket;
 use crate::sync::Mutex;
 use crate::sys::kvm::{Cpu, Vm};
 
 /// Processors of a guest at most: numbers of local APICs have eight bits, and the last means all.
 const CPUS_MAX: u8 = 254;
-/// The one version of the interface of KVM there ever was.
-const KVM_VERSION: i32 = 12;
 /// Inputs of the IO-APIC.
 const PINS: u32 = 24;
-const DEVICE: &str = "/dev/kvm";
 
 /// What a machine is made of.
 #[derive(Debug, Clone)]
@@ -89,6 +88,7 @@ pub struct Machine {
     /// Identifies this start of the guest for those who watch it.
     start: Uuid,
     vm: Arc<Vm>,
+    kvm: Arc<Kvm>,
 }
 
 impl Machine {
@@ -97,12 +97,22 @@ impl Machine {
     /// # Errors
     /// `Usage` for settings that cannot be, what is wrong with the files, and what the host lacks.
     pub fn new(settings: &Settings) -> Result<Self> {
-        let parts = Parts::make(settings, None)?;
+        check(settings)?;
+        Self::of(settings, &Means::open(settings)?)
+    }
+
+    /// As [`Machine::new`], of what was opened for these settings.
+    ///
+    /// # Errors
+    /// As [`Machine::new`].
+    pub fn of(settings: &Settings, means: &Means) -> Result<Self> {
+        let parts = Parts::make(settings, means, None)?;
         let memory = parts.vm.memory();
         let tables = acpi::write(memory, settings.cpus, parts.bus.virtio.len())?;
         write_generation(memory, settings.generation)?;
         power::write_firmware(memory)?;
-        let entry = boot::load(&settings.boot, memory, settings.memory, tables)?;
+        let files = means.boot.as_ref().ok_or_else(|| Error::failed("a machine that begins needs a kernel"))?;
+        let entry = boot::load(&settings.boot, files, memory, settings.memory, tables)?;
         let supported = Supported::ask(&parts.kvm, settings.cpus)?;
         for (index, cpu) in (0..settings.cpus).zip(&parts.cpus) {
             cpu.set_cpuid2(&supported.of(index)).map_err(host)?;
@@ -125,7 +135,9 @@ impl Machine {
         state: &MachineState,
         fill: impl FnOnce(&GuestMemoryMmap<()>) -> Result<()>,
     ) -> Result<Self> {
-        let parts = Parts::make(settings, Some(&state.serial))?;
+        check(settings)?;
+        let means = Means::open_to_go_on(settings)?;
+        let parts = Parts::make(settings, &means, Some(&state.serial))?;
         if state.cpus.len() != parts.cpus.len() || state.virtio.len() != parts.bus.virtio.len() {
             return Err(Error::corrupt("the state is that of a machine with other processors or devices"));
         }
@@ -151,7 +163,7 @@ impl Machine {
         if let Some(ending) = self.ending() {
             return Err(Error::failed(format!("a guest that has ended has no state to go on from: {ending}")));
         }
-        let list = open_kvm()?.get_msr_index_list().map_err(host)?;
+        let list = self.kvm.get_msr_index_list().map_err(host)?;
         Ok(MachineState {
             cpus: self.cpus.states(list.as_slice())?,
             chips: Chips::of(&self.vm)?,
@@ -171,12 +183,20 @@ impl Machine {
     ///
     /// # Errors
     /// Those of the host.
-    pub fn serve_serial(&self, path: &Path) -> Result<()> {
-        let mut socket = self.socket.lock();
-        if socket.is_none() {
-            *socket = Some(SerialSocket::listen(path, Arc::clone(&self.bus), self.start)?);
+    pub fn serve_serial(&self, socket: &Arc<Socket>) -> Result<()> {
+        let mut served = self.socket.lock();
+        if served.is_none() {
+            *served = Some(SerialSocket::serve(socket, Arc::clone(&self.bus), self.start)?);
         }
         Ok(())
+    }
+
+    /// Tells the guest that a disk has another size now.
+    pub fn resized(&self, disk: usize) {
+        // Disks come first among the devices.
+        if let Some(device) = self.bus.virtio.get(disk) {
+            device.lock().changed();
+        }
     }
 
     /// Returns what the guest says on its serial port.
@@ -230,7 +250,8 @@ impl Machine {
 
 /// What a machine is put together from, before it has a state.
 struct Parts {
-    kvm: Kvm,
+    kvm: Arc<Kvm>,
+    confinement: Confinement,
     vm: Arc<Vm>,
     bus: Arc<Bus>,
     cpus: Vec<Cpu>,
@@ -241,9 +262,9 @@ fn host(error: kvm_ioctls::Error) -> Error {
 }
 
 impl Parts {
-    fn make(settings: &Settings, serial: Option<&SerialState>) -> Result<Self> {
+    fn make(settings: &Settings, means: &Means, serial: Option<&SerialState>) -> Result<Self> {
         check(settings)?;
-        let kvm = open_kvm()?;
+        let kvm = Arc::clone(&means.kvm);
         let cpus_max = kvm.get_max_vcpus();
         if usize::from(settings.cpus) > cpus_max {
             return Err(Error::usage(format!(
@@ -259,15 +280,16 @@ impl Parts {
         fd.create_pit2(kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..kvm_pit_config::default() }).map_err(host)?;
         fd.set_gsi_routing(&routes()?).map_err(host)?;
         let vm = Vm::new(fd, memory).map_err(|e| Error::io("KVM does not take the memory of the guest", e))?;
-        let bus = Arc::new(make_bus(settings, &vm, serial)?);
+        let bus = Arc::new(make_bus(settings, means, &vm, serial)?);
         let cpu = |index| vm.cpu(u64::from(index)).map_err(|e| Error::io("KVM cannot make a processor", e));
         let cpus = (0..settings.cpus).map(cpu).collect::<Result<Vec<_>>>()?;
-        Ok(Self { kvm, vm, bus, cpus })
+        Ok(Self { kvm, confinement: means.confinement.clone(), vm, bus, cpus })
     }
 
     fn finish(self) -> Result<Machine> {
-        let cpus = Cpus::start(&self.vm, self.cpus, Arc::clone(&self.bus))?;
-        Ok(Machine { cpus, socket: Mutex::new(None), bus: self.bus, start: Uuid::new_v4(), vm: self.vm })
+        let Self { kvm, confinement, vm, bus, cpus } = self;
+        let cpus = Cpus::start(&vm, cpus, Arc::clone(&bus), &confinement)?;
+        Ok(Machine { cpus, socket: Mutex::new(None), bus, start: Uuid::new_v4(), vm, kvm })
     }
 }
 
@@ -287,21 +309,6 @@ fn check(settings: &Settings) -> Result<()> {
         )));
     }
     Ok(())
-}
-
-fn open_kvm() -> Result<Kvm> {
-    let kvm = Kvm::new().map_err(|e| {
-        let error = Error::io(format!("cannot open {DEVICE}"), e.into());
-        match error.kind() {
-            Kind::Denied => error.hint(format!("you need to write to {DEVICE}: join the group 'kvm', or be root")),
-            Kind::NotFound => error.hint("the host has no KVM: switch virtualization on in its firmware, modprobe kvm"),
-            _ => error,
-        }
-    })?;
-    match kvm.get_api_version() {
-        KVM_VERSION => Ok(kvm),
-        other => Err(Error::unsupported(format!("{DEVICE} is of version {other}, not {KVM_VERSION}"))),
-    }
 }
 
 /// Interrupts go to the IO-APIC alone. There is a PIC in KVM, too, which would send them a second time from the start; the
@@ -341,21 +348,23 @@ fn wire(vm: &Vm, index: usize, queues: usize) -> Result<(EventFd, Vec<EventFd>)>
     Ok((interrupt(vm, layout::virtio_irq(index))?, kicks))
 }
 
-fn make_bus(settings: &Settings, vm: &Arc<Vm>, state: Option<&SerialState>) -> Result<Bus> {
+fn make_bus(settings: &Settings, means: &Means, vm: &Arc<Vm>, state: Option<&SerialState>) -> Result<Bus> {
+    let nursery = means.nursery()?;
     let mut devices: Vec<(String, Box<dyn Device>)> = Vec::new();
     let queues = usize::from(settings.cpus);
     for (number, disk) in settings.disks.iter().enumerate() {
         let block = Block::new(Arc::clone(&disk.device), disk.read_only, &disk.serial, queues);
         devices.push((format!("disk-{number}"), Box::new(block)));
     }
-    for (number, net) in settings.nets.iter().enumerate() {
-        devices.push((format!("net-{number}"), Box::new(Net::open(&net.tap, net.mac)?)));
+    for (number, (net, tap)) in settings.nets.iter().zip(&means.taps).enumerate() {
+        devices.push((format!("net-{number}"), Box::new(Net::new(Arc::clone(tap), net.mac))));
     }
     devices.push(("rng".into(), Box::new(Rng)));
     let mut transports = Vec::new();
     for (index, (name, device)) in devices.into_iter().enumerate() {
         let (line, kicks) = wire(vm, index, device.queues().len())?;
-        transports.push(Mutex::new(Transport::new(device, name, vm.memory().clone(), line, kicks)?));
+        let (memory, nursery) = (vm.memory().clone(), Arc::clone(&nursery));
+        transports.push(Mutex::new(Transport::new(device, name, memory, line, kicks, nursery)?));
     }
     let (line, log) = (interrupt(vm, layout::SERIAL_IRQ)?, Arc::new(Log::new()));
     let serial = match state {

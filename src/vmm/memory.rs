@@ -17,6 +17,17 @@ use crate::units::{show_size, to_usize};
 /// The memory of a guest.
 pub(super) type Memory = GuestMemoryMmap<()>;
 
+impl crate::vhost_blk::service::Memory for Memory {
+    fn map(&self) -> &GuestMemoryMmap<()> {
+        self
+    }
+
+    fn is_lost(&self) -> bool {
+        // Nobody else has it.
+        false
+    }
+}
+
 /// Bytes that memory is counted in.
 const PAGE: u64 = 4096;
 /// Bytes of the smallest guest, and of the largest.

@@ -13,7 +13,9 @@
 //!    can do is end itself.
 //! 2. A machine that is paused has nothing half done: no access, no request to a device.
 //! 3. One machine per process; it never opens a pool. Its disks are block devices, whatever is behind them.
-//! 4. There is no firmware (but for nine bytes, see `power`), no PCI and no hardware of a PC that has to be guessed: tables of ACPI say what there is.
+//! 4. Threads that a guest can reach are confined: each kind makes the system calls it needs and no others (see `filter`), and
+//!    a process that was started by root can go on as somebody else. What it needs is opened before ([`Means`]).
+//! 5. There is no firmware (but for nine bytes, see `power`), no PCI and no hardware of a PC that has to be guessed: tables of ACPI say what there is.
 //!
 //! # Why not QEMU
 //! QEMU is served well (see [`crate::vhost_blk`]). This is the reference for what a checkpoint needs of a VMM, small enough
@@ -30,10 +32,13 @@ mod cpuid;
 mod cpus;
 mod ending;
 mod file_disk;
+mod filter;
 mod home;
 mod layout;
 mod machine;
+mod means;
 mod memory;
+mod nursery;
 mod power;
 mod runner;
 mod serial;
@@ -45,6 +50,7 @@ pub use ending::Ending;
 pub use file_disk::FileDisk;
 pub use home::{Definition, DiskDefinition, Home, HomeLock};
 pub use machine::{DiskSettings, Machine, NetSettings, Settings};
+pub use means::Means;
 pub use runner::{Info, PATIENCE, Runner, State};
 pub use serial::{Log, Part};
 pub use state::MachineState;

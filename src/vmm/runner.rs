@@ -4,25 +4,33 @@
 //! 1. A reboot is a new machine on the same disks; a pause lasts through it.
 //! 2. What the guest says goes to `console.log` and to whoever started it. A log that cannot be written is told of once, and
 //!    the guest runs on.
-//! 3. Asked to stop, the guest is asked in turn (the power button); asked again, or when it takes longer than
-//!    [`PATIENCE`], it ends as by a power cut.
+//! 3. Asked to stop, the guest is asked in turn (the power button); asked again, or when it takes longer than whoever asked
+//!    has patience for, it ends as by a power cut.
+//! 4. Everything is opened when it is made. [`Runner::confine`] gives up rights after that, and reboots need none.
+//! 5. Files that are disks are looked at every second: a guest is told when one has grown.
 
 use std::fs::File;
 use std::io::{self, Seek, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::home::{Definition, Home, HomeLock};
-use super::{DiskSettings, Ending, FileDisk, Log, Machine, Settings};
-use crate::error::{Error, Result};
-use crate::sync::{Condvar, Mutex};
+use super::serial::BACKLOG;
+use super::{DiskSettings, Ending, FileDisk, Log, Machine, Means, Settings};
+use crate::error::{Error, Kind, Result};
+use crate::media::socket::Socket;
+use crate::sync::{Condvar, Mutex, MutexGuard};
+use crate::sys::process::{self, User};
 
 /// How long a guest that is asked to switch itself off may take.
 pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How often the files that are disks are looked at.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// Bytes of `console.log` at most; a guest that says more begins it anew.
 const LOG_MAX: u64 = 16 << 20;
@@ -46,6 +54,8 @@ struct Now {
     machine: Option<Arc<Machine>>,
     state: State,
     ending: Option<Ending>,
+    /// When a guest that was asked to switch itself off is stopped.
+    deadline: Option<Instant>,
 }
 
 /// A machine that runs.
@@ -54,6 +64,13 @@ pub struct Runner {
     home: Home,
     definition: Definition,
     settings: Settings,
+    means: Means,
+    /// The disks that are files, by their numbers.
+    files: Vec<(usize, Arc<FileDisk>)>,
+    /// Whose rights the process will have.
+    user: Option<User>,
+    serial: Arc<Socket>,
+    log: Mutex<Option<File>>,
     now: Mutex<Now>,
     changed: Condvar,
     _lock: HomeLock,
@@ -89,14 +106,16 @@ impl Info {
 }
 
 impl Runner {
-    /// Prepares a machine: takes its lock, opens its disks, and makes it once to see that it can be made.
+    /// Prepares a machine: opens its disks and all else, makes it once to see that it can be made, and makes the socket of its
+    /// serial port.
     ///
     /// # Errors
-    /// `Busy` when it runs already or a disk is in use, and what [`Machine::new`] finds.
+    /// `Busy` when a disk is in use, and what [`Machine::new`] finds.
     pub fn new(home: Home, definition: Definition, lock: HomeLock) -> Result<Self> {
-        let mut disks = Vec::new();
+        let (mut disks, mut files) = (Vec::new(), Vec::new());
         for disk in &definition.disks {
             let device = Arc::new(FileDisk::open(&disk.file, disk.read_only)?);
+            files.push((disks.len(), Arc::clone(&device)));
             disks.push(DiskSettings { device, read_only: disk.read_only, serial: disk.serial.clone() });
         }
         let settings = Settings {
@@ -107,19 +126,27 @@ impl Runner {
             nets: definition.nets.clone(),
             generation: Uuid::new_v4(),
         };
-        let machine = Some(Arc::new(Machine::new(&settings)?));
-        let now = Mutex::new(Now { machine, state: State::Running, ending: None });
-        Ok(Self { home, definition, settings, now, changed: Condvar::new(), _lock: lock })
+        let user = definition.user.as_deref().map(find_user).transpose()?;
+        let means = Means::open(&settings)?.confined()?;
+        let machine = Arc::new(Machine::of(&settings, &means)?);
+        let serial = Arc::new(Socket::listen(&home.path("serial.sock"), BACKLOG)?);
+        machine.serve_serial(&serial)?;
+        let log = Mutex::new(open_log(&home));
+        let now = Now { machine: Some(machine), state: State::Running, ending: None, deadline: None };
+        let (now, changed) = (Mutex::new(now), Condvar::new());
+        Ok(Self { home, definition, settings, means, files, user, serial, log, now, changed, _lock: lock })
     }
 
-    /// Makes the socket of the serial port, so that it is there before anybody is told that the guest runs; [`Self::run`]
-    /// does it otherwise.
+    /// Gives up the rights that running the machine does not take, in all threads and for good: becomes the user that the
+    /// definition names, and confines the system calls.
     ///
     /// # Errors
-    /// When it cannot be made.
-    pub fn serve_serial(&self) -> Result<()> {
-        let machine = self.now.lock().machine.clone();
-        machine.map_or(Ok(()), |machine| machine.serve_serial(&self.home.path("serial.sock")))
+    /// When the host does not do it.
+    pub fn confine(&self) -> Result<()> {
+        if let Some(user) = self.user {
+            process::become_user(user).map_err(|e| Error::io("cannot become the user of the virtual machine", e))?;
+        }
+        self.means.confine()
     }
 
     /// Runs it to its end. `show` gets what the guest says.
@@ -127,23 +154,22 @@ impl Runner {
     /// # Errors
     /// When a socket cannot be made, or the machine not be made again for a reboot.
     pub fn run(&self, show: impl Fn(&[u8]) + Send + Sync) -> Result<Ending> {
-        let log = self.open_log();
-        let ended = self.live(&log, &show);
-        let mut now = self.now.lock();
-        (now.state, now.machine) = (State::Ended, None);
-        now.ending = ended.as_ref().ok().cloned();
-        drop(now);
-        self.changed.notify_all();
-        ended
+        std::thread::scope(|scope| {
+            let _end = End(self);
+            scope.spawn(|| self.watch());
+            let ended = self.live(&show);
+            self.now.lock().ending = ended.as_ref().ok().cloned();
+            ended
+        })
     }
 
-    fn live(&self, log: &Mutex<Option<File>>, show: &(impl Fn(&[u8]) + Send + Sync)) -> Result<Ending> {
+    fn live(&self, show: &(impl Fn(&[u8]) + Send + Sync)) -> Result<Ending> {
         let mut machine = self.now.lock().machine.clone().expect("made by new");
         loop {
-            machine.serve_serial(&self.home.path("serial.sock"))?;
+            machine.serve_serial(&self.serial)?;
             let console = machine.console();
             let ending = std::thread::scope(|scope| {
-                scope.spawn(move || follow(&console, log, show));
+                scope.spawn(|| follow(&console, &self.log, show));
                 {
                     // Under the lock: a pause that came before stays.
                     let now = self.now.lock();
@@ -160,15 +186,43 @@ impl Runner {
             // The old one must be gone before the new one takes its place: it has the network cards.
             self.now.lock().machine = None;
             drop(machine);
-            machine = Arc::new(Machine::new(&self.settings)?);
+            machine = Arc::new(Machine::of(&self.settings, &self.means)?);
             self.now.lock().machine = Some(Arc::clone(&machine));
         }
     }
 
-    fn open_log(&self) -> Mutex<Option<File>> {
-        let path = self.home.path("console.log");
-        let opened = File::options().write(true).create(true).truncate(true).mode(0o600).open(&path);
-        Mutex::new(opened.map_err(|e| tracing::warn!("cannot write {}: {e}", path.display())).ok())
+    /// Looks after the machine until it has ended: at its disks, and at how long it takes to switch itself off.
+    fn watch(&self) {
+        let mut now = self.now.lock();
+        while now.state != State::Ended {
+            let next = crate::clock::now() + LOOK;
+            let next = now.deadline.map_or(next, |deadline| deadline.min(next));
+            self.changed.wait_until(&mut now, next);
+            if now.deadline.is_some_and(|deadline| crate::clock::now() >= deadline)
+                && let Some(machine) = &now.machine
+            {
+                tracing::warn!("the guest does not switch itself off; it is stopped");
+                machine.stop();
+                now.deadline = None;
+            }
+            // The file system of a disk may take its time, and is not waited for under the lock.
+            let grown = MutexGuard::unlocked(&mut now, || self.changed_disks());
+            if let Some(machine) = &now.machine {
+                grown.into_iter().for_each(|number| machine.resized(number));
+            }
+        }
+    }
+
+    /// Returns the numbers of the disks that have another size than before.
+    fn changed_disks(&self) -> Vec<usize> {
+        let changed = |(number, file): &(usize, Arc<FileDisk>)| match file.look() {
+            Ok(changed) => changed.then_some(*number),
+            Err(error) => {
+                tracing::debug!("disk {number}: {error}");
+                None
+            }
+        };
+        self.files.iter().filter_map(changed).collect()
     }
 
     /// Stops the guest where it is. One that stands still already stays so.
@@ -207,40 +261,30 @@ impl Runner {
         Ok(())
     }
 
-    /// Asks the guest to switch itself off, at first; asked again, or with `force`, ends it as by a power cut.
+    /// Asks the guest to switch itself off, at first, and ends it as by a power cut when it takes longer than `patience`;
+    /// asked again, or without patience, does that at once.
     ///
     /// # Errors
     /// When it has ended.
-    pub fn stop(&self, force: bool) -> Result<()> {
+    pub fn stop(&self, patience: Duration) -> Result<()> {
         let mut now = self.now.lock();
         if now.state == State::Ended {
             return Err(Error::failed("the virtual machine has ended"));
         }
         // Without a machine it is between two lives: the next is the last.
         if let Some(machine) = &now.machine {
-            if force || now.state == State::Stopping {
+            if patience.is_zero() || now.state == State::Stopping {
                 machine.stop();
             } else {
                 machine.resume();
                 machine.press_power_button();
+                now.deadline = Some(crate::clock::now() + patience);
             }
         }
         now.state = State::Stopping;
+        drop(now);
+        self.changed.notify_all();
         Ok(())
-    }
-
-    /// Waits for the end of a guest that was asked to stop; ends it when it does not.
-    pub fn wait_for_end(&self) {
-        let deadline = crate::clock::now() + PATIENCE;
-        let mut now = self.now.lock();
-        while now.state != State::Ended {
-            let late = self.changed.wait_until(&mut now, deadline).timed_out();
-            if late && let Some(machine) = &now.machine {
-                tracing::warn!("the guest does not switch itself off; it is stopped");
-                machine.stop();
-                self.changed.wait(&mut now);
-            }
-        }
     }
 
     /// Tells about it.
@@ -251,6 +295,37 @@ impl Runner {
         let (name, definition) = (self.home.name().to_owned(), self.definition.clone());
         Info { name, state: now.state, ending, pid, definition }
     }
+}
+
+/// Says that a machine has ended, however that came about: others wait for it.
+struct End<'a>(&'a Runner);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        let mut now = self.0.now.lock();
+        (now.state, now.machine) = (State::Ended, None);
+        drop(now);
+        self.0.changed.notify_all();
+        // Others may keep the value to the end of the process.
+        self.0.serial.remove();
+    }
+}
+
+fn find_user(name: &str) -> Result<User> {
+    let found = process::find_user(name).map_err(|e| Error::io(format!("cannot look for the user {name}"), e))?;
+    let user = found.ok_or_else(|| Error::not_found(format!("this host has no user {name}")))?;
+    if !rustix::process::geteuid().is_root() {
+        return Err(
+            Error::new(Kind::Denied, "only root can run a virtual machine as somebody else").hint("leave --user out")
+        );
+    }
+    Ok(user)
+}
+
+fn open_log(home: &Home) -> Option<File> {
+    let path = home.path("console.log");
+    let opened = File::options().write(true).create(true).truncate(true).mode(0o600).open(&path);
+    opened.map_err(|e| tracing::warn!("cannot write {}: {e}", path.display())).ok()
 }
 
 /// Writes what a guest says, until it ends.

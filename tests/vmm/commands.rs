@@ -14,20 +14,20 @@ use crate::cli::{Afterimage, text};
 use crate::real::wait_for;
 
 /// A pool in a directory, and the words that start a guest with orders.
-struct Place(Afterimage);
+pub(super) struct Place(pub(super) Afterimage);
 
 impl Place {
-    fn new() -> Option<Self> {
+    pub(super) fn new() -> Option<Self> {
         require_kvm().then(|| Self(Afterimage::with_pool()))
     }
 
-    fn command(&self, name: &str, orders: &str, more: &[&str]) -> Command {
+    pub(super) fn command(&self, name: &str, orders: &str, more: &[&str]) -> Command {
         let kernel = kernel(Way::Pvh);
         let words = ["vm", "run", name, "--kernel", kernel.to_str().unwrap(), "--memory", "16M", "--cmdline", orders];
         self.0.command(&[&words, more].concat())
     }
 
-    fn run(&self, name: &str, orders: &str, more: &[&str]) -> Output {
+    pub(super) fn run(&self, name: &str, orders: &str, more: &[&str]) -> Output {
         self.command(name, orders, more).output().unwrap()
     }
 
@@ -36,11 +36,11 @@ impl Place {
         assert!(output.status.success(), "{}", text(&output.stderr));
     }
 
-    fn vm(&self, words: &[&str]) -> Value {
+    pub(super) fn vm(&self, words: &[&str]) -> Value {
         self.0.json(&[&["vm"], words].concat())
     }
 
-    fn state(&self, name: &str) -> String {
+    pub(super) fn state(&self, name: &str) -> String {
         self.vm(&["info", name])["vm"]["state"].as_str().unwrap().to_owned()
     }
 
@@ -48,13 +48,13 @@ impl Place {
         wait_for(&format!("{name} ends"), || self.state(name) == "ended");
     }
 
-    fn file(&self, name: &str, file: &str) -> std::path::PathBuf {
+    pub(super) fn file(&self, name: &str, file: &str) -> std::path::PathBuf {
         self.0.pool().join("vms").join(name).join(file)
     }
 }
 
 /// Waits for a line of a guest in the foreground.
-fn hear(child: &mut Child, what: &str) {
+pub(super) fn hear(child: &mut Child, what: &str) {
     let mut lines = BufReader::new(child.stdout.as_mut().unwrap()).lines();
     assert!(lines.any(|line| line.unwrap().contains(what)), "it never said {what}");
 }
@@ -93,8 +93,7 @@ fn a_guest_in_the_background_is_paused_resumed_and_stopped() {
     wait_for("it waits for the button", || {
         fs::read_to_string(place.file("toy", "console.log")).unwrap_or_default().contains("waiting")
     });
-    assert_eq!(place.vm(&["stop", "toy"])["vm"]["state"], "stopping");
-    place.wait_for_end("toy");
+    assert_eq!(place.vm(&["stop", "toy"])["vm"]["state"], "ended");
     assert!(fs::read_to_string(place.file("toy", "console.log")).unwrap().ends_with("button\n"));
     assert!(!place.file("toy", "api.sock").exists() && !place.file("toy", "serial.sock").exists());
     place.vm(&["rm", "toy"]);
@@ -102,17 +101,52 @@ fn a_guest_in_the_background_is_paused_resumed_and_stopped() {
 }
 
 #[test]
-fn a_guest_that_does_not_listen_is_ended_when_asked_twice() {
+fn a_guest_that_does_not_listen_is_ended_when_asked_twice_or_when_its_time_is_over() {
     let Some(place) = Place::new() else { return };
-    for words in [&["--force"][..], &[]] {
+    for words in [&["--force"][..], &["--patience", "1"], &[]] {
         place.start("toy", "forever");
-        place.vm(&[&["stop", "toy"], words].concat());
-        if words.is_empty() {
-            assert_eq!(place.state("toy"), "stopping");
-            place.vm(&["stop", "toy"]);
+        let mut asking = words.is_empty().then(|| place.0.command(&["vm", "stop", "toy"]).spawn().unwrap());
+        if asking.is_some() {
+            wait_for("it was asked", || place.state("toy") == "stopping");
         }
-        place.wait_for_end("toy");
+        assert_eq!(place.vm(&[&["stop", "toy"], words].concat())["vm"]["state"], "ended");
+        assert_eq!(place.0.error(&["vm", "stop", "toy"]).0, 3);
+        if let Some(asking) = &mut asking {
+            assert!(asking.wait().unwrap().success());
+        }
     }
+}
+
+#[test]
+fn what_could_not_be_started_is_not_defined() {
+    let Some(place) = Place::new() else { return };
+    for more in [&[][..], &["--detach"]] {
+        let bad = place.run("toy", "off", &[&["--disk", "/no/such/disk"], more].concat());
+        assert_eq!(bad.status.code(), Some(3), "{}", text(&bad.stderr));
+        assert!(!place.file("toy", "").exists());
+        assert_eq!(place.0.error(&["vm", "info", "toy"]).0, 3);
+    }
+    assert_eq!(place.run("toy", "say=first off", &[]).status.code(), Some(0));
+    for more in [&[][..], &["--detach"]] {
+        let bad = place.run("toy", "say=second off", &[&["--disk", "/no/such/disk"], more].concat());
+        assert_eq!(bad.status.code(), Some(3), "{}", text(&bad.stderr));
+        assert_eq!(text(&place.0.run(&["vm", "start", "toy"]).stdout), "first\n", "what was defined before");
+    }
+}
+
+#[test]
+fn a_guest_is_told_that_its_disk_has_grown() {
+    let Some(place) = Place::new() else { return };
+    let disk = place.0.path("disk.raw");
+    fs::write(&disk, [0; 65536]).unwrap();
+    let words = ["--disk", disk.to_str().unwrap()];
+    let mut child = place.command("toy", "size write=200,1,7 check=200,1,7 off", &words);
+    let mut child = child.stdout(Stdio::piped()).spawn().unwrap();
+    hear(&mut child, "sectors 128");
+    fs::File::options().write(true).open(&disk).unwrap().set_len(1 << 20).unwrap();
+    hear(&mut child, "sectors 2048");
+    hear(&mut child, "checked");
+    assert_eq!(child.wait().unwrap().code(), Some(0));
 }
 
 #[test]

@@ -3,8 +3,10 @@
 //! Where KVM emulates ring 0, as in many virtual machines, an ordinary kernel cannot run and this guest can.
 
 mod commands;
+mod confined;
 mod devices;
 mod life;
 mod nested;
+mod network;
 mod state;
 mod toy;

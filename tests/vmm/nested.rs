@@ -41,7 +41,6 @@ fn a_debian_kernel_lives_on_a_disk_of_a_pool() {
     for wanted in [
         "web: running, 256.0 MiB of memory, 2 processors",
         "web: paused",
-        "web: stopping",
         "guest: reboots",
         "guest: serial web-root processors 2",
         "guest: memory 1",

@@ -16,6 +16,7 @@ mod registers;
 use std::fs::File;
 use std::io::{Read, Seek};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use linux_loader::loader::{BzImage, Elf, KernelLoader, KernelLoaderResult, PvhBootCapability};
 use serde::{Deserialize, Serialize};
@@ -75,9 +76,9 @@ struct Room {
 ///
 /// # Errors
 /// What is wrong with the files, or that the memory is too small for them.
-pub(super) fn load(boot: &Boot, memory: &Memory, bytes: u64, tables: GuestAddress) -> Result<Entry> {
+pub(super) fn load(boot: &Boot, files: &BootFiles, memory: &Memory, bytes: u64, tables: GuestAddress) -> Result<Entry> {
     write_command_line(&boot.command_line, memory)?;
-    let mut file = open(&boot.kernel, "kernel")?;
+    let mut file = begin(&files.kernel, &boot.kernel)?;
     let low_end = bytes.min(LOW_END);
     let mut magic = [0; 4];
     let cannot_read = |e| Error::io(format!("cannot read the kernel {}", boot.kernel.display()), e);
@@ -90,7 +91,7 @@ pub(super) fn load(boot: &Boot, memory: &Memory, bytes: u64, tables: GuestAddres
     if begins_as_elf {
         let kernel = load_elf(&mut file, boot, memory, low_end)?;
         let room = Room { end: kernel.kernel_end, initrd_end: low_end };
-        let initrd = load_initrd(boot, memory, room, bytes)?;
+        let initrd = load_initrd(boot, files, memory, room, bytes)?;
         let PvhBootCapability::PvhEntryPresent(entry) = kernel.pvh_boot_cap else {
             return Err(not_a_kernel(&boot.kernel, "it is an ELF file without a PVH entry"));
         };
@@ -102,9 +103,36 @@ pub(super) fn load(boot: &Boot, memory: &Memory, bytes: u64, tables: GuestAddres
     if room.end > low_end {
         return Err(too_small(&boot.kernel, room.end - KERNEL.0, bytes));
     }
-    let initrd = load_initrd(boot, memory, room, bytes)?;
+    let initrd = load_initrd(boot, files, memory, room, bytes)?;
     linux::write_zero_page(memory, bytes, header, initrd, tables)?;
     Ok(Entry::Long(kernel.kernel_load.0 + linux::LONG_ENTRY))
+}
+
+/// The files, open.
+#[derive(Debug, Clone)]
+pub(super) struct BootFiles {
+    kernel: Arc<File>,
+    initrd: Option<Arc<File>>,
+}
+
+impl BootFiles {
+    /// Opens them.
+    ///
+    /// # Errors
+    /// What is wrong with one.
+    pub(super) fn open(boot: &Boot) -> Result<Self> {
+        let kernel = Arc::new(open(&boot.kernel, "kernel")?);
+        let initrd = boot.initrd.as_deref().map(|path| open(path, "initial file system").map(Arc::new)).transpose()?;
+        Ok(Self { kernel, initrd })
+    }
+}
+
+/// Returns a file at its beginning; a machine that reboots reads it again.
+fn begin(file: &File, path: &Path) -> Result<File> {
+    let cannot = |e| Error::io(format!("cannot read {}", path.display()), e);
+    let mut file = file.try_clone().map_err(cannot)?;
+    file.rewind().map_err(cannot)?;
+    Ok(file)
 }
 
 fn open(path: &Path, what: &str) -> Result<File> {
@@ -153,9 +181,9 @@ fn write_command_line(line: &str, memory: &Memory) -> Result<()> {
     memory.write_slice(&bytes, COMMAND_LINE).map_err(no_room)
 }
 
-fn load_initrd(boot: &Boot, memory: &Memory, room: Room, bytes: u64) -> Result<Option<Initrd>> {
-    let Some(path) = &boot.initrd else { return Ok(None) };
-    let mut file = open(path, "initial file system")?;
+fn load_initrd(boot: &Boot, files: &BootFiles, memory: &Memory, room: Room, bytes: u64) -> Result<Option<Initrd>> {
+    let (Some(path), Some(file)) = (&boot.initrd, &files.initrd) else { return Ok(None) };
+    let mut file = begin(file, path)?;
     let cannot = |e| Error::io(format!("cannot read the initial file system {}", path.display()), e);
     let len = file.metadata().map_err(cannot)?.len();
     if len == 0 {

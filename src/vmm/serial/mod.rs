@@ -26,7 +26,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::error::{Error, Result};
 use crate::sync::Mutex;
 pub use log::{Log, Part};
-pub(super) use socket::SerialSocket;
+pub(super) use socket::{BACKLOG, SerialSocket};
 
 /// Bytes that wait for the guest at most.
 const TYPED_MAX: usize = 64 << 10;

@@ -6,7 +6,8 @@
 //! 2. There is one client at a time. Another one is told `afterimage-serial 1 busy` and sent away. One that has hung up is
 //!    none: who connects after that takes its place, behind what the other has typed.
 //! 3. The guest never waits for a client: one that is a whole log (1 MiB) behind misses the oldest bytes.
-//! 4. When the socket is dropped nobody of it is left: not the name, not a thread, nothing that keeps the devices.
+//! 4. When it is dropped nobody of it is left: not a thread, nothing that keeps the devices. The socket stays for the next
+//!    machine: who connects in between waits.
 //!
 //! # After a crash
 //! The socket file stays; the next start takes it away ([`Socket`]).
@@ -14,7 +15,6 @@
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -32,11 +32,11 @@ use crate::vmm::bus::Bus;
 /// Bytes that are taken from a client at a time.
 const TYPED: usize = 256;
 /// Clients that may wait to be told that they cannot be served.
-const BACKLOG: i32 = 16;
+pub(in crate::vmm) const BACKLOG: i32 = 16;
 /// How long it takes no client when the host has no more descriptors.
 const BREATH: Duration = Duration::from_millis(100);
 
-/// The socket, until this is dropped.
+/// A socket that shows the port of one machine, until this is dropped.
 #[derive(Debug)]
 pub(in crate::vmm) struct SerialSocket {
     stop: Arc<EventFd>,
@@ -44,18 +44,17 @@ pub(in crate::vmm) struct SerialSocket {
 }
 
 impl SerialSocket {
-    /// Listens at a path.
+    /// Serves those who connect to a socket; the socket itself outlives a machine that reboots.
     ///
     /// # Errors
-    /// `Busy` when somebody listens there, and those of the host.
-    pub(in crate::vmm) fn listen(path: &Path, bus: Arc<Bus>, boot: Uuid) -> Result<Self> {
-        let cannot = |e| Error::io(format!("cannot listen at {}", path.display()), e);
-        let socket = Socket::listen(path, BACKLOG)?;
+    /// Those of the host.
+    pub(in crate::vmm) fn serve(socket: &Arc<Socket>, bus: Arc<Bus>, boot: Uuid) -> Result<Self> {
+        let cannot = |e| Error::io(format!("cannot listen at {}", socket.path().display()), e);
         socket.listener().set_nonblocking(true).map_err(cannot)?;
         let stop = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(cannot)?);
         let port = Arc::new(Port { bus, boot });
         let thread = std::thread::Builder::new().name("serial".into()).spawn({
-            let stop = Arc::clone(&stop);
+            let (socket, stop) = (Arc::clone(socket), Arc::clone(&stop));
             move || serve(&socket, &stop, &port)
         });
         Ok(Self { stop, thread: Some(thread.map_err(cannot)?) })

@@ -8,8 +8,8 @@
 //!
 //! # Shape
 //! A device is one file with two types: a [`Device`], which says what it is (kind, features, queues, configuration), and
-//! its [`Work`], which takes requests from [`Ring`]s and answers them. Registers, queues, notifications, threads, pausing and
-//! resetting are the same for all and not theirs.
+//! its [`Work`], which takes requests from [`Ring`]s and answers them, one after the other ([`Steps`]) or many at a time.
+//! Registers, queues, notifications, threads, pausing and resetting are the same for all and not theirs.
 //!
 //! # Rules
 //! 1. The guest is hostile. What it writes to registers and rings is checked where it is read; what makes no sense does
@@ -28,10 +28,11 @@ use std::os::fd::BorrowedFd;
 
 use crate::error::Result;
 pub(super) use block::Block;
-pub(super) use net::Net;
+pub(super) use net::{Net, open_tap};
 pub(super) use ring::{Broken, Ring};
 pub(super) use rng::Rng;
 pub(super) use transport::{NOTIFY, Transport, TransportState};
+use worker::Bells;
 
 /// One who works, and the numbers of the queues to work on.
 pub(super) type Crew = (Box<dyn Work>, Vec<usize>);
@@ -59,6 +60,15 @@ pub(super) trait Device: Send + std::fmt::Debug {
 
 /// What a device does, on a thread of its own.
 pub(super) trait Work: Send {
+    /// Works until it is told to stop, and has answered all it took then.
+    ///
+    /// # Errors
+    /// When a ring cannot be used any more.
+    fn live(&mut self, rings: &mut [Ring], bells: &Bells) -> Result<(), Broken>;
+}
+
+/// Work that is done one request after the other.
+pub(super) trait Steps: Send {
     /// Returns what, beside the queues, makes it look for work when it is readable.
     fn also(&self) -> Option<BorrowedFd<'_>> {
         None
@@ -69,4 +79,14 @@ pub(super) trait Work: Send {
     /// # Errors
     /// When a ring cannot be used any more.
     fn work(&mut self, rings: &mut [Ring]) -> Result<(), Broken>;
+}
+
+impl<S: Steps> Work for S {
+    fn live(&mut self, rings: &mut [Ring], bells: &Bells) -> Result<(), Broken> {
+        while !bells.stops() {
+            self.work(rings)?;
+            bells.wait(self.also())?;
+        }
+        Ok(())
+    }
 }

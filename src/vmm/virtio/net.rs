@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use virtio_bindings::bindings::virtio_net::VIRTIO_NET_F_MAC;
 
-use super::{Broken, Crew, Device, Ring, Work};
+use super::{Broken, Crew, Device, Ring, Steps, Work};
 use crate::error::{Error, Kind, Result};
 use crate::sys::tap::{self, HEADER};
 
@@ -35,22 +35,26 @@ pub(in crate::vmm) struct Net {
 }
 
 impl Net {
-    /// Opens the tap.
-    ///
-    /// # Errors
-    /// What is wrong with it.
-    pub(in crate::vmm) fn open(name: &str, mac: [u8; 6]) -> Result<Self> {
-        let tap = tap::open(name).map_err(|e| {
-            let error = Error::io(format!("cannot open the network interface {name}"), e);
-            match error.kind() {
-                Kind::Denied => error.hint(format!("as root: ip tuntap add {name} mode tap user USER")),
-                Kind::Busy => error.hint("another program has it open"),
-                Kind::NotFound => error.hint("the host has no /dev/net/tun: modprobe tun"),
-                _ => error,
-            }
-        })?;
-        Ok(Self { tap: Arc::new(tap), mac })
+    /// Plugs a card into a tap.
+    pub(in crate::vmm) fn new(tap: Arc<File>, mac: [u8; 6]) -> Self {
+        Self { tap, mac }
     }
+}
+
+/// Opens a tap.
+///
+/// # Errors
+/// What is wrong with it.
+pub(in crate::vmm) fn open_tap(name: &str) -> Result<File> {
+    tap::open(name).map_err(|e| {
+        let error = Error::io(format!("cannot open the network interface {name}"), e);
+        match error.kind() {
+            Kind::Denied => error.hint(format!("as root: ip tuntap add {name} mode tap user USER")),
+            Kind::Busy => error.hint("another program has it open"),
+            Kind::NotFound => error.hint("the host has no /dev/net/tun: modprobe tun"),
+            _ => error,
+        }
+    })
 }
 
 impl Device for Net {
@@ -95,7 +99,7 @@ struct Frames {
     starved: bool,
 }
 
-impl Work for Frames {
+impl Steps for Frames {
     fn also(&self) -> Option<BorrowedFd<'_>> {
         (self.side == Side::ToGuest && !self.starved).then(|| self.tap.as_fd())
     }

@@ -14,12 +14,14 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::interrupt::Interrupt;
+use super::worker::Bells;
 use crate::vhost_blk::chain::Chain;
+use crate::vhost_blk::service::{Service, Target, Wires};
 use crate::vmm::memory::Memory;
 
 /// Why a ring cannot be used any more.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(in crate::vmm) struct Broken(pub(super) String);
+pub(in crate::vmm) struct Broken(pub(in crate::vmm) String);
 
 fn broken(error: impl Display) -> Broken {
     Broken(error.to_string())
@@ -45,11 +47,6 @@ impl Ring {
     /// Returns the memory that the requests lie in.
     pub(super) fn memory(&self) -> &Memory {
         &self.memory
-    }
-
-    /// Returns where the descriptors are, and how many.
-    pub(super) fn table(&self) -> (GuestAddress, u16) {
-        (GuestAddress(self.queue.desc_table()), self.queue.size())
     }
 
     /// Takes the next request and returns the number of its first descriptor.
@@ -92,8 +89,8 @@ impl Ring {
 
     /// Reads the buffers of a request; `None`, after a word in the log, for one that is broken.
     pub(super) fn chain(&self, head: u16) -> Option<Chain> {
-        let (table, size) = self.table();
-        match Chain::read(&self.memory, table, size, head) {
+        let table = GuestAddress(self.queue.desc_table());
+        match Chain::read(&self.memory, table, self.queue.size(), head) {
             Ok(chain) => Some(chain),
             Err(broken) => {
                 tracing::debug!("the guest sent a broken request: {}", broken.0);
@@ -116,6 +113,23 @@ impl Ring {
             self.interrupt.queue();
         }
         Ok(())
+    }
+
+    /// Has the requests of a disk done, many at a time, until it is told to stop. It is number `number` of those of its thread.
+    ///
+    /// # Errors
+    /// When the ring cannot be used any more.
+    pub(super) fn serve(
+        &mut self,
+        target: &Arc<Target>,
+        durable: bool,
+        bells: &Bells,
+        number: usize,
+    ) -> Result<(), Broken> {
+        let interrupt = Arc::clone(&self.interrupt);
+        let call = || interrupt.queue();
+        let wires = Wires { kick: bells.kick(number), stop: &self.stop, wake: bells.wake(), call: &call };
+        Service::new(&mut self.queue, &self.memory, target, wires).run(durable).map_err(Broken)
     }
 
     /// Ends with the queue.

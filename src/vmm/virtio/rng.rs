@@ -1,6 +1,6 @@
 //! A source of random numbers: virtio-rng (virtio 1.2, section 5.4).
 
-use super::{Broken, Crew, Device, Ring, Work};
+use super::{Broken, Crew, Device, Ring, Steps};
 use crate::error::Result;
 
 /// The number of a source of random numbers among devices.
@@ -38,7 +38,7 @@ struct Source {
     buffer: Vec<u8>,
 }
 
-impl Work for Source {
+impl Steps for Source {
     fn work(&mut self, rings: &mut [Ring]) -> Result<(), Broken> {
         for ring in rings {
             while let Some(head) = ring.next()? {

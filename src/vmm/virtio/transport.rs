@@ -22,6 +22,7 @@ use super::interrupt::Interrupt;
 use super::worker::{NEEDS_RESET, Seat, Shared, Worker};
 use crate::error::{Error, Result};
 use crate::vmm::memory::Memory;
+use crate::vmm::nursery::Nursery;
 
 /// What stands in the first register: "virt".
 const MAGIC: u32 = 0x7472_6976;
@@ -82,11 +83,13 @@ pub(in crate::vmm) struct Transport {
     selected: u32,
     /// Threads are to work when the machine runs.
     ready: bool,
+    /// Another one whenever the configuration is; a driver that reads parts of it looks before and after.
+    generation: u32,
 }
 
 impl Transport {
     /// Makes the registers of a device, which calls the guest through `line` and is notified of its queues, in order,
-    /// through `kicks`.
+    /// through `kicks`. Its threads come from `nursery`.
     ///
     /// # Errors
     /// When the device has queues that cannot be.
@@ -96,6 +99,7 @@ impl Transport {
         memory: Memory,
         line: EventFd,
         kicks: Vec<EventFd>,
+        nursery: Arc<Nursery>,
     ) -> Result<Self> {
         let queues = device.queues().into_iter().map(make).collect::<Result<Vec<_>>>()?;
         assert_eq!(queues.len(), kicks.len(), "each queue has a notification");
@@ -103,7 +107,13 @@ impl Transport {
         Ok(Self {
             device,
             name,
-            shared: Arc::new(Shared { memory, interrupt, status: AtomicU32::new(0), stops: AtomicU64::new(0) }),
+            shared: Arc::new(Shared {
+                memory,
+                interrupt,
+                status: AtomicU32::new(0),
+                stops: AtomicU64::new(0),
+                nursery,
+            }),
             queues,
             kicks: kicks.into_iter().map(Arc::new).collect(),
             workers: Vec::new(),
@@ -112,6 +122,7 @@ impl Transport {
             chosen_half: 0,
             selected: 0,
             ready: false,
+            generation: 0,
         })
     }
 
@@ -138,6 +149,7 @@ impl Transport {
             0x44 => queue.map_or(0, |queue| u32::from(queue.ready())),
             0x60 => self.shared.interrupt.reasons(),
             0x70 => self.shared.status.load(Ordering::SeqCst),
+            0xfc => self.generation,
             // There is no shared memory: its length is told as all ones.
             0xb0..0xc0 => u32::MAX,
             _ => 0,
@@ -224,6 +236,14 @@ impl Transport {
         (self.features, self.offered_half, self.chosen_half, self.selected) = (0, 0, 0, 0);
         self.shared.interrupt.seen(u32::MAX);
         self.shared.status.store(0, Ordering::SeqCst);
+    }
+
+    /// Says that the configuration has changed.
+    pub(in crate::vmm) fn changed(&mut self) {
+        self.generation = self.generation.wrapping_add(1);
+        if self.ready {
+            self.shared.interrupt.config();
+        }
     }
 
     /// Returns the state of a device that is paused.

@@ -1,5 +1,6 @@
-//! The thread of a device: waits for notifications, lets the device work, stops between two requests.
+//! The thread of a device: lets the device work until it is told to stop, and takes the queues there and back.
 
+use std::os::fd::BorrowedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -15,6 +16,7 @@ use super::ring::{Broken, Ring};
 use crate::error::{Error, Result};
 use crate::sys::event::descriptor;
 use crate::vmm::memory::Memory;
+use crate::vmm::nursery::Nursery;
 
 /// `DEVICE_NEEDS_RESET`.
 pub(super) const NEEDS_RESET: u32 = 0x40;
@@ -28,6 +30,8 @@ pub(super) struct Shared {
     pub(super) status: AtomicU32,
     /// How often the device has stopped; the log tells of the first, second, fourth time and so on.
     pub(super) stops: AtomicU64,
+    /// Where its threads come from.
+    pub(super) nursery: Arc<Nursery>,
 }
 
 impl Shared {
@@ -68,8 +72,9 @@ impl Worker {
         let host = |e| Error::io("no thread for a device of the guest", e);
         let stop = Arc::new(AtomicBool::new(false));
         let wake = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(host)?);
-        let mut body = Body { work, shared, wake: Arc::clone(&wake), stop: Arc::clone(&stop) };
-        let thread = std::thread::Builder::new().name(name.into()).spawn(move || body.live(seats)).map_err(host)?;
+        let bells = Bells { stop: Arc::clone(&stop), wake: Arc::clone(&wake), kicks: Vec::new() };
+        let nursery = Arc::clone(&shared.nursery);
+        let thread = nursery.start(name, move || live(work, seats, &shared, bells)).map_err(host)?;
         Ok(Self { thread, stop, wake })
     }
 
@@ -90,47 +95,65 @@ fn ring_bell(event: &EventFd) {
     }
 }
 
-struct Body {
-    work: Box<dyn Work>,
-    shared: Arc<Shared>,
-    wake: Arc<EventFd>,
+/// What wakes a thread.
+pub(in crate::vmm) struct Bells {
     stop: Arc<AtomicBool>,
+    wake: Arc<EventFd>,
+    /// Of each ring, in their order.
+    kicks: Vec<Arc<EventFd>>,
 }
 
-impl Body {
-    fn live(&mut self, seats: Vec<Seat>) -> Vec<(usize, Queue)> {
-        let mut rings = Vec::new();
-        let mut kicks = Vec::new();
-        for Seat { index, queue, kick } in seats {
-            let (memory, interrupt) = (self.shared.memory.clone(), Arc::clone(&self.shared.interrupt));
-            rings.push(Ring::new(queue, memory, interrupt, Arc::clone(&self.stop)));
-            kicks.push((index, kick));
-        }
-        while !self.stop.load(Ordering::Acquire) {
-            let worked = catch_unwind(AssertUnwindSafe(|| self.work.work(&mut rings)));
-            let worked = worked.unwrap_or_else(|_| Err(Broken("a mistake in this program".into())));
-            let waited = worked.and_then(|()| self.wait(&kicks));
-            if let Err(Broken(why)) = waited {
-                self.shared.stop(&why);
-                break;
-            }
-        }
-        kicks.iter().map(|(index, _)| *index).zip(rings.into_iter().map(Ring::into_queue)).collect()
+impl Bells {
+    /// Tells whether the thread is to stop.
+    pub(super) fn stops(&self) -> bool {
+        self.stop.load(Ordering::Acquire)
+    }
+
+    /// Returns what is readable when the thread is to stop.
+    pub(super) fn wake(&self) -> BorrowedFd<'_> {
+        descriptor(&self.wake)
+    }
+
+    /// Returns what is readable when the guest has notified a ring.
+    pub(super) fn kick(&self, number: usize) -> BorrowedFd<'_> {
+        descriptor(&self.kicks[number])
     }
 
     /// Waits until there may be something to do.
-    fn wait(&self, kicks: &[(usize, Arc<EventFd>)]) -> Result<(), Broken> {
-        let mut fds = vec![PollFd::from_borrowed_fd(descriptor(&self.wake), PollFlags::IN)];
-        fds.extend(kicks.iter().map(|(_, kick)| PollFd::from_borrowed_fd(descriptor(kick), PollFlags::IN)));
-        fds.extend(self.work.also().map(|also| PollFd::from_borrowed_fd(also, PollFlags::IN)));
+    ///
+    /// # Errors
+    /// Those of the host.
+    pub(super) fn wait(&self, also: Option<BorrowedFd<'_>>) -> Result<(), Broken> {
+        let mut fds = vec![PollFd::from_borrowed_fd(self.wake(), PollFlags::IN)];
+        fds.extend(self.kicks.iter().map(|kick| PollFd::from_borrowed_fd(descriptor(kick), PollFlags::IN)));
+        fds.extend(also.map(|also| PollFd::from_borrowed_fd(also, PollFlags::IN)));
         match rustix::event::poll(&mut fds, None) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(Broken(format!("it cannot wait: {error}"))),
         }
-        for (_, kick) in kicks {
+        for kick in &self.kicks {
             // An error says that it was not rung.
             kick.read().ok();
         }
         Ok(())
     }
+}
+
+/// The life of a thread; returns the queues.
+fn live(mut work: Box<dyn Work>, seats: Vec<Seat>, shared: &Shared, mut bells: Bells) -> Vec<(usize, Queue)> {
+    let (mut rings, mut numbers) = (Vec::new(), Vec::new());
+    for Seat { index, queue, kick } in seats {
+        let (memory, interrupt) = (shared.memory.clone(), Arc::clone(&shared.interrupt));
+        rings.push(Ring::new(queue, memory, interrupt, Arc::clone(&bells.stop)));
+        numbers.push(index);
+        bells.kicks.push(kick);
+    }
+    let lived = catch_unwind(AssertUnwindSafe(|| {
+        shared.nursery.confine()?;
+        work.live(&mut rings, &bells)
+    }));
+    if let Err(Broken(why)) = lived.unwrap_or_else(|_| Err(Broken("a mistake in this program".into()))) {
+        shared.stop(&why);
+    }
+    numbers.into_iter().zip(rings.into_iter().map(Ring::into_queue)).collect()
 }

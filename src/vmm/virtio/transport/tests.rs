@@ -6,6 +6,8 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::disk::BlockDevice;
+use crate::sync::{Condvar, Mutex};
+use crate::vmm::filter::Confinement;
 use crate::vmm::memory;
 use crate::vmm::virtio::{Block, Rng};
 
@@ -30,7 +32,9 @@ impl Bench {
         let memory = memory::make(4 << 20).unwrap();
         let (line, kicks) = (event(), device.queues().iter().map(|_| event()).collect::<Vec<_>>());
         let theirs = kicks.iter().map(|kick| kick.try_clone().unwrap()).collect();
-        let device = Transport::new(device, "bench".into(), memory.clone(), line.try_clone().unwrap(), theirs).unwrap();
+        let nursery = Arc::new(Nursery::new(Confinement::default()).unwrap());
+        let ours = line.try_clone().unwrap();
+        let device = Transport::new(device, "bench".into(), memory.clone(), ours, theirs, nursery).unwrap();
         Self { memory, line, kicks, device }
     }
 
@@ -224,6 +228,99 @@ impl BlockDevice for Void {
     fn read_only(&self) -> bool {
         false
     }
+}
+
+/// A disk that answers no read before several are under way.
+#[derive(Debug)]
+struct Meeting {
+    void: Void,
+    arrived: Mutex<usize>,
+    complete: Condvar,
+}
+
+/// How many, and how long they wait for each other.
+const TOGETHER: usize = 4;
+const WAIT: std::time::Duration = std::time::Duration::from_secs(30);
+
+impl BlockDevice for Meeting {
+    fn size(&self) -> u64 {
+        self.void.size()
+    }
+
+    fn read(&self, buf: &mut [u8], _offset: u64) -> Result<()> {
+        let mut arrived = self.arrived.lock();
+        *arrived += 1;
+        self.complete.notify_all();
+        let until = crate::clock::now() + WAIT;
+        while *arrived < TOGETHER {
+            if self.complete.wait_until(&mut arrived, until).timed_out() {
+                return Err(Error::failed("the others did not come"));
+            }
+        }
+        buf.fill(7);
+        Ok(())
+    }
+
+    fn write(&self, data: &[u8], offset: u64) -> Result<()> {
+        self.void.write(data, offset)
+    }
+
+    fn flush(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> Result<()> {
+        self.void.discard(offset, len)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
+        self.void.write_zeroes(offset, len)
+    }
+
+    fn next_data(&self, offset: u64) -> Result<Option<(u64, u64)>> {
+        self.void.next_data(offset)
+    }
+
+    fn mapped(&self) -> u64 {
+        0
+    }
+
+    fn read_only(&self) -> bool {
+        false
+    }
+}
+
+#[test]
+fn requests_of_one_queue_are_under_way_together_and_all_answered_before_a_pause() {
+    let meeting = Meeting { void: Void, arrived: Mutex::new(0), complete: Condvar::new() };
+    let mut bench = Bench::new(Box::new(Block::new(Arc::new(meeting), false, "meeting", 1)));
+    bench.start(0);
+    // A header of zeros says: read from sector 0.
+    for number in 0..TOGETHER as u16 {
+        let at = DESCRIPTORS + u64::from(number) * 32;
+        let (data, next) = (BUFFER + 0x1000 + u64::from(number) * 0x400, number * 2 + 1);
+        bench.memory.write_obj(Descriptor::new(BUFFER, 16, 1, next), GuestAddress(at)).unwrap();
+        bench.memory.write_obj(Descriptor::new(data, 513, 2, 0), GuestAddress(at + 16)).unwrap();
+        bench.offer(number, number * 2);
+    }
+    assert_eq!(bench.wait_for_answer(0), 513);
+    bench.device.pause();
+    assert_eq!(bench.memory.load::<u16>(GuestAddress(USED + 2), Ordering::SeqCst).unwrap(), TOGETHER as u16);
+    for number in 0..TOGETHER as u64 {
+        let mut came = [0; 513];
+        bench.memory.read_slice(&mut came, GuestAddress(BUFFER + 0x1000 + number * 0x400)).unwrap();
+        assert_eq!((came[0], came[511], came[512]), (7, 7, 0));
+    }
+}
+
+#[test]
+fn a_change_of_the_configuration_is_told_and_can_be_seen() {
+    let mut bench = Bench::new(Box::new(Rng));
+    bench.device.changed();
+    assert_eq!((bench.read(0x60), bench.read(0xfc)), (0, 1), "no driver is there to be told");
+    bench.start(0);
+    bench.device.changed();
+    assert_eq!((bench.read(0x60), bench.read(0xfc)), (2, 2));
 }
 
 #[test]
