@@ -101,7 +101,7 @@ impl Mutator {
         match self.below(14) {
             0..=2 if at < bytes.len() => bytes[at] ^= 1 << self.below(8),
             3 | 4 if at < bytes.len() => bytes[at] = self.below(256) as u8,
-            5 | 6 | 7 => self.put_number(bytes, at),
+            5..=7 => self.put_number(bytes, at),
             8 => drop(bytes.drain(range)),
             9 => {
                 let again = bytes[range].to_vec();
