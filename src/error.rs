@@ -153,7 +153,9 @@ impl Error {
             Some(libc::EBUSY) => Kind::Busy,
             _ => Kind::Io,
         };
-        Self { kind, message: format!("{what}: {source}"), hint: None, source: Some(Box::new(source)) }
+        let hint =
+            lacks_descriptors(&source).then(|| "raise the limit of open files: LimitNOFILE=, ulimit -n".to_owned());
+        Self { kind, message: format!("{what}: {source}"), hint, source: Some(Box::new(source)) }
     }
 
     /// Adds what to do next.
@@ -189,6 +191,14 @@ impl Error {
         matches!(self.kind, Kind::Corrupt | Kind::Io)
     }
 
+    /// Tells whether the host had no descriptor for a file that was to be opened or made. Nothing was done then, and it may
+    /// work the next time: unlike other errors of the host it says nothing about the disk.
+    #[must_use]
+    pub fn lacks_descriptors(&self) -> bool {
+        let source = self.source.as_deref().and_then(|source| source.downcast_ref::<io::Error>());
+        source.is_some_and(lacks_descriptors)
+    }
+
     /// Returns the sentence without the hint.
     #[must_use]
     pub fn message(&self) -> &str {
@@ -206,6 +216,12 @@ impl Error {
     pub fn again(&self) -> Self {
         Self { kind: self.kind, message: self.message.clone(), hint: self.hint.clone(), source: None }
     }
+}
+
+/// Tells whether an error is that the process, or the host, has no more descriptors.
+#[must_use]
+pub fn lacks_descriptors(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
 }
 
 impl fmt::Display for Error {
@@ -242,6 +258,8 @@ mod tests {
     fn io_errors_keep_their_cause() {
         let error = Error::io("cannot write /x", io::Error::from_raw_os_error(libc::ENOSPC));
         assert_eq!(error.kind(), Kind::NoSpace);
-        assert!(std::error::Error::source(&error).is_some());
+        assert!(std::error::Error::source(&error).is_some() && !error.lacks_descriptors());
+        let error = Error::io("cannot open /x", io::Error::from_raw_os_error(libc::EMFILE)).context("there");
+        assert!(error.lacks_descriptors() && error.next_step().is_some() && error.kind() == Kind::Io);
     }
 }

@@ -17,6 +17,7 @@ mod model;
 mod nbd;
 mod past;
 mod real;
+mod scarce;
 mod serve;
 mod stream;
 mod tidy;

@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use crate::disk::ScrubReport;
 use crate::snapshot::diff::{Extent, VerifyReport};
-use crate::store::{CheckReport, RebuildReport};
+use crate::store::{CheckReport, RebuildReport, RecordFault};
 use crate::stream::{ReceiveReport, SendReport};
 
 /// An answer.
@@ -31,6 +31,11 @@ pub enum Response {
         health: Option<String>,
         /// What of it is lost; `null` when nothing is.
         damage: Option<String>,
+        /// Why it takes no new data; `null` while there is room.
+        full: Option<String>,
+        /// Which records of retired snapshots are missing or damaged; `null` when none is known to be.
+        #[serde(default)]
+        records: Option<String>,
     },
     /// One snapshot.
     Snapshot(Snapshot),
@@ -247,6 +252,9 @@ pub struct Snapshot {
     pub created: u64,
     /// `live` or `retired`.
     pub state: String,
+    /// Why a retired one cannot be the base of a diff, as far as that is known: its record is missing or damaged.
+    #[serde(default)]
+    pub record: Option<RecordFault>,
     /// Who holds it.
     pub holds: Vec<String>,
 }
@@ -355,8 +363,16 @@ pub struct Status {
     pub health: Option<String>,
     /// What of it is lost; `null` when nothing is.
     pub damage: Option<String>,
+    /// Why it takes no new data; `null` while there is room.
+    pub full: Option<String>,
+    /// Which records of retired snapshots are missing or damaged; `null` when none is known to be.
+    #[serde(default)]
+    pub records: Option<String>,
     /// Bytes still free on the host file system.
     pub free: u64,
+    /// Of them, bytes that new data may take; the rest is kept for deleting and for metadata.
+    #[serde(default)]
+    pub available: u64,
     /// Size of the host file system.
     pub total: u64,
 }

@@ -16,7 +16,7 @@ use crate::disk::{self, BlockDevice as _};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 use crate::snapshot;
-use crate::store::{DiskInfo, SnapshotInfo, Store, check};
+use crate::store::{DiskInfo, SnapshotInfo, Store};
 
 /// Most snapshots one request may take: their disks stop together, so there is a limit.
 const SNAPSHOTS_AT_ONCE_MAX: usize = 1024;
@@ -34,20 +34,9 @@ pub fn execute(store: &Arc<Store>, request: Request, progress: &dyn Progress) ->
             let disk = Target::disk(&disk)?;
             disk::create(store, &disk, disk::round_size(size)?).map(disk_answer)
         }
-        Request::Ls { disk: None } => {
-            let disks = store.disks().into_iter().map(Into::into).collect();
-            Ok(Response::Disks { disks, health: store.health(), damage: store.damage() })
-        }
-        Request::Ls { disk: Some(disk) } => Ok(snapshots_answer(store.snapshots(&Target::disk(&disk)?)?)),
+        Request::Ls { disk } => list(store, disk.as_deref()),
         Request::Info { name } => info(store, &name),
-        Request::Resize { disk, size, shrink } => {
-            let (name, size) = (Target::disk(&disk)?, disk::round_size(size)?);
-            let disk = disk::open(store, &name)?;
-            // Whoever writes to it would lose what it does not expect to lose.
-            let _lease = if shrink && size < disk.size() { Some(disk.lease("resize --shrink")?) } else { None };
-            disk.resize(size, shrink)?;
-            store.disk_info(&name).map(disk_answer)
-        }
+        Request::Resize { disk, size, shrink } => resize(store, &disk, size, shrink),
         Request::Rename { old, new } => rename(store, &old, &new),
         Request::Rm { name, recursive } => remove(store, name, recursive),
         Request::Snapshot { snapshots } => take(store, &snapshots),
@@ -106,7 +95,7 @@ fn execute_on_pool(store: &Arc<Store>, request: &Request, progress: &dyn Progres
     match request {
         Request::Check { rebuild: true, .. } => Err(Error::busy("a pool that is in use cannot be rebuilt")
             .hint("end the server with 'afterimage umount', then run 'afterimage check --rebuild'")),
-        Request::Check { repair, .. } => Ok(Response::Checked(check(store, *repair, progress)?)),
+        Request::Check { repair, .. } => Ok(Response::Checked(snapshot::check(store, *repair, progress)?)),
         Request::Scrub {} => Ok(Response::Scrubbed(disk::scrub(store, progress)?)),
         Request::Reclaim { wait: true } => {
             Ok(Response::Reclaimed { freed: store.reclaim_wait(progress)?.freed, complete: true })
@@ -122,6 +111,11 @@ fn execute_on_pool(store: &Arc<Store>, request: &Request, progress: &dyn Progres
     }
 }
 
+/// Tells why the pool takes no new data. A host that cannot be asked is no reason not to list the disks.
+fn full(store: &Arc<Store>) -> Option<String> {
+    store.room().ok()?.full()
+}
+
 fn disk_answer(info: DiskInfo) -> Response {
     Response::Disk(info.into())
 }
@@ -134,6 +128,30 @@ fn snapshots_answer(infos: Vec<SnapshotInfo>) -> Response {
     Response::Snapshots { snapshots: infos.into_iter().map(Into::into).collect() }
 }
 
+fn list(store: &Arc<Store>, disk: Option<&str>) -> Result<Response> {
+    let Some(disk) = disk else {
+        let disks = store.disks().into_iter().map(Into::into).collect();
+        let (health, damage, records) = (store.health(), store.damage(), store.record_damage());
+        return Ok(Response::Disks { disks, health, damage, full: full(store), records });
+    };
+    let infos = store.snapshots(&Target::disk(disk)?)?;
+    let faults = infos.first().map(|info| snapshot::record_faults(store, info.disk_id)).unwrap_or_default();
+    let answer = |info: SnapshotInfo| {
+        let record = faults.get(&info.id).copied();
+        super::answer::Snapshot { record, ..info.into() }
+    };
+    Ok(Response::Snapshots { snapshots: infos.into_iter().map(answer).collect() })
+}
+
+fn resize(store: &Arc<Store>, disk: &str, size: u64, shrink: bool) -> Result<Response> {
+    let (name, size) = (Target::disk(disk)?, disk::round_size(size)?);
+    let disk = disk::open(store, &name)?;
+    // Whoever writes to it would lose what it does not expect to lose.
+    let _lease = if shrink && size < disk.size() { Some(disk.lease("resize --shrink")?) } else { None };
+    disk.resize(size, shrink)?;
+    store.disk_info(&name).map(disk_answer)
+}
+
 fn info(store: &Arc<Store>, name: &str) -> Result<Response> {
     match Target::parse(name)? {
         Target::Disk(disk) => {
@@ -142,7 +160,9 @@ fn info(store: &Arc<Store>, name: &str) -> Result<Response> {
             Ok(Response::Disk(answer))
         }
         Target::Snapshot(disk, snapshot) => {
-            let mut answer = super::answer::Snapshot::from(store.snapshot_info(&disk, &snapshot)?);
+            let info = store.snapshot_info(&disk, &snapshot)?;
+            let record = snapshot::record_faults(store, info.disk_id).remove(&info.id);
+            let mut answer = super::answer::Snapshot { record, ..info.into() };
             answer.unique = Some(snapshot::unique(store, &disk, &snapshot)?);
             Ok(Response::Snapshot(answer))
         }
@@ -263,7 +283,7 @@ fn export(
 }
 
 fn status(store: &Arc<Store>) -> Result<Response> {
-    let space = store.space()?;
+    let room = store.room()?;
     Ok(Response::Status(Status {
         pid: std::process::id(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -272,7 +292,10 @@ fn status(store: &Arc<Store>) -> Result<Response> {
         mount: None,
         health: store.health(),
         damage: store.damage(),
-        free: space.free,
-        total: space.total,
+        full: room.full(),
+        records: store.record_damage(),
+        free: room.free,
+        available: room.available(),
+        total: room.total,
     }))
 }

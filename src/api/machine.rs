@@ -11,11 +11,11 @@
 //! Each answer is that of the first, after it was done; an error is what the control socket says.
 //!
 //! # Rules
-//! 1. The socket is in a folder of mode 0700: whoever can reach it may use it.
+//! 1. The socket has mode 0600 and is in a folder of mode 0700: whoever can reach it may use it.
 //! 2. What takes time is done on a thread that may wait.
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -34,6 +34,7 @@ use tokio::sync::oneshot;
 
 use super::{Failure, Line};
 use crate::error::{Error, Kind, Result};
+use crate::media::socket::{ShortPath, Socket};
 use crate::vmm::{Home, Info, Runner};
 
 /// File name of the socket in the folder of the machine.
@@ -41,6 +42,8 @@ const NAME: &str = "api.sock";
 /// How often a machine that does not answer is looked at again, and how far apart.
 const LOOKS: u32 = 50;
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
+/// Connections the kernel keeps before they are accepted.
+const BACKLOG: i32 = 16;
 /// Bytes of an answer at most.
 const ANSWER_MAX: usize = 1 << 20;
 
@@ -49,7 +52,8 @@ const ANSWER_MAX: usize = 1 << 20;
 pub struct MachineServer {
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
-    path: PathBuf,
+    /// Its name goes with it.
+    _socket: Socket,
 }
 
 impl MachineServer {
@@ -58,16 +62,14 @@ impl MachineServer {
     /// # Errors
     /// When the socket cannot be made.
     pub fn start(home: &Home, runner: Arc<Runner>) -> Result<Self> {
-        let path = home.path(NAME);
-        let cannot = |e| Error::io(format!("cannot make the socket {}", path.display()), e);
-        match std::fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(cannot(error)),
-            _ => {}
-        }
+        let cannot = |e| Error::io(format!("cannot make the socket {}", home.path(NAME).display()), e);
+        let socket = Socket::listen(&home.path(NAME), BACKLOG)?;
+        let copy = socket.listener().try_clone().map_err(cannot)?;
+        copy.set_nonblocking(true).map_err(cannot)?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(cannot)?;
         let listener = {
             let _inside = runtime.enter();
-            UnixListener::bind(&path).map_err(cannot)?
+            UnixListener::from_std(copy).map_err(cannot)?
         };
         let (stop, stopped) = oneshot::channel::<()>();
         let router = axum::Router::new()
@@ -86,7 +88,7 @@ impl MachineServer {
             });
         };
         let thread = std::thread::Builder::new().name("vm-api".into()).spawn(body).map_err(cannot)?;
-        Ok(Self { stop: Some(stop), thread: Some(thread), path })
+        Ok(Self { stop: Some(stop), thread: Some(thread), _socket: socket })
     }
 }
 
@@ -96,9 +98,6 @@ impl Drop for MachineServer {
         self.stop.take().map(|stop| stop.send(()).ok());
         if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
             tracing::error!("the socket of the virtual machine failed on a mistake in this program");
-        }
-        if let Err(error) = std::fs::remove_file(&self.path) {
-            tracing::debug!("the socket of the virtual machine could not be removed: {error}");
         }
     }
 }
@@ -181,7 +180,11 @@ fn exchange(home: &Home, act: Act) -> Result<Option<Info>> {
     let cannot = |e| Error::io(format!("cannot reach the virtual machine {}", home.name()), e);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(cannot)?;
     runtime.block_on(async {
-        let stream = match UnixStream::connect(home.path(NAME)).await {
+        let socket = match ShortPath::of(&home.path(NAME)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            socket => socket.map_err(cannot)?,
+        };
+        let stream = match UnixStream::connect(socket.path()).await {
             Ok(stream) => stream,
             Err(error) => {
                 return match error.kind() {

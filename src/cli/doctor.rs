@@ -20,8 +20,9 @@ use crate::units::show_size;
 /// The oldest kernel the mount is built for: FUSE with parallel direct writes (6.2) and 1 MiB requests.
 const KERNEL_MIN: (u32, u32) = (5, 15);
 
-/// Open files a server needs at least: 512 segments, and room for the rest.
-const OPEN_FILES_MIN: u64 = 1024;
+/// Open files a server needs to have all it may have: one part in four is for 512 segments of two files each, one for 256
+/// connections of four, and there is room for the rest.
+const OPEN_FILES_MIN: u64 = 4096;
 
 /// Check that this host has what is needed
 ///
@@ -170,7 +171,7 @@ fn open_files() -> Finding {
     match limit.maximum.or(limit.current) {
         Some(most) if most < OPEN_FILES_MIN => Finding::warning(
             "open files",
-            format!("at most {most}, and a server with many segments wants {OPEN_FILES_MIN}"),
+            format!("at most {most}, and a server with many segments and clients wants {OPEN_FILES_MIN}"),
             format!("'ulimit -Hn {OPEN_FILES_MIN}' or LimitNOFILE= in the unit"),
         ),
         Some(most) => Finding::good("open files", format!("up to {most}")),
@@ -215,6 +216,11 @@ fn look_at_pool(dir: &Path, findings: &mut Vec<Finding>) {
             "'afterimage check' and 'afterimage scrub' say what is affected; everything else can be read and written",
         ));
     }
+    if let Some(what) = &status.records {
+        let hint = "'afterimage record import FILE' brings back a record you have a copy of; for a backup that needs another, \
+                    take the next one in full and remove the retired snapshot; 'afterimage check' names each";
+        findings.push(Finding::problem("records", what.clone(), hint));
+    }
     findings.push(server(served, &status));
     findings.push(room(&status));
     if let Ok(Some(name)) = host::network_file_system(dir) {
@@ -240,14 +246,17 @@ fn server(served: bool, status: &crate::api::answer::Status) -> Finding {
 }
 
 fn room(status: &crate::api::answer::Status) -> Finding {
-    // The mark below which new data is refused: the larger of 256 MiB and one percent.
-    let low = (status.total / 100).max(256 << 20);
-    let message = format!("{} free of {}", show_size(status.free), show_size(status.total));
-    if status.free <= low {
-        let hint = "new data is refused; remove snapshots or make room on the host";
-        return Finding::problem("space", message, hint);
+    if let Some(why) = &status.full {
+        return Finding::problem(
+            "space",
+            why.clone(),
+            "new data is refused; remove snapshots or make room on the host",
+        );
     }
-    if status.free <= low.saturating_mul(4) {
+    let (available, total) = (show_size(status.available), show_size(status.total));
+    let message = format!("{} free of {total}, {available} for new data", show_size(status.free));
+    let kept = status.free.saturating_sub(status.available);
+    if status.available <= kept.saturating_mul(3) {
         return Finding::warning("space", message, "it runs short; remove snapshots or make room on the host");
     }
     Finding::good("space", message)

@@ -7,7 +7,9 @@ use crate::api::Request;
 
 /// Prove that the metadata is sound
 ///
-/// Reads only, unless told to mend. Exits with 5 when something is wrong and was not mended.
+/// Reads only, unless told to mend. Exits with 5 when something is wrong and was not mended. Beside the metadata it reads
+/// the seals, the records of retired snapshots and the newest backup of the catalog; the data itself is read by
+/// 'afterimage scrub'.
 ///
 /// With --rebuild the catalog is made again, for a pool that does not open because 'catalog.redb' is damaged or lost. No
 /// server may be running. If the newest backup of the catalog (one a day) and the journal fit together, nothing is lost.
@@ -17,7 +19,8 @@ use crate::api::Request;
 /// 'check --repair' is run. A catalog that is sound is left alone.
 #[derive(Debug, Args)]
 pub(super) struct Check {
-    /// Mend leaks: give back space that nothing names, also what a rebuild left
+    /// Give back space that nothing names, also what a rebuild left; seal again what lost its seal, from the data as it is
+    /// now, keeping what can be read of the old one; make another backup of the catalog if the newest is damaged
     #[arg(long)]
     repair: bool,
     /// Make the catalog again from its newest backup, the journal and the seals of the snapshots

@@ -20,6 +20,7 @@ use super::{Global, daemon, signal};
 use crate::api::machine::{Act, MachineServer, ask_machine, list_machines};
 use crate::api::{Failure, Line};
 use crate::error::{Error, Kind, Result};
+use crate::media::socket::ShortPath;
 use crate::units::{parse_size, show_size};
 use crate::vmm::{Boot, Definition, DiskDefinition, Ending, Home, Info, NetSettings, Runner, State};
 
@@ -421,7 +422,8 @@ fn console(home: &Home, screen: &Screen) -> Result<u8> {
         }
         _ => Error::io(format!("cannot reach the console of {}", home.name()), e),
     };
-    let mut stream = UnixStream::connect(&path).map_err(cannot)?;
+    let short = ShortPath::of(&path).map_err(cannot)?;
+    let mut stream = UnixStream::connect(short.path()).map_err(cannot)?;
     let mut typing = stream.try_clone().map_err(cannot)?;
     let mut greeting = String::new();
     // Byte by byte: what follows the line is not for this reader.

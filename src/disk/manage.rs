@@ -106,25 +106,8 @@ fn make(store: &Arc<Store>, name: &str, size: u64) -> Result<DiskInfo> {
 
 /// Returns the row of a fresh disk.
 pub(crate) fn new_row(name: &str, size: u64, branch: BranchId, epoch: Epoch, floor: u64) -> DiskRow {
-    let now = clock::wall_seconds();
-    DiskRow {
-        name: name.to_owned(),
-        uuid: Uuid::new_v4(),
-        size,
-        trim: false,
-        branch,
-        epoch,
-        base: None,
-        floor,
-        created: now,
-        modified: now,
-        stamp: 0,
-        referenced: 0,
-        written: 0,
-        origin: None,
-        touched: false,
-        settings: Settings::default(),
-    }
+    let fresh = DiskRow::fresh(name.to_owned(), Uuid::new_v4(), size, clock::wall_seconds());
+    DiskRow { branch, epoch, floor, ..fresh }
 }
 
 /// Renames a disk; its snapshots follow.
@@ -175,7 +158,6 @@ pub fn remove(store: &Arc<Store>, name: &str, recursive: bool) -> Result<()> {
         }
         let mut tables = store.tables.write();
         let row = tables.disk(id)?.clone();
-        let states: Vec<_> = tables.states_of(id).map(|(key, row)| (key, row.clone())).collect();
         let named: Vec<_> = tables.snapshots_of(id).map(|(_, row)| row.clone()).collect();
         if !named.is_empty() && !recursive {
             return Err(Error::busy(format!("disk '{name}' has {} snapshots", named.len()))
@@ -188,14 +170,7 @@ pub fn remove(store: &Arc<Store>, name: &str, recursive: bool) -> Result<()> {
         }
         let mut edit = Edit::new(&mut tables);
         Store::abandon_head(&mut edit, &line, id, &row);
-        for (key, _) in states.iter().filter(|(_, row)| row.status != Status::Ghost) {
-            edit.change_state(*key, |row| {
-                row.status = Status::Dying;
-                row.name = String::new();
-            });
-        }
-        let retired: Vec<_> = edit.tables.retired_of(id).map(|(id, _)| id).collect();
-        retired.into_iter().for_each(|id| edit.delete_retired(id));
+        end_snapshots(&mut edit, id, &row)?;
         keep_last_stamp(&mut edit, id, &row)?;
         edit.delete_disk(id);
         head.set_gone();
@@ -207,6 +182,31 @@ pub fn remove(store: &Arc<Store>, name: &str, recursive: bool) -> Result<()> {
     store.forget_head(id);
     store.tell(&Change::Disk { id, name: name.to_owned(), was: None, gone: true, resized: false, data: false });
     store.wake_keeper();
+    Ok(())
+}
+
+/// Ends every snapshot of a disk that goes, retired ones too.
+fn end_snapshots(edit: &mut Edit<'_>, id: DiskId, disk: &DiskRow) -> Result<()> {
+    let lineage = edit.tables.branch(disk.branch)?.lineage;
+    let of_lineage = |branch| edit.tables.branch(branch).is_ok_and(|row| row.lineage == lineage);
+    let has_clones = edit.tables.disks().any(|(other, row)| other != id && of_lineage(row.branch));
+    let states = edit.tables.states_of(id).filter(|(_, row)| row.status != Status::Ghost);
+    let states = states.map(|(key, row)| (key.1, row.snapshot, Some(key)));
+    let mut all: Vec<_> = states.chain(edit.tables.retired_of(id).map(|(id, row)| (row.epoch, id, None))).collect();
+    // The oldest first: each leaves its count to the next, and the last ones to the clones.
+    all.sort_unstable();
+    for (_, snapshot, node) in all {
+        if has_clones {
+            edit.pass_on_written(snapshot)?;
+        }
+        match node {
+            Some(key) => edit.change_state(key, |row| {
+                row.status = Status::Dying;
+                row.name = String::new();
+            }),
+            None => edit.delete_retired(snapshot),
+        }
+    }
     Ok(())
 }
 

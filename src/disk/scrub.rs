@@ -1,7 +1,7 @@
 //! `scrub`: reads every sealed block and compares it with the checksum it was sealed with.
 //!
 //! Seal files are read one after the other, record by record. A block that is damaged is named by every disk and snapshot
-//! that shows it, and reads of it fail from then on. Damage in a seal file itself is reported as such, and a segment whose
+//! that shows it, and reads of it fail from then on. A seal file that is damaged or missing is reported as such, and a segment whose
 //! file is missing once, not block by block. So many lines are listed, and the others counted: a segment may have 2^28 blocks.
 
 use std::sync::Arc;
@@ -14,8 +14,8 @@ use crate::error::{Error, Kind, Result};
 use crate::map::{BlockSet, Run};
 use crate::pool::segment_path;
 use crate::progress::Progress;
-use crate::store::seal_file::{SealFile, SealedSlab};
-use crate::store::{Status, Store};
+use crate::store::seal_file::{SealFile, SealedSlab, seal_path};
+use crate::store::{SealDue, SealsDue, Status, Store};
 use crate::units::{BLOCK_SIZE, BlockAddress, ChunkIndex, Epoch, SegmentId, to_usize};
 
 /// Lines of damage that a report has at most.
@@ -60,7 +60,9 @@ pub fn scrub(store: &Arc<Store>, progress: &dyn Progress) -> Result<ScrubReport>
     store.flush_all()?;
     while store.seal_next()? {}
     let mut mapped = RoaringTreemap::new();
-    store.every_entry(&mut |_, _, entry| {
+    let (tables, mut due) = (store.tables.read().clone(), SealsDue::default());
+    store.every_entry(&mut |row, _, entry| {
+        due.note(&tables, row, &entry);
         for piece in entry.pieces() {
             for (start, end) in piece.set.runs() {
                 mapped.insert_range(piece.base.at(start).raw()..piece.base.raw() + end as u64);
@@ -81,7 +83,11 @@ pub fn scrub(store: &Arc<Store>, progress: &dyn Progress) -> Result<ScrubReport>
         let Ok(info) = found else { continue };
         scrub.damage(&info.disk, Some(info.name), 0, SegmentId(0), format!("its epoch cannot be sealed: {why}"));
     }
-    for (segment, epoch) in store.seals_on_disk()?.into_iter().filter(|(id, _)| !missing.contains(id)) {
+    let seals = store.seals_on_disk()?;
+    for lost in due.missing(&seals).into_iter().filter(|lost| store.is_sealed(lost.state)) {
+        scrub.lost_seal(lost)?;
+    }
+    for (segment, epoch) in seals.into_iter().filter(|(id, _)| !missing.contains(id)) {
         if progress.cancelled() {
             return Err(Error::failed("the scrub was cancelled"));
         }
@@ -115,16 +121,29 @@ impl Scrub<'_> {
         self.report.damaged.push(Damage { disk: disk.to_owned(), snapshot, offset, segment: segment.0, why });
     }
 
+    /// Names a seal that is missing, once.
+    fn lost_seal(&mut self, lost: SealDue) -> Result<()> {
+        let (disk, snapshot) = {
+            let tables = self.store.tables.read();
+            let Some(row) = tables.state(lost.state) else { return Ok(()) };
+            let disk = tables.disk(row.disk).map(|disk| disk.name.clone());
+            (disk.unwrap_or_default(), Some(row.name.clone()).filter(|name| !name.is_empty()))
+        };
+        let (path, blocks) = (seal_path(lost.segment, lost.state.1), lost.blocks);
+        let why = format!(
+            "the seal {path} is missing, so {blocks} blocks cannot be compared; 'afterimage check --repair' seals them \
+             again from the data as it is now"
+        );
+        self.damage(&disk, snapshot, 0, lost.segment, why);
+        Ok(())
+    }
+
     fn seal(&mut self, segment: SegmentId, epoch: Epoch) -> Result<()> {
         if self.store.tables.read().segment(segment).is_err() {
             return Ok(());
         }
         let (header, records) = SealFile::open(&**self.store.media(), segment, epoch)?;
-        if header.pool != self.store.uuid() || header.nonce != self.store.tables.read().segment(segment)?.nonce {
-            return Err(Error::corrupt(format!(
-                "the seal of segment {segment} epoch {epoch} belongs to another segment"
-            )));
-        }
+        header.require_owner(self.store.uuid(), self.store.tables.read().segment(segment)?.nonce)?;
         for record in records {
             if let SealedSlab::Written { base, chunk, set, crcs } = record? {
                 self.slab(base, chunk, &set, &crcs)?;

@@ -1,4 +1,4 @@
-//! Segment files: sparse, append-only in addresses, at most 512 of them open.
+//! Segment files: sparse, append-only in addresses, at most 512 of them open, or fewer where the host allows few files.
 //!
 //! # Rules
 //! 1. Slots 0..512 are the header's; the first slab has base 512.
@@ -6,8 +6,11 @@
 //! 3. A segment with writes that no sync has covered stays open (its `Arc` is held by the list of dirty segments).
 //! 4. A file that was missing when the pool was opened counts as lost until the next opening, also when it is put back: what
 //!    the journal has for it is brought into it only then.
+//! 5. When the host has no descriptor, segments that nobody uses are closed, those first that were not used longest, and
+//!    it is tried again. When there are none either, that request fails, and nothing else does.
 
 use std::collections::{BTreeSet, HashMap};
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -15,9 +18,10 @@ use uuid::Uuid;
 
 use super::SEGMENTS_DIR;
 use crate::codec::{Reader, Writer, unseal};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, lacks_descriptors};
 use crate::media::{File, Media, Open};
 use crate::sync::{Mutex, RwLock};
+use crate::sys::process;
 use crate::units::{BLOCK_SIZE, BlockAddress, CHUNK_SIZE, DiskId, SegmentId};
 
 /// First eight bytes of a segment; a non-ASCII byte, and CR LF against text transfers.
@@ -26,6 +30,8 @@ const VERSION: u32 = 1;
 /// Bytes of the header that are used, checksum included.
 const HEADER_LEN: usize = 64;
 const OPEN_MAX: usize = 512;
+/// Segments that are closed at a time when the host has no more descriptors: each has two.
+const CLOSED_AT_ONCE: usize = 4;
 
 /// Path of a segment below the pool.
 #[must_use]
@@ -230,13 +236,15 @@ pub struct Segments {
     open: Mutex<HashMap<SegmentId, Arc<Segment>>>,
     lost: RwLock<BTreeSet<SegmentId>>,
     clock: AtomicU64,
+    open_max: usize,
 }
 
 impl Segments {
     /// Makes the empty table.
     #[must_use]
     pub fn new(media: Arc<dyn Media>, pool: Uuid) -> Self {
-        Self { media, pool, open: Mutex::default(), lost: RwLock::default(), clock: AtomicU64::new(0) }
+        let open_max = OPEN_MAX.min(process::share_of_open_files(4) / 2).max(1);
+        Self { media, pool, open: Mutex::default(), lost: RwLock::default(), clock: AtomicU64::new(0), open_max }
     }
 
     /// Makes a segment, durable with its directory entry when this returns.
@@ -247,20 +255,58 @@ impl Segments {
         let what = |e| Error::io(format!("cannot make segment {id}"), e);
         let dir = segment_dir(id);
         match self.media.make_dir(&dir) {
-            Ok(()) => self.media.sync_dir(SEGMENTS_DIR).map_err(what)?,
+            Ok(()) => self.with_descriptor(|| self.media.sync_dir(SEGMENTS_DIR)).map_err(what)?,
             Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}
             Err(e) => return Err(what(e)),
         }
-        let file = self.media.open_direct(&segment_path(id), Open::New).map_err(what)?;
+        let path = segment_path(id);
+        let made = self.with_descriptor(|| {
+            let made = self.media.open_direct(&path, Open::New);
+            if made.as_ref().is_err_and(lacks_descriptors) {
+                // There was one for the file and none for direct I/O: it is in the way of the next try, and of nothing else.
+                self.media.remove(&path).ok();
+            }
+            made
+        });
+        let file = made.map_err(what)?;
         file.will_be_overwritten();
         let header = SegmentHeader { pool: self.pool, id, nonce, disk };
         file.write_at(&header.encode(), 0).map_err(what)?;
         file.set_len(CHUNK_SIZE).map_err(what)?;
         file.sync().map_err(what)?;
-        self.media.sync_dir(&dir).map_err(what)?;
+        if let Err(error) = self.with_descriptor(|| self.media.sync_dir(&dir)) {
+            // No row names the file. What is left of it the next opening removes.
+            self.media.remove(&path).ok();
+            return Err(what(error));
+        }
         let segment = Arc::new(Segment { id, file, dirty: AtomicBool::new(false), used: self.tick() });
         self.insert(&segment);
         Ok(segment)
+    }
+
+    /// Does what needs a descriptor; closes segments that nobody uses as long as there is none.
+    fn with_descriptor<T>(&self, open: impl Fn() -> io::Result<T>) -> io::Result<T> {
+        loop {
+            match open() {
+                Err(error) if lacks_descriptors(&error) && self.close_idle() => {
+                    tracing::debug!("segments were closed, for the host has no more descriptors");
+                }
+                done => return done,
+            }
+        }
+    }
+
+    /// Closes some segments that nobody uses; tells whether there were any.
+    fn close_idle(&self) -> bool {
+        let mut open = self.open.lock();
+        let mut closed = 0;
+        while closed < CLOSED_AT_ONCE
+            && let Some(id) = idle_longest(&open)
+        {
+            open.remove(&id);
+            closed += 1;
+        }
+        closed > 0
     }
 
     /// Says which files were missing when the pool was opened.
@@ -302,7 +348,8 @@ impl Segments {
         if self.is_lost(id) {
             return Err(missing());
         }
-        let file = self.media.open_direct(&path, Open::Existing).map_err(|e| match e.kind() {
+        let opened = self.with_descriptor(|| self.media.open_direct(&path, Open::Existing));
+        let file = opened.map_err(|e| match e.kind() {
             std::io::ErrorKind::NotFound => missing(),
             _ => Error::io(format!("cannot open {path}"), e),
         })?;
@@ -326,11 +373,10 @@ impl Segments {
     fn insert(&self, segment: &Arc<Segment>) -> Arc<Segment> {
         let mut open = self.open.lock();
         let kept = Arc::clone(open.entry(segment.id).or_insert_with(|| Arc::clone(segment)));
-        if open.len() > OPEN_MAX {
-            let idle = open.values().filter(|s| Arc::strong_count(s) == 1 && !s.dirty.load(Ordering::Relaxed));
-            if let Some(oldest) = idle.min_by_key(|s| s.used.load(Ordering::Relaxed)).map(|s| s.id) {
-                open.remove(&oldest);
-            }
+        if open.len() > self.open_max
+            && let Some(oldest) = idle_longest(&open)
+        {
+            open.remove(&oldest);
         }
         kept
     }
@@ -384,6 +430,12 @@ impl Segments {
         ids.sort_unstable();
         Ok(ids)
     }
+}
+
+/// Finds the segment that was not needed longest among those that nobody uses and no sync is owed to.
+fn idle_longest(open: &HashMap<SegmentId, Arc<Segment>>) -> Option<SegmentId> {
+    let idle = open.values().filter(|s| Arc::strong_count(s) == 1 && !s.dirty.load(Ordering::Relaxed));
+    idle.min_by_key(|s| s.used.load(Ordering::Relaxed)).map(|s| s.id)
 }
 
 #[cfg(test)]

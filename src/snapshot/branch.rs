@@ -13,7 +13,7 @@ use crate::units::{BLOCK_SIZE, BlockAddress, BranchId, DiskId, Epoch};
 /// What a revert did.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RevertReport {
-    /// Bytes written since the last snapshot that are gone.
+    /// Bytes written since the last snapshot with data that are gone; a block that several epochs wrote may count twice.
     pub dropped: u64,
     /// Name of the snapshot that keeps them instead.
     pub kept: Option<String>,
@@ -157,8 +157,9 @@ pub fn clone_into(store: &Arc<Store>, disk: &str, snapshot: Option<&str>, target
 pub fn revert(store: &Arc<Store>, disk: &str, snapshot: &str, keep: Option<&str>) -> Result<RevertReport> {
     let id = store.tables.read().disk_id(disk)?;
     let head = store.head(id)?;
-    store.wait_unleased(&head)?;
+    // First: who waits for the writer, or sends it away, is not to find out then that there is nothing to go back to.
     readable(&store.tables.read(), disk, snapshot)?;
+    store.wait_unleased(&head)?;
     if let Some(name) = keep {
         check_snapshot_name(name)?;
         super::take(store, &[(disk.to_owned(), name.to_owned())])?;
@@ -196,6 +197,7 @@ fn switch_branch(
     store.ledger.writable()?;
     let mut edit = Edit::new(&mut tables);
     let old = edit.tables.disk(id)?.clone();
+    let dropped = edit.tables.unsaved_since(id)? * BLOCK_SIZE;
     let (branch, epoch) = start_branch(&mut edit, key)?;
     let row = DiskRow {
         branch,
@@ -217,5 +219,5 @@ fn switch_branch(
     drop(head.switch(Line { owner: store.new_owner(), branch, epoch, floor, size: state.size }));
     head.thawed();
     head.referenced.store(i64::try_from(state.referenced).unwrap_or(i64::MAX), std::sync::atomic::Ordering::Relaxed);
-    Ok((ticket, line.owner, old.written * BLOCK_SIZE))
+    Ok((ticket, line.owner, dropped))
 }

@@ -439,7 +439,8 @@ fn commit(
     let (hidden, disk) = (pair.source.id, pair.target.id);
     let (from, ended) = (pair.source.line(), pair.target.line());
     let name = keep.then(|| free_name(tables, disk));
-    let own = pair.from.base.filter(|key| tables.state(*key).is_some_and(|row| row.status == Status::Hidden));
+    let hidden_base = |key| Some((key, tables.state(key).filter(|row| row.status == Status::Hidden)?.snapshot));
+    let own = pair.from.base.and_then(hidden_base);
     let segments: Vec<_> = tables.segments().filter(|(_, row)| row.disk == hidden).map(|(id, _)| id).collect();
     let mut edit = Edit::new(tables);
     let mut stamp = pair.old.stamp;
@@ -453,7 +454,8 @@ fn commit(
         None => Store::abandon_head(&mut edit, &ended, disk, &pair.old),
     }
     let (id, stamp) = put_snapshot(&mut edit, &pair.from, from.floor, stamp, disk, who)?;
-    if let Some(key) = own {
+    if let Some((key, snapshot)) = own {
+        edit.pass_on_written(snapshot)?;
         edit.change_state(key, |row| row.status = Status::Dying);
     }
     let epoch = edit.meta(|meta| meta.epoch = meta.epoch.next()).epoch;

@@ -13,6 +13,7 @@
 //! A snapshot that was answered is there. One that was not is there whole, for all its disks, or not at all.
 
 mod branch;
+mod check;
 mod device;
 pub mod diff;
 pub mod incoming;
@@ -23,6 +24,7 @@ mod retire;
 mod take;
 
 pub use branch::{RevertReport, clone, clone_into, revert};
+pub use check::{check, record_faults};
 pub use device::{SnapshotDevice, open, open_by_id};
 pub use prune::{Keep, PruneLine, prune};
 pub use remove::{hold, release, remove, rename, unique};

@@ -48,6 +48,7 @@ pub fn remove(store: &Arc<Store>, disk: &str, snapshot: &str) -> Result<()> {
         store.ledger.writable()?;
         let recorded = tables.retired(old.snapshot).is_some();
         let mut edit = Edit::new(&mut tables);
+        edit.pass_on_written(old.snapshot)?;
         if recorded {
             edit.delete_retired(old.snapshot);
         } else {
@@ -75,6 +76,7 @@ pub(super) fn remove_hidden(store: &Arc<Store>, id: SnapshotId) -> Result<()> {
         let mut tables = store.tables.write();
         let (key, _) = tables.snapshot_by_id(id)?;
         let mut edit = Edit::new(&mut tables);
+        edit.pass_on_written(id)?;
         edit.change_state(key, |row| row.status = Status::Dying);
         store.ledger.submit(edit.finish())?
     };

@@ -221,6 +221,7 @@ pub fn import_record(store: &Arc<Store>, what: &str, file: &Arc<dyn File>) -> Re
         known.is_none()
     };
     record::copy(&**store.media(), identity.row.state.uuid, &**file)?;
+    store.note_record(id, None);
     if missing {
         let ticket = {
             let mut tables = store.tables.write();

@@ -4,7 +4,7 @@
 //! 1. A backup is what the catalog was after one fold, read through a view while others go on, written in batches.
 //! 2. It gets its name only when it is whole and durable.
 //! 3. It never takes the host's room below the low-water mark, and a failed one harms nothing: it is tried again later.
-//! 4. The newest three are kept.
+//! 4. The newest three are kept. `check` reads the newest one, and makes another in the place of a damaged one.
 //!
 //! # After a crash
 //! A file `.new` is what was being written; the next try removes it.
@@ -26,7 +26,7 @@ const KEPT: usize = 3;
 /// Rows per transaction: what is not written yet is held in memory.
 const BATCH: usize = 8192;
 const CACHE: usize = 8 << 20;
-const DAY: u64 = 86_400;
+pub(super) const DAY: u64 = 86_400;
 /// How often it is looked whether one is due.
 const LOOK_EVERY: Duration = Duration::from_secs(60);
 /// How long a failed one is let be.
@@ -105,6 +105,24 @@ impl Store {
             self.media.remove(&backup_name(*old)).map_err(fail)?;
         }
         Ok(true)
+    }
+
+    /// Makes a backup in the place of one that could not be used.
+    ///
+    /// # Errors
+    /// As [`Store::back_up_on`].
+    pub(super) fn replace_backup(&self, damaged: u64, day: u64) -> Result<()> {
+        let _turn = self.tidying.lock();
+        let name = backup_name(damaged);
+        match self.media.remove(&name) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                return Err(Error::io(format!("cannot remove {name}"), e));
+            }
+            _ => {}
+        }
+        *self.backups.last.lock() = None;
+        self.fold()?;
+        self.back_up_on(day).map(drop)
     }
 
     fn remove_unfinished_backups(&self) -> Result<()> {

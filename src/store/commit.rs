@@ -9,7 +9,8 @@
 //! 1. Requests that come while a flush runs share the next one.
 //! 2. An address that an entry lost is queued for punching in the same frame, if no other state holds it.
 //! 3. What was written down of the changes (`unflushed`) goes to a new generation before step 1 and is dropped after step 3.
-//! 4. A failed sync poisons the pool: which writes it lost is unknown.
+//! 4. A failed sync poisons the pool: which writes it lost is unknown. No flush opens a file, so that one never fails for
+//!    want of a descriptor.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
@@ -23,7 +24,7 @@ use super::{DiskRow, Store};
 use crate::clock;
 use crate::error::{Kind, Result};
 use crate::map::{BlockSet, ChunkGuard, Entry, Piece};
-use crate::units::{BlockAddress, BranchId, ChunkIndex, DiskId, Epoch, SegmentId};
+use crate::units::{BLOCK_SIZE, BlockAddress, BranchId, ChunkIndex, DiskId, Epoch, SegmentId};
 
 /// A changed chunk, copied for a frame.
 #[derive(Debug, Clone)]
@@ -40,6 +41,8 @@ pub struct Capture {
     pub row: Option<(BranchId, Epoch)>,
     /// Addresses handed out and dropped in between.
     pub dropped: Vec<Piece>,
+    /// As [`crate::map::ChunkState::fresh`].
+    pub fresh: u64,
     /// As [`crate::map::ChunkState::marked`].
     pub marked: bool,
 }
@@ -51,8 +54,8 @@ impl Capture {
         let epoch = state.epoch;
         let row = state.row.replace((branch, epoch));
         let dropped = std::mem::take(&mut state.dropped);
-        let marked = std::mem::take(&mut state.marked);
-        Self { chunk, epoch, entry: state.entry.clone(), saved, row, dropped, marked }
+        let (fresh, marked) = (std::mem::take(&mut state.fresh), std::mem::take(&mut state.marked));
+        Self { chunk, epoch, entry: state.entry.clone(), saved, row, dropped, fresh, marked }
     }
 }
 
@@ -70,6 +73,7 @@ struct Sums {
     written: i64,
     free: Vec<Piece>,
     index: IndexChanges,
+    fresh: u64,
 }
 
 /// Chunks to enter into the index and to take out of it.
@@ -136,7 +140,6 @@ impl Store {
         self.ledger.writable()?;
         head.refuse_gone()?;
         let closed = self.switch_log(head);
-        let granted = head.granted.load(Ordering::Acquire);
         let covered = head.requested.load(Ordering::Acquire);
         let row = *head.owed_row.lock();
         let line = head.line();
@@ -160,8 +163,6 @@ impl Store {
         self.ledger.wait(ticket)?;
         self.drop_log(head, closed)?;
         self.tidy_logged(head);
-        // What it is about is in the tables now.
-        head.take_back(granted);
         order.completed = covered;
         Ok(())
     }
@@ -254,6 +255,7 @@ impl Store {
         captures: &mut std::iter::Peekable<std::vec::IntoIter<Capture>>,
     ) -> Result<Ticket> {
         let most = self.ledger.submit_max() / 4;
+        let head = self.head(id)?;
         let reclaim = self.reclaim.lock();
         let mut sums = Sums::default();
         let mut rows = Vec::new();
@@ -265,6 +267,7 @@ impl Store {
         {
             assert_eq!(capture.epoch, epoch, "captures of one epoch go together");
             let before = rows.len();
+            sums.fresh += capture.fresh;
             // What was inherited may have been copied into the branch since the chunk was loaded, see `flatten`.
             let inherited = capture.row.is_some_and(|row| row.0 != line.branch);
             if inherited {
@@ -288,6 +291,8 @@ impl Store {
             row.modified = clock::wall_seconds();
             row.touched = true;
         })?;
+        // Under the lock of the tables: nobody sees it counted twice, or not at all.
+        head.settle(sums.fresh * BLOCK_SIZE, 0);
         rows.into_iter().for_each(|row| edit.row(row));
         self.ledger.submit(edit.finish())
     }
@@ -358,9 +363,10 @@ impl Store {
         Ok(self.resolve_on(&path, chunk)?.row.is_some())
     }
 
-    /// Refuses further writes after an error that leaves it unknown what is on the disk.
+    /// Refuses further writes after an error that leaves it unknown what is on the disk. Want of room does not, nor want of
+    /// a descriptor: nothing was written then.
     pub fn poison_unless_full(&self, error: &crate::error::Error) {
-        if error.kind() != Kind::NoSpace {
+        if error.kind() != Kind::NoSpace && !error.lacks_descriptors() {
             self.ledger.poison(error);
         }
     }

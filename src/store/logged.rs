@@ -138,9 +138,11 @@ impl Store {
             let there = self.tables.read().segment(*id).is_ok_and(|row| !row.removed);
             if there && self.segments.is_lost(*id) {
                 lost.insert(*id);
-            } else if there {
+            } else if there && let Some(segment) = self.segments.opened(*id) {
+                // One that is not open has no writes that no sync has covered, and is not opened for it: there may be no
+                // descriptor, and then what the caller has captured would be lost.
                 // Whatever the error says: which writes a failed sync lost is unknown, and a second one would not tell.
-                self.segment(*id)?.sync_punches().inspect_err(|error| self.ledger.poison(error))?;
+                segment.sync_punches().inspect_err(|error| self.ledger.poison(error))?;
             }
         }
         Ok(lost)

@@ -3,9 +3,10 @@
 //! # Parts
 //! [`ledger`] keeps rows durable; `tables` and `tree` are the small tables in memory; `head` is the live side of a disk;
 //! `commit` turns changed chunks into rows; `reclaim` finds addresses that no state holds any more, `punch` gives them
-//! back to the host; `view` answers look-ups for any state, `locate` those that must not wait; `space` watches the host file system; `tenancy` knows who writes; `unflushed` keeps what a killed process had
-//! acknowledged; `check` proves the
-//! whole.
+//! back to the host; `view` answers look-ups for any state, `locate` those that must not wait; `heirs` counts what was
+//! written since a snapshot that is gone; `space` watches the host file system; `tenancy` knows who writes; `unflushed` keeps what a killed process had
+//! acknowledged; `record_faults` knows
+//! which records of retired snapshots are faulty; `check` proves the whole.
 //!
 //! # Locks, in the order in which they are taken
 //! | lock | guards | may wait for the disk while held |
@@ -18,6 +19,7 @@
 //! | `Head::alloc` | the slab to hand out next | to make a segment |
 //! | `Store::reclaim` | who holds what, while it is decided what becomes free | reads only |
 //! | `Store::tables` | the small tables | no |
+//! | `Store::heads` | the list of the live sides | no |
 //! | the ledger's own locks | rows | as its header says |
 //! | those of `Tenancy` (its `taking_over` and `announcement`: until the kernel was told, with no other lock) | who writes | no |
 //! | that of `Head::unflushed` | the log of a disk | a write to the page cache |
@@ -40,6 +42,7 @@ mod commit;
 mod flatten;
 mod frozen;
 mod head;
+mod heirs;
 mod journal;
 mod keeper;
 pub mod ledger;
@@ -53,6 +56,7 @@ mod past;
 mod punch;
 mod rebuild;
 mod reclaim;
+mod record_faults;
 pub mod rows;
 mod seal;
 pub mod seal_file;
@@ -75,7 +79,7 @@ use std::sync::atomic::AtomicU64;
 
 pub use backup::{backup_name, backups};
 pub use catalog::panic_is_guarded;
-pub use check::{CheckReport, Problem, check};
+pub use check::{CheckReport, Problem, SealDue, SealsDue, check};
 pub use commit::Capture;
 pub use frozen::Frozen;
 pub use head::{Head, Line, Slab};
@@ -87,7 +91,9 @@ pub use origin::Origin;
 pub use past::{Moment, OpeningRow, RetiredRow, decode_stamp, encode_stamp};
 pub use punch::ReclaimReport;
 pub use rebuild::{RebuildReport, RebuiltDisk, rebuild};
+pub use record_faults::{RecordFault, record_path};
 pub use settings::{EnospcPolicy, Settings};
+pub use space::Room;
 pub use states::{DiskRow, StateRow, Status};
 pub use tables::{Edit, StateKey, Tables};
 pub use tree::Stretch;
@@ -180,6 +186,8 @@ pub struct Store {
     bad: RwLock<RoaringTreemap>,
     /// Snapshots whose epochs cannot be sealed in this opening, and why.
     unsealable: Mutex<BTreeMap<SnapshotId, String>>,
+    /// Records of retired snapshots that were found to be missing or damaged.
+    record_faults: Mutex<BTreeMap<SnapshotId, RecordFault>>,
     space: space::SpaceGuard,
     opening: u64,
     /// The last opening was not closed in order.

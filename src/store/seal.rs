@@ -5,13 +5,20 @@
 //! 2. What has no noted checksum when the epoch is sealed is read back. Sealed blocks never change again.
 //! 3. Checksums in memory have their own budget; beyond it they are dropped, and read back later.
 //! 4. An epoch with a block that is lost is not sealed, and keeps none of the others from it. The next opening tries again.
+//! 5. A seal that is there is never made anew from the data: what can be read of it is kept, and only what it lacks is
+//!    added. So sealing twice - after a crash, after a rebuild, to mend one - never hides damage that the first seal shows.
+//! 6. A state counts as sealed when the seals of its epoch and that of its map ([`super::state_files`]) are durable.
+//!
+//! # After a crash
+//! Seals that were written stay, and the next opening seals what does not count as sealed. Nothing is sealed before the
+//! frame that ended its epoch is durable: until then the epoch may yet go on, and its blocks change.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::Store;
 use super::rows::{Key, KeyParts, decode_entry};
-use super::seal_file::{SealFile, SealedSlab};
+use super::seal_file::{SealFile, SealReader, SealedSlab};
 use super::states::StateRow;
 use super::tables::{Edit, StateKey};
 use super::tree::Stretch;
@@ -21,7 +28,7 @@ use crate::map::{BlockSet, Entry, Piece, Run};
 use crate::media::Media;
 use crate::pool::SEGMENTS_DIR;
 use crate::sync::Mutex;
-use crate::units::{BLOCK_SIZE, BlockAddress, CHUNK_BLOCKS, ChunkIndex, SegmentId, SnapshotId, to_usize};
+use crate::units::{BLOCK_SIZE, BlockAddress, CHUNK_BLOCKS, ChunkIndex, Epoch, SegmentId, SnapshotId, to_usize};
 
 /// Slabs with noted checksums per disk at most: 2 KiB each.
 const SLABS_MAX: usize = 16 * 1024;
@@ -79,6 +86,15 @@ impl Checksums {
     }
 }
 
+/// What can be read of a seal.
+#[derive(Debug, Default)]
+struct ReadablePart {
+    /// Blocks with checksums, by slab.
+    sets: HashMap<BlockAddress, BlockSet>,
+    /// It can be read to its end.
+    whole: bool,
+}
+
 impl Store {
     /// Seals one epoch or one state, in turn with the work in the background. Returns false when everything is sealed.
     ///
@@ -123,9 +139,10 @@ impl Store {
     pub fn seal_state(&self, key: StateKey) -> Result<()> {
         let state = self.tables.read().state(key).filter(|row| !row.sealed && row.status.whole()).cloned();
         let Some(row) = state else { return Ok(()) };
+        self.ledger.wait(self.ledger.latest())?;
         // Held open, so that nothing of it is punched while it is read.
         self.hold_open(row.snapshot);
-        let result = self.seal_epoch(key, &row);
+        let result = self.seal_epoch(key, &row).and_then(|()| self.seal_map_of(key));
         self.let_go(row.snapshot);
         match result {
             // Deleted meanwhile: there is nothing to seal any more.
@@ -140,8 +157,8 @@ impl Store {
     }
 
     fn seal_epoch(&self, key: StateKey, row: &StateRow) -> Result<()> {
-        let own = Stretch { branch: key.0, after: crate::units::Epoch(key.1.0 - 1), upto: key.1 };
-        let parent = self.tables.read().lookup_path(key.0, crate::units::Epoch(key.1.0 - 1));
+        let own = Stretch { branch: key.0, after: Epoch(key.1.0 - 1), upto: key.1 };
+        let parent = self.tables.read().lookup_path(key.0, Epoch(key.1.0 - 1));
         let mut by_segment: BTreeMap<SegmentId, Vec<(ChunkIndex, Piece)>> = BTreeMap::new();
         let mut unmapped: Vec<SealedSlab> = Vec::new();
         for chunk in self.indexed_chunks(&[own])? {
@@ -160,16 +177,106 @@ impl Store {
             let nonce = self.tables.read().segment(segment)?.nonce;
             let header = SealFile { pool: self.uuid(), segment, nonce, disk: row.disk, branch: key.0, epoch: key.1 };
             let extra = std::mem::take(&mut unmapped);
-            let records = slabs.iter().map(|(chunk, piece)| {
+            let there = self.readable_part(segment, key.1)?;
+            let lacks = |piece: &Piece| match there.sets.get(&piece.base) {
+                Some(set) => Piece { set: piece.set.minus(set), ..*piece },
+                None => *piece,
+            };
+            let fresh: Vec<_> = slabs.iter().map(|(chunk, piece)| (*chunk, lacks(piece))).collect();
+            let fresh = fresh.iter().filter(|(_, piece)| !piece.set.is_empty());
+            if there.whole && fresh.clone().next().is_none() {
+                continue;
+            }
+            let fresh = fresh.map(|(chunk, piece)| {
                 self.still_to_seal(key)?;
                 self.sealed_slab(row, *chunk, piece)
             });
-            header.write(&*self.media, records.chain(extra.into_iter().map(Ok)))?;
+            let kept = self.readable_records(segment, key.1)?.filter(|record| match record {
+                Ok(SealedSlab::Unmapped { .. }) => false,
+                Ok(SealedSlab::Written { .. }) | Err(_) => true,
+            });
+            header.write(&*self.media, kept.chain(fresh).chain(extra.into_iter().map(Ok)))?;
             if let Ok(head) = self.head(row.disk) {
                 slabs.iter().for_each(|(_, piece)| head.crcs.forget(piece.base));
             }
         }
         Ok(())
+    }
+
+    /// Opens the seal of an epoch in a segment, if it is one of this segment and its header can be read.
+    fn own_seal(&self, segment: SegmentId, epoch: Epoch) -> Result<Option<(SealFile, SealReader)>> {
+        let nonce = self.tables.read().segment(segment)?.nonce;
+        let opened = SealFile::open(&*self.media, segment, epoch);
+        match opened.and_then(|seal| seal.0.require_owner(self.uuid(), nonce).map(|()| seal)) {
+            Ok(seal) => Ok(Some(seal)),
+            Err(error) if matches!(error.kind(), Kind::NotFound | Kind::Corrupt) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Returns the records of a seal up to where it is damaged; none when there is no seal.
+    fn readable_records(
+        &self,
+        segment: SegmentId,
+        epoch: Epoch,
+    ) -> Result<impl Iterator<Item = Result<SealedSlab>> + use<>> {
+        let records = self.own_seal(segment, epoch)?.map(|(_, records)| records);
+        let damaged = |record: &Result<_>| record.as_ref().is_err_and(|error| error.kind() == Kind::Corrupt);
+        Ok(records.into_iter().flatten().take_while(move |record| !damaged(record)))
+    }
+
+    /// Reads of which blocks a seal has checksums, and whether it can be read to its end.
+    fn readable_part(&self, segment: SegmentId, epoch: Epoch) -> Result<ReadablePart> {
+        let mut part = ReadablePart::default();
+        let Some((_, records)) = self.own_seal(segment, epoch)? else { return Ok(part) };
+        for record in records {
+            match record {
+                Ok(SealedSlab::Written { base, set, .. }) => {
+                    let known = part.sets.entry(base).or_insert(BlockSet::EMPTY);
+                    *known = known.or(&set);
+                }
+                Ok(SealedSlab::Unmapped { .. }) => {}
+                Err(error) if error.kind() == Kind::Corrupt => return Ok(part),
+                Err(error) => return Err(error),
+            }
+        }
+        part.whole = true;
+        Ok(part)
+    }
+
+    /// Seals the epoch of a state again that counts as sealed and lost a seal; what cannot be had keeps it as it was.
+    ///
+    /// # Errors
+    /// As [`Store::seal_one`]; `Corrupt` when the data is known to be damaged.
+    pub(super) fn seal_again(&self, key: StateKey) -> Result<()> {
+        let _turn = self.tidying.lock();
+        let count_as = |sealed| -> Result<()> {
+            let mut tables = self.tables.write();
+            let mut edit = Edit::new(&mut tables);
+            edit.change_state(key, |row| row.sealed = sealed);
+            let _ticket = self.ledger.submit(edit.finish())?;
+            Ok(())
+        };
+        count_as(false)?;
+        let sealed = self.seal_state(key);
+        if sealed.is_err() {
+            count_as(true)?;
+        }
+        sealed
+    }
+
+    /// Leaves of a damaged seal what can be read of it.
+    ///
+    /// # Errors
+    /// Any error of the host.
+    pub(super) fn cut_seal(&self, segment: SegmentId, epoch: Epoch) -> Result<()> {
+        let _turn = self.tidying.lock();
+        let kept = self.readable_records(segment, epoch)?;
+        if let Some((header, _)) = self.own_seal(segment, epoch)? {
+            return header.write(&*self.media, kept);
+        }
+        let path = super::seal_file::seal_path(segment, epoch);
+        self.media.remove(&path).map_err(|e| Error::io(format!("cannot remove {path}"), e))
     }
 
     /// Breaks the sealing of a large epoch off when its snapshot is deleted, whose space somebody waits for, or when the
@@ -213,7 +320,7 @@ impl Store {
     ///
     /// # Errors
     /// Any error of the host.
-    pub fn seals_on_disk(&self) -> Result<Vec<(SegmentId, crate::units::Epoch)>> {
+    pub fn seals_on_disk(&self) -> Result<Vec<(SegmentId, Epoch)>> {
         seals_in(&*self.media)
     }
 
@@ -231,14 +338,14 @@ impl Store {
 }
 
 /// Returns the `(segment, epoch)` of every seal of a segment there is.
-pub(super) fn seals_in(media: &dyn Media) -> Result<Vec<(SegmentId, crate::units::Epoch)>> {
+pub(super) fn seals_in(media: &dyn Media) -> Result<Vec<(SegmentId, Epoch)>> {
     let fail = |e| Error::io(format!("cannot list {SEGMENTS_DIR}"), e);
     let mut out = Vec::new();
     for dir in media.list(SEGMENTS_DIR).map_err(fail)? {
         for name in media.list(&format!("{SEGMENTS_DIR}/{dir}")).map_err(fail)? {
             let parts = name.strip_suffix(".seal").and_then(|stem| stem.split_once('-'));
             if let Some((Ok(segment), Ok(epoch))) = parts.map(|(s, e)| (s.parse(), e.parse())) {
-                out.push((SegmentId(segment), crate::units::Epoch(epoch)));
+                out.push((SegmentId(segment), Epoch(epoch)));
             }
         }
     }

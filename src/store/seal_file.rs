@@ -115,6 +115,18 @@ impl SealFile {
         Ok(found)
     }
 
+    /// Fails unless the seal is of this segment of this pool.
+    ///
+    /// # Errors
+    /// `Corrupt`.
+    pub fn require_owner(&self, pool: Uuid, nonce: u64) -> Result<()> {
+        if (self.pool, self.nonce) == (pool, nonce) {
+            return Ok(());
+        }
+        let path = seal_path(self.segment, self.epoch);
+        Err(Error::corrupt(format!("{path} is the seal of another segment, or of one in another pool")))
+    }
+
     /// Writes the file durably: temporary name, records, end record, sync, rename, sync of the directory.
     ///
     /// # Errors

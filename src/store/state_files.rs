@@ -12,10 +12,13 @@
 //!    written for it grows with the changes, not with the disk.
 //! 4. All of this happens in turn with the work in the background.
 //!
+//! 5. A file that is damaged or lost is made again: by the next opening, which reads their beginnings, or by
+//!    `check --repair`, which reads all of each.
+//!
 //! # After a crash
 //! Which files there are is read off the directory. What is missing is written again, what nothing needs is removed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::Store;
 use super::state_file::{STATES_DIR, StateSeal, parse_name, state_path};
@@ -163,6 +166,87 @@ impl Store {
         let known = self.write_state_seal(key, row)?;
         self.state_files.with(&*self.media, |files| files.insert(key.1, known))?;
         Ok(true)
+    }
+
+    /// Makes sure that the map of a state that can be read is sealed.
+    ///
+    /// # Errors
+    /// As [`Store::seal_one_state`].
+    pub(super) fn seal_map_of(&self, key: StateKey) -> Result<()> {
+        loop {
+            let readable = self.tables.read().state(key).is_some_and(|row| row.status.readable());
+            if !readable || self.state_files.with(&*self.media, |known| known.contains_key(&key.1))? {
+                return Ok(());
+            }
+            // Others may come first: later ones can be based on them.
+            self.seal_one_state()?;
+        }
+    }
+
+    /// Reads the seal of every state to its end; returns what is wrong, by epoch.
+    ///
+    /// # Errors
+    /// Any error of the host.
+    pub(super) fn faulty_state_seals(&self) -> Result<BTreeMap<Epoch, String>> {
+        let _turn = self.tidying.lock();
+        let mut faults = BTreeMap::new();
+        let mut bases: BTreeMap<Epoch, Option<Epoch>> = BTreeMap::new();
+        for (epoch, gone) in listing(&*self.media)?.iter().filter_map(|name| parse_name(name)) {
+            let base = StateSeal::open(&*self.media, epoch, gone).and_then(|(seal, mut entries)| {
+                entries.try_for_each(|entry| entry.map(drop))?;
+                if seal.pool == self.uuid() { Ok(seal.base) } else { Err(Error::corrupt("it is of another pool")) }
+            });
+            match base {
+                Ok(base) => drop(bases.insert(epoch, base)),
+                Err(error) if matches!(error.kind(), Kind::Corrupt | Kind::Unsupported) => {
+                    faults.insert(epoch, format!("the seal {} is damaged: {error}", state_path(epoch, gone)));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        for (epoch, base) in bases.iter().filter_map(|(epoch, base)| Some((*epoch, (*base)?))) {
+            if !bases.contains_key(&base) && !faults.contains_key(&base) {
+                let what =
+                    format!("the seal of epoch {epoch} says what differs from epoch {base}, whose seal is missing");
+                faults.insert(epoch, what);
+            }
+        }
+        let sealed: Vec<_> = {
+            let tables = self.tables.read();
+            tables.states().filter(|(_, row)| row.sealed && row.status.readable()).map(|(key, _)| key).collect()
+        };
+        for key in sealed.into_iter().filter(|key| !bases.contains_key(&key.1)) {
+            let path = state_path(key.1, false);
+            let missing = || format!("the seal {path} of {} is missing: a rebuild would lose it", self.describe(key));
+            faults.entry(key.1).or_insert_with(missing);
+        }
+        Ok(faults)
+    }
+
+    /// Makes seals of states again, and those that are based on what cannot be made again.
+    ///
+    /// # Errors
+    /// Any error of the host; `Corrupt` when rows are damaged.
+    pub(super) fn rewrite_state_seals(&self, mut faulty: BTreeSet<Epoch>) -> Result<()> {
+        let _turn = self.tidying.lock();
+        let known = self.state_files.with(&*self.media, |known| known.clone())?;
+        let again: BTreeSet<Epoch> = {
+            let tables = self.tables.read();
+            tables.states().filter(|(_, row)| row.status.readable()).map(|(key, _)| key.1).collect()
+        };
+        // In the order of epochs: a base is older.
+        for (epoch, file) in &known {
+            if file.base.is_some_and(|base| faulty.contains(&base) && !again.contains(&base)) {
+                faulty.insert(*epoch);
+            }
+        }
+        for epoch in &faulty {
+            remove(&*self.media, &state_path(*epoch, true))?;
+            remove(&*self.media, &state_path(*epoch, false))?;
+        }
+        self.state_files.with(&*self.media, |known| known.retain(|epoch, _| !faulty.contains(epoch)))?;
+        while self.seal_one_state()? {}
+        Ok(())
     }
 
     fn write_state_seal(&self, key: StateKey, row: StateRow) -> Result<Known> {

@@ -35,7 +35,7 @@ pub struct DiskRow {
     pub stamp: u64,
     /// Blocks mapped.
     pub referenced: u64,
-    /// Of them, blocks born in the current epoch.
+    /// At most so many of them are born in the current epoch, or in earlier ones of snapshots that were deleted since: see `heirs`.
     pub written: u64,
     /// What it was cloned from, for people.
     pub origin: Option<String>,
@@ -46,6 +46,29 @@ pub struct DiskRow {
 }
 
 impl DiskRow {
+    /// Makes the row of a disk that was never written, at the beginning of a branch.
+    #[must_use]
+    pub fn fresh(name: String, uuid: Uuid, size: u64, created: u64) -> Self {
+        Self {
+            name,
+            uuid,
+            size,
+            trim: false,
+            branch: BranchId::default(),
+            epoch: Epoch::default(),
+            base: None,
+            floor: 0,
+            created,
+            modified: created,
+            stamp: 0,
+            referenced: 0,
+            written: 0,
+            origin: None,
+            touched: false,
+            settings: Settings::default(),
+        }
+    }
+
     /// Returns the stored value.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
@@ -162,7 +185,7 @@ pub struct StateRow {
     pub stamp: u64,
     /// Blocks mapped.
     pub referenced: u64,
-    /// Of them, blocks born in the epoch it ended.
+    /// At most so many of them are born in the epoch it ended, or in earlier ones of snapshots that were deleted since: see `heirs`.
     pub written: u64,
     /// Addresses below were born in earlier epochs.
     pub floor: u64,

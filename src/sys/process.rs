@@ -21,6 +21,13 @@ pub fn raise_open_files() -> io::Result<u64> {
     Ok(limit.maximum.unwrap_or(u64::MAX))
 }
 
+/// Returns one part in `parts` of the files that this process may have open, as the limit is now.
+#[must_use]
+pub fn share_of_open_files(parts: usize) -> usize {
+    let limit = rustix::process::getrlimit(Resource::Nofile).current;
+    limit.map_or(usize::MAX, |limit| usize::try_from(limit).unwrap_or(usize::MAX)) / parts
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

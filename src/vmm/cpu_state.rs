@@ -5,6 +5,8 @@
 //!    the run state, which may change the local APIC, and ends with pending events; writing begins with CPUID, without
 //!    which later values are refused, and sets the deadline of the timer after the clock it refers to.
 //! 2. What a host cannot set again as it was is an error, never left out.
+//! 3. A deadline that has just passed reads as none, and its interrupt may not have been delivered yet. So where the timer
+//!    takes deadlines and none is set, it is set to now: a call too many is none to a guest.
 
 use kvm_bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, Xsave, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs,
@@ -15,8 +17,9 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::sys::kvm::Cpu;
 
-/// The deadline of the timer.
+/// The deadline of the timer, and the clock it is a time of.
 const DEADLINE: u32 = 0x6e0;
+const CLOCK: u32 = 0x10;
 
 /// Everything of a processor that its guest could notice.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -61,7 +64,7 @@ impl CpuState {
             interrupts: cpu.get_lapic().map_err(host)?,
             clock_khz: cpu.get_tsc_khz().map_err(host)?,
             cpuid: cpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(host)?,
-            model: read_model(cpu, model)?,
+            model: read_model(cpu, model).map(due)?,
             events: cpu.get_vcpu_events().map_err(host)?,
         })
     }
@@ -104,6 +107,17 @@ impl CpuState {
     }
 }
 
+/// Gives a deadline that reads as none the time it is now.
+fn due(mut model: Vec<(u32, u64)>) -> Vec<(u32, u64)> {
+    let now = model.iter().find(|(index, _)| *index == CLOCK).map_or(0, |(_, now)| *now);
+    for (index, value) in &mut model {
+        if *index == DEADLINE && *value == 0 {
+            *value = now;
+        }
+    }
+    model
+}
+
 /// Reads registers one by one: the list of a host has some that not every guest has.
 fn read_model(cpu: &Cpu, model: &[u32]) -> Result<Vec<(u32, u64)>> {
     let mut values = Vec::new();
@@ -114,4 +128,15 @@ fn read_model(cpu: &Cpu, model: &[u32]) -> Result<Vec<(u32, u64)>> {
         }
     }
     Ok(values)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_deadline_that_has_passed_is_due_at_once() {
+        assert_eq!(due(vec![(CLOCK, 7), (DEADLINE, 0), (1, 0)]), [(CLOCK, 7), (DEADLINE, 7), (1, 0)]);
+        assert_eq!(due(vec![(CLOCK, 7), (DEADLINE, 9)]), [(CLOCK, 7), (DEADLINE, 9)]);
+    }
 }

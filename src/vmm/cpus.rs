@@ -210,6 +210,11 @@ impl Shared {
                 Step::Came(None) => {}
                 Step::Called => {
                     kick.clear();
+                    // So that a watchdog of the guest does not take the time it stands still for a hang. KVM refuses it
+                    // (EINVAL) where the guest does not use its clock.
+                    if let Err(error) = cpu.kvmclock_ctrl() {
+                        tracing::trace!("the guest is not told that it was paused: {error}");
+                    }
                     return None;
                 }
                 Step::Came(ending) => return ending,

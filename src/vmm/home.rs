@@ -35,7 +35,7 @@ const TEMPORARY: &str = "vm.json.new";
 const VERSION: u32 = 1;
 /// Bytes of `vm.json` at most.
 const DEFINITION_MAX: u64 = 1 << 20;
-/// Bytes of the name of a machine at most: its sockets must fit a path of 107.
+/// Bytes of the name of a machine at most: what a host name has.
 const NAME_MAX: usize = 64;
 
 /// What a machine is made of, as it is kept.

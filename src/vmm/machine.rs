@@ -139,14 +139,18 @@ impl Machine {
             device.lock().restore(state)?;
         }
         parts.bus.power.tell(state.events | power::GENERATION);
+        parts.bus.serial.call_again();
         parts.finish()
     }
 
     /// Returns the state of a machine that is paused, but not its memory.
     ///
     /// # Errors
-    /// Those of KVM.
+    /// When the guest has ended, which it may have just before the pause: such a one has nothing to go on with. Those of KVM.
     pub fn state(&self) -> Result<MachineState> {
+        if let Some(ending) = self.ending() {
+            return Err(Error::failed(format!("a guest that has ended has no state to go on from: {ending}")));
+        }
         let list = open_kvm()?.get_msr_index_list().map_err(host)?;
         Ok(MachineState {
             cpus: self.cpus.states(list.as_slice())?,
@@ -192,7 +196,7 @@ impl Machine {
         self.cpus.run();
     }
 
-    /// Stops the guest and its devices. When this returns, nothing is half done.
+    /// Stops the guest and its devices. When this returns, nothing is half done; the guest may have ended meanwhile.
     pub fn pause(&self) {
         self.cpus.pause();
         self.bus.virtio.iter().for_each(|device| device.lock().pause());

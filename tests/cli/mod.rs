@@ -5,6 +5,7 @@
 mod arguments;
 mod commands;
 mod man;
+mod memory;
 mod mounting;
 mod rebuild;
 mod requests;

@@ -162,8 +162,9 @@ fn reports_are_written_as_ever() {
                 blocks: 4,
                 leaked: 5,
                 kept: 6,
+                notes: vec!["n".into()],
             }),
-            r#"{"answer":"checked","problems":[{"what":"w","fixed":true}],"disks":1,"snapshots":2,"segments":3,"blocks":4,"leaked":5,"kept":6}"#,
+            r#"{"answer":"checked","problems":[{"what":"w","fixed":true}],"disks":1,"snapshots":2,"segments":3,"blocks":4,"leaked":5,"kept":6,"notes":["n"]}"#,
         ),
         (
             Response::Scrubbed(ScrubReport { blocks: 1, bytes: 2, unverified: 3, damaged: vec![damage], more: 4 }),

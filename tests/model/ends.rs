@@ -13,7 +13,7 @@ use std::time::Duration;
 use afterimage::disk::{self, Lease};
 use afterimage::progress::Silent;
 use afterimage::snapshot;
-use afterimage::store::{self, SnapshotState};
+use afterimage::store::SnapshotState;
 use afterimage::units::DiskId;
 
 use super::run::{Run, open, read_all};
@@ -205,7 +205,7 @@ impl Run {
     /// something which a guest was told is done.
     fn open_and_compare(&mut self, or: Option<Twin>, end: Option<End>, how: End) -> Vec<String> {
         let store = open(Arc::new(self.media.clone())).expect("the pool opens after a crash");
-        let report = store::check(&store, false, &Silent).expect("check runs");
+        let report = snapshot::check(&store, false, &Silent).expect("check runs");
         if self.verbose && !report.problems.is_empty() {
             super::run::show_tree(&store);
         }

@@ -54,6 +54,7 @@ impl Run {
         let disk = after.disks.get_mut(&name).unwrap();
         let frame = disk.snapshots.remove(&snap).unwrap();
         disk.retired.insert(snap.clone(), frame);
+        after.mix_epochs();
         let double = self.same_state_is_retired(&name, &snap);
         let target = vec![(name, snap)];
         // Records are named after the identity: there is one of each.
@@ -80,6 +81,7 @@ impl Run {
         let Some((name, snap)) = found else { return };
         let mut after = self.twin.clone();
         after.disks.get_mut(&name).unwrap().retired.remove(&snap);
+        after.mix_epochs();
         self.attempt(&format!("rm {name}@{snap} (retired)"), after, |store| snapshot::remove(store, &name, &snap));
     }
 

@@ -8,11 +8,11 @@ use afterimage::error::{Error, Kind};
 use afterimage::media::{Media, SimMedia, sim::Fault};
 use afterimage::progress::Silent;
 use afterimage::snapshot;
-use afterimage::store::{self, InitOptions, OpenOptions, Store};
+use afterimage::store::{InitOptions, OpenOptions, Store};
 
 use super::Counts;
 use super::ends::Guests;
-use super::twin::{Image, Twin, TwinDisk, Write};
+use super::twin::{BLOCK, Image, Twin, TwinDisk, Write};
 
 const SIZE_MAX: u64 = 5 << 20;
 
@@ -133,7 +133,7 @@ impl Run {
 
     fn step(&mut self) {
         if self.verbose && std::env::var_os("AFTERIMAGE_CHECK").is_some() && !self.media.is_down() {
-            let report = store::check(self.store(), false, &Silent).expect("check runs");
+            let report = snapshot::check(self.store(), false, &Silent).expect("check runs");
             assert!(report.problems.is_empty(), "check found: {:#?}", report.problems);
         }
         match self.next(100) {
@@ -228,7 +228,10 @@ impl Run {
         let size = (1 + self.next(SIZE_MAX / 512)) * 512;
         let mut after = self.twin.clone();
         let lineage = self.number();
-        after.disks.insert(name.clone(), TwinDisk { live: Image::new(size as usize), lineage, ..TwinDisk::default() });
+        after.disks.insert(
+            name.clone(),
+            TwinDisk { live: Image::new(size as usize), lineage, since: Some(Arc::default()), ..TwinDisk::default() },
+        );
         self.attempt(&format!("create {name} {size}"), after, |store| disk::create(store, &name, size).map(drop));
     }
 
@@ -343,7 +346,7 @@ impl Run {
         let mut after = self.twin.clone();
         for (name, snap) in &targets {
             let disk = after.disks.get_mut(name).unwrap();
-            disk.snapshots.insert(snap.clone(), disk.live.stop());
+            disk.stop(snap);
         }
         // The flush before the stop may be all that happened to some of them: versions stay until it is answered.
         if self.attempt(&format!("snapshot {targets:?}"), after, |store| snapshot::take(store, &targets).map(drop)) {
@@ -359,8 +362,9 @@ impl Run {
         let new = self.fresh("clone");
         let mut after = self.twin.clone();
         let source = &self.twin.disks[&name];
-        let live = Image::of(source.snapshots[&snap].clone());
-        after.disks.insert(new.clone(), TwinDisk { live, lineage: source.lineage, ..TwinDisk::default() });
+        let mut disk = TwinDisk { lineage: source.lineage, ..TwinDisk::default() };
+        disk.become_like(source.snapshots[&snap].clone());
+        after.disks.insert(new.clone(), disk);
         if self.attempt(&format!("clone {name}@{snap} {new}"), after, |store| {
             snapshot::clone(store, &name, &snap, &new).map(drop)
         }) {
@@ -375,21 +379,25 @@ impl Run {
         let mut after = self.twin.clone();
         let disk = after.disks.get_mut(&name).unwrap();
         if let Some(keep) = &keep {
-            disk.snapshots.insert(keep.clone(), disk.live.stop());
+            disk.stop(keep);
         }
-        disk.live = Image::of(disk.snapshots[&snap].clone());
+        disk.become_like(disk.snapshots[&snap].clone());
         if let Some(keep) = keep.clone() {
             // Two frames: a crash may come between them. The first one alone first.
             let mut between = self.twin.clone();
             let disk = between.disks.get_mut(&name).unwrap();
-            disk.snapshots.insert(keep.clone(), disk.live.stop());
+            disk.stop(&keep);
             let target = vec![(name.clone(), keep)];
             if !self.attempt(&format!("keep {target:?}"), between, |store| snapshot::take(store, &target).map(drop)) {
                 return;
             }
         }
+        let (least, exact) = self.twin.dropped_by_revert(&name);
         if self.attempt(&format!("revert {name}@{snap}"), after, |store| {
-            snapshot::revert(store, &name, &snap, None).map(drop)
+            let dropped = snapshot::revert(store, &name, &snap, None)?.dropped as usize / BLOCK;
+            assert!(dropped >= least, "revert {name}@{snap} says that {dropped} blocks were dropped, {least} are gone");
+            assert!(exact.is_none_or(|exact| exact == dropped), "{dropped} blocks were dropped instead of {exact:?}");
+            Ok(())
         }) {
             self.counts.reverts += 1;
         }
@@ -401,6 +409,7 @@ impl Run {
         let disk = after.disks.get_mut(&name).unwrap();
         disk.snapshots.remove(&snap);
         disk.retired.remove(&snap);
+        after.mix_epochs();
         self.attempt(&format!("rm {name}@{snap}"), after, |store| snapshot::remove(store, &name, &snap));
     }
 
@@ -409,6 +418,7 @@ impl Run {
         self.leave(&name);
         let mut after = self.twin.clone();
         after.disks.remove(&name);
+        after.mix_epochs();
         self.attempt(&format!("rm {name}"), after, |store| disk::remove(store, &name, true));
     }
 

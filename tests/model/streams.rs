@@ -363,11 +363,11 @@ impl Run {
         let fresh = TwinDisk { lineage, ..TwinDisk::default() };
         let disk = after.disks.entry(it.disk.clone()).or_insert(fresh);
         if plan.kept {
-            disk.snapshots.insert(kept.to_owned(), disk.live.stop());
+            disk.stop(kept);
         }
         disk.live = arrived(&plan.base, it, number, begun);
-        disk.snapshots.insert(name.to_owned(), disk.live.stop());
-        disk.live = Image::of(disk.snapshots[name].clone());
+        disk.stop(name);
+        disk.become_like(disk.snapshots[name].clone());
         after
     }
 

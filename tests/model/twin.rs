@@ -255,10 +255,53 @@ pub struct TwinDisk {
     pub retired: BTreeMap<String, Frame>,
     /// Disks with the same number stem from one.
     pub lineage: u64,
+    /// What the disk began its epoch as, while no snapshot was deleted or retired since.
+    pub since: Option<Arc<Vec<Write>>>,
+}
+
+impl TwinDisk {
+    /// Takes a snapshot.
+    pub fn stop(&mut self, name: &str) {
+        let frame = self.live.stop();
+        self.since = Some(Arc::clone(&frame.writes));
+        self.snapshots.insert(name.to_owned(), frame);
+    }
+
+    /// Becomes what a snapshot is.
+    pub fn become_like(&mut self, frame: Frame) {
+        self.since = Some(Arc::clone(&frame.writes));
+        self.live = Image::of(frame);
+    }
 }
 
 /// The whole pool.
 #[derive(Clone, Default)]
 pub struct Twin {
     pub disks: BTreeMap<String, TwinDisk>,
+}
+
+impl Twin {
+    /// A snapshot goes, or its data does: who counts what was written in its epoch is for the pool to say.
+    pub fn mix_epochs(&mut self) {
+        self.disks.values_mut().for_each(|disk| disk.since = None);
+    }
+
+    /// Blocks that a revert of a disk drops: at least those that nothing else has, and exactly those of its epoch when no
+    /// snapshot was deleted or retired in between.
+    pub fn dropped_by_revert(&self, name: &str) -> (usize, Option<usize>) {
+        let disk = &self.disks[name];
+        let others = self.disks.iter().filter(|(other, _)| *other != name).map(|(_, disk)| &disk.live.writes);
+        let snapshots = self.disks.values().flat_map(|disk| disk.snapshots.values()).map(|frame| &frame.writes);
+        let others: Vec<_> = others.chain(snapshots).collect();
+        let writes = || disk.live.writes.iter().enumerate().filter(|(_, write)| ![NOTHING, UNKNOWN].contains(*write));
+        let alone = |block: usize, write: Write| others.iter().all(|other| other.get(block) != Some(&write));
+        let least = writes().filter(|(block, write)| alone(*block, **write)).count();
+        let known = !disk.live.shrunk && !disk.live.writes.contains(&UNKNOWN);
+        let exact = disk
+            .since
+            .as_ref()
+            .filter(|since| known && !since.contains(&UNKNOWN))
+            .map(|since| writes().filter(|(block, write)| since.get(*block) != Some(*write)).count());
+        (least, exact)
+    }
 }

@@ -22,7 +22,7 @@ impl Exports for One {
     fn open(&self, name: &str) -> Result<nbd::Export> {
         let device = Arc::clone(&self.0);
         let (name, description, contexts) = (name.to_owned(), String::new(), Arc::new(NoContexts));
-        Ok(nbd::Export { name, description, device, contexts, keep: Box::new(()) })
+        Ok(nbd::Export { name, description, device, contexts, enter: Box::new(|| Ok(Box::new(()))) })
     }
 }
 

@@ -54,13 +54,14 @@ impl Exports for Pool {
         let description = format!("'{name}' of a test");
         let Some((disk, snapshot)) = name.split_once('@') else {
             let device = disk::open(&self.0, &name)?;
-            let keep = Box::new(device.lease("nbd")?);
+            let writer = Arc::clone(&device);
+            let enter = Box::new(move || Ok(Box::new(writer.lease("nbd")?) as nbd::Keep));
             let contexts = contexts_of(&self.0, Exported::Disk(device.id()));
-            return Ok(nbd::Export { name, description, device, contexts, keep });
+            return Ok(nbd::Export { name, description, device, contexts, enter });
         };
         let device = snapshot::open(&self.0, disk, snapshot)?;
         let contexts = contexts_of(&self.0, Exported::Snapshot(device.id()));
-        Ok(nbd::Export { name, description, device, contexts, keep: Box::new(()) })
+        Ok(nbd::Export { name, description, device, contexts, enter: Box::new(|| Ok(Box::new(()))) })
     }
 }
 

@@ -6,7 +6,6 @@ use afterimage::media::{Media, Open};
 use afterimage::pool::segment_path;
 use afterimage::progress::Silent;
 use afterimage::snapshot;
-use afterimage::store;
 
 use super::{BLOCK, MIB, Pool, fill};
 
@@ -24,7 +23,7 @@ fn bytes(pool: &Pool, name: &str, offset: u64, len: u64) -> afterimage::error::R
 }
 
 fn check(pool: &Pool) -> Vec<String> {
-    let report = store::check(&pool.store, false, &Silent).unwrap();
+    let report = snapshot::check(&pool.store, false, &Silent).unwrap();
     report.problems.into_iter().map(|problem| problem.what).collect()
 }
 

@@ -5,6 +5,8 @@
 mod bases;
 mod bugs;
 mod crashes;
+mod faults;
+mod figures;
 mod lost;
 
 use std::sync::Arc;
@@ -14,7 +16,7 @@ use afterimage::media::{Media, SimMedia};
 use afterimage::progress::Silent;
 use afterimage::snapshot;
 use afterimage::snapshot::diff::{self, Extent, StateName};
-use afterimage::store::{self, InitOptions, OpenOptions, SnapshotState, Store};
+use afterimage::store::{InitOptions, OpenOptions, SnapshotState, Store};
 
 pub const BLOCK: u64 = 4096;
 pub const MIB: u64 = 1 << 20;
@@ -86,7 +88,7 @@ impl Pool {
     }
 
     pub fn sound(&self) {
-        let report = store::check(&self.store, false, &Silent).unwrap();
+        let report = snapshot::check(&self.store, false, &Silent).unwrap();
         assert!(report.problems.is_empty(), "check found {:#?}", report.problems);
     }
 

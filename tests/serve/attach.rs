@@ -122,3 +122,39 @@ fn a_number_is_a_number_unless_a_disk_is_called_so() {
     server.json("detach web");
     server.json("detach 2");
 }
+
+/// Lets a process have so many files open beyond those it has; all it may have with `None`.
+fn limit_files(pid: rustix::process::Pid, more: Option<u64>) {
+    use rustix::process::{Resource, Rlimit, prlimit};
+    let open = std::fs::read_dir(format!("/proc/{}/fd", pid.as_raw_nonzero())).unwrap().count() as u64;
+    let hard = rustix::process::getrlimit(Resource::Nofile).maximum;
+    let current = more.map_or(hard, |more| Some(open + more));
+    prlimit(Some(pid), Resource::Nofile, Rlimit { current, maximum: hard }).unwrap();
+}
+
+#[test]
+fn a_server_without_descriptors_refuses_what_needs_one_and_goes_on_when_it_has_some() {
+    use std::os::unix::fs::FileExt;
+    let Some(server) = Server::mounted() else { return };
+    server.json("create db -s 16M");
+    server.json("attach nbd web --socket SOCK");
+    let mut client = Nbd::open(&server.sock(), "web").unwrap();
+    assert_eq!(client.write(&[1; 4096], 0).unwrap(), 0);
+    let file = server.open_to_write("db").unwrap();
+    let pid = server.pid();
+    limit_files(pid, Some(0));
+    for _ in 0..3 {
+        // The first write to a disk makes its segment.
+        assert_eq!(file.write_all_at(&[2; 4096], 0).unwrap_err().raw_os_error(), Some(libc::EIO));
+        assert_eq!(client.write(&[3; 4096], 0).unwrap(), 0, "who has what he needs goes on");
+        assert_eq!(client.flush().unwrap(), 0);
+    }
+    limit_files(pid, None);
+    file.write_all_at(&[2; 4096], 0).unwrap();
+    file.sync_all().unwrap();
+    let mut bytes = [0; 4096];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    assert_eq!(bytes, [2; 4096]);
+    assert_eq!(client.write(&[4; 4096], 1 << 20).unwrap(), 0);
+    assert_eq!(client.flush().unwrap(), 0);
+}

@@ -16,7 +16,7 @@ use afterimage::error::Result;
 use afterimage::vhost_blk::{self, Options, Server};
 use parking_lot::{Condvar, Mutex};
 
-use guest::Guest;
+pub(crate) use guest::Guest;
 
 /// A disk in memory that can be made to wait and to fail.
 #[derive(Debug, Default)]

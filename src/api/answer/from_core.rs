@@ -60,6 +60,7 @@ impl From<SnapshotInfo> for Snapshot {
             unique: None,
             created: info.created,
             state: state.to_owned(),
+            record: None,
             holds: info.holds,
         }
     }

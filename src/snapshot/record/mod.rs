@@ -20,12 +20,12 @@ mod write;
 
 use uuid::Uuid;
 
+pub use crate::store::record_path;
 pub use read::{Memory, Record, RecordWalk};
 pub use write::{copy, write};
 
 use crate::codec::{Reader, Writer, unseal};
 use crate::error::{Error, Result};
-use crate::pool::RETIRED_DIR;
 use crate::store::{Moment, RetiredRow, StateRow};
 use crate::units::{BranchId, DiskId, Epoch, SnapshotId};
 
@@ -34,12 +34,6 @@ const VERSION: u32 = 1;
 const HEADER_LEN: usize = 64;
 const IDENTITY_MAX: usize = 4096;
 const ENTRY_LEN: usize = 60;
-
-/// Returns the path of a record below the pool.
-#[must_use]
-pub fn record_path(snapshot: Uuid) -> String {
-    format!("{RETIRED_DIR}/{snapshot}.aimg")
-}
 
 /// What a record is of.
 #[derive(Debug, Clone, PartialEq, Eq)]

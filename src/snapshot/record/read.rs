@@ -127,17 +127,32 @@ impl Record {
     /// # Errors
     /// `NotFound` when the file is missing, `Corrupt`, any error of the host.
     pub fn open(media: &dyn Media, snapshot: Uuid) -> Result<Self> {
-        let path = record_path(snapshot);
-        let hint = "if you have a copy of the record, bring it back with `afterimage record import FILE`";
-        let file = media.open(&path, Open::ReadOnly).map_err(|e| match e.kind() {
-            std::io::ErrorKind::NotFound => Error::not_found(format!("the record {path} is missing")).hint(hint),
-            _ => Error::io(format!("cannot open {path}"), e),
-        })?;
-        let record = Self::read(&path, &file).map_err(|e| if e.kind() == Kind::Corrupt { e.hint(hint) } else { e })?;
-        if record.identity.row.state.uuid != snapshot {
-            return Err(Error::corrupt(format!("{path} is the record of another snapshot")).hint(hint));
-        }
-        Ok(record)
+        Self::open_within(media, snapshot, Memory::default())
+    }
+
+    /// As [`Record::open`], with other limits.
+    ///
+    /// # Errors
+    /// As [`Record::open`].
+    pub fn open_within(media: &dyn Media, snapshot: Uuid, memory: Memory) -> Result<Self> {
+        let (path, file) = find(media, snapshot)?;
+        let record = Self::read_within(&path, &file, memory).map_err(hinted)?;
+        if record.identity.row.state.uuid == snapshot { Ok(record) } else { Err(record.foreign()) }
+    }
+
+    /// Looks at the beginning of the record of a snapshot: whether it is there, of the right length, and of that snapshot.
+    ///
+    /// # Errors
+    /// As [`Record::open`].
+    pub fn glance(media: &dyn Media, snapshot: Uuid) -> Result<()> {
+        let (path, file) = find(media, snapshot)?;
+        let (_, identity) = begin(&path, &*file).map_err(hinted)?;
+        if identity.row.state.uuid == snapshot { Ok(()) } else { Err(of_another(&path)) }
+    }
+
+    /// Says that this is not the record that was looked for.
+    pub fn foreign(&self) -> Error {
+        of_another(&self.what)
     }
 
     /// Reads a record and checks all of it.
@@ -153,10 +168,7 @@ impl Record {
     /// # Errors
     /// As [`Record::read`].
     pub fn read_within(what: &str, file: &Arc<dyn File>, memory: Memory) -> Result<Self> {
-        let length = file.len().map_err(|e| Error::io(format!("cannot read {what}"), e))?;
-        let header = Header::decode(what, &get(what, &**file, (0, HEADER_LEN as u64))?, length)?;
-        let identity = get(what, &**file, (HEADER_LEN as u64, u64::from(header.identity)))?;
-        let identity = RecordIdentity::decode(what, &identity)?;
+        let (header, identity) = begin(what, &**file)?;
         let directory = get(what, &**file, (header.directory, header.directory_len))?;
         let entries = unseal(what, &directory)?.chunks_exact(ENTRY_LEN);
         let entries =
@@ -299,6 +311,36 @@ impl Record {
         let (waiting, active) = band.begin(chunks.start);
         Ok(RecordWalk { record: self, band, waiting, active, next: chunks.start, end: chunks.end, pieces: Vec::new() })
     }
+}
+
+/// Opens the file of a record.
+fn find(media: &dyn Media, snapshot: Uuid) -> Result<(String, Arc<dyn File>)> {
+    let path = record_path(snapshot);
+    match media.open(&path, Open::ReadOnly) {
+        Ok(file) => Ok((path, file)),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            Err(Error::not_found(format!("the record {path} is missing")).hint(HINT))
+        }
+        Err(e) => Err(Error::io(format!("cannot open {path}"), e)),
+    }
+}
+
+/// Reads header and identity.
+fn begin(what: &str, file: &dyn File) -> Result<(Header, RecordIdentity)> {
+    let length = file.len().map_err(|e| Error::io(format!("cannot read {what}"), e))?;
+    let header = Header::decode(what, &get(what, file, (0, HEADER_LEN as u64))?, length)?;
+    let identity = get(what, file, (HEADER_LEN as u64, u64::from(header.identity)))?;
+    Ok((header, RecordIdentity::decode(what, &identity)?))
+}
+
+const HINT: &str = "if you have a copy of the record, bring it back with `afterimage record import FILE`";
+
+fn hinted(error: Error) -> Error {
+    if error.kind() == Kind::Corrupt { error.hint(HINT) } else { error }
+}
+
+fn of_another(path: &str) -> Error {
+    Error::corrupt(format!("{path} is the record of another snapshot")).hint(HINT)
 }
 
 /// Bands in memory at most: those who compare in parallel are at most in two.

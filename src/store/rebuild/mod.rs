@@ -85,6 +85,14 @@ pub fn rebuild(media: &Arc<dyn Media>, progress: &dyn Progress) -> Result<Rebuil
     Ok(work.report)
 }
 
+/// Reads a catalog to its end, as a rebuild would.
+///
+/// # Errors
+/// `NotFound`; `Corrupt` when anything in it is damaged; any error of the host.
+pub(super) fn look_at(media: &dyn Media, name: &str) -> Result<()> {
+    Source::open(media, name).map(drop)
+}
+
 impl Work<'_> {
     /// Surveys the journal; `None` when it has no header that can be read.
     fn look_at_journal(&mut self) -> Result<Option<Survey>> {

@@ -11,7 +11,6 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use uuid::Uuid;
 
 use super::super::rows::{BranchRow, Key, Meta, Row};
-use super::super::settings::Settings;
 use super::super::states::{DiskRow, StateRow, Status};
 use super::super::tables::{Edit, StateKey, Tables};
 use super::RebuiltDisk;
@@ -52,7 +51,7 @@ impl Plan {
         let mut edit = Edit::new(&mut plan.tables);
         for sealed in found.live() {
             put_branches(&mut edit, sealed);
-            put_state(&mut edit, found, hints, sealed);
+            put_state(&mut edit, hints, sealed);
         }
         put_ghosts(&mut edit);
         let _rows = edit.finish();
@@ -204,7 +203,7 @@ fn put_branches(edit: &mut Edit<'_>, sealed: &Sealed) {
     }
 }
 
-fn put_state(edit: &mut Edit<'_>, found: &Found, hints: &Hints, sealed: &Sealed) {
+fn put_state(edit: &mut Edit<'_>, hints: &Hints, sealed: &Sealed) {
     let seal = &sealed.seal;
     let known = hints.states.get(&seal.epoch).filter(|row| row.uuid == seal.row.uuid);
     let named = known.map_or(&seal.row.name, |row| &row.name);
@@ -213,7 +212,8 @@ fn put_state(edit: &mut Edit<'_>, found: &Found, hints: &Hints, sealed: &Sealed)
         // A snapshot the program took for itself is shown now: nobody else would ever delete it.
         status: Status::Live,
         name: if taken { recovered(seal.epoch.0) } else { named.clone() },
-        sealed: found.has_checksums(seal.epoch),
+        // What is there of its seals is kept; what lacks is added.
+        sealed: false,
         holds: known.map_or_else(Vec::new, |row| row.holds.clone()),
         ..seal.row.clone()
     };
@@ -265,24 +265,9 @@ fn ghost(snapshot: SnapshotId) -> StateRow {
 
 /// The row of a disk of which only a state is known.
 fn fresh_row(state: Option<&Sealed>) -> DiskRow {
-    let seal = state.map(|sealed| &sealed.seal);
-    DiskRow {
-        name: seal.map_or(String::new(), |seal| seal.disk_name.clone()),
-        uuid: seal.map_or_else(Uuid::new_v4, |seal| seal.disk_uuid),
-        size: seal.map_or(0, |seal| seal.row.size),
-        trim: false,
-        branch: BranchId(0),
-        epoch: Epoch(0),
-        base: None,
-        floor: 0,
-        created: seal.map_or(0, |seal| seal.row.created),
-        modified: 0,
-        stamp: 0,
-        referenced: 0,
-        written: 0,
-        origin: None,
-        touched: false,
-        settings: Settings::default(),
+    match state.map(|sealed| &sealed.seal) {
+        Some(seal) => DiskRow::fresh(seal.disk_name.clone(), seal.disk_uuid, seal.row.size, seal.row.created),
+        None => DiskRow::fresh(String::new(), Uuid::new_v4(), 0, 0),
     }
 }
 

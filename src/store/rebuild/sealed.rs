@@ -48,8 +48,6 @@ struct File {
 pub(super) struct Found {
     seals: BTreeMap<Epoch, Sealed>,
     files: BTreeMap<SegmentId, File>,
-    /// Epochs that have seals of segments.
-    checksums: BTreeSet<Epoch>,
     /// The seals of each lineage, the oldest first.
     lines: BTreeMap<BranchId, Vec<Epoch>>,
 }
@@ -60,12 +58,7 @@ pub(super) fn write(work: &mut Work<'_>, source: Option<&Source>) -> Result<()> 
     let hints = Hints::gather(source, work.survey.as_ref())?;
     work.report.frames = hints.frames;
     work.progress.message("reading the seals");
-    let mut found = Found {
-        seals: read_seals(work, &hints)?,
-        files: read_segments(work)?,
-        checksums: super::super::seal::seals_in(&**work.media)?.into_iter().map(|(_, epoch)| epoch).collect(),
-        lines: BTreeMap::new(),
-    };
+    let mut found = Found { seals: read_seals(work, &hints)?, files: read_segments(work)?, lines: BTreeMap::new() };
     drop_broken_lines(work, &mut found);
     let mut scratch = Scratch::create(&**work.media)?;
     sort_entries(work, &mut found, &mut scratch)?;
@@ -257,11 +250,6 @@ impl Found {
     /// Those of states that are to be there again, the oldest first.
     pub(super) fn live(&self) -> impl Iterator<Item = &Sealed> {
         self.seals.values().filter(|sealed| !sealed.gone)
-    }
-
-    /// Tells whether the blocks of an epoch have checksums.
-    pub(super) fn has_checksums(&self, epoch: Epoch) -> bool {
-        self.checksums.contains(&epoch)
     }
 
     /// Returns the entry that each state that is not gone has for a chunk, of those that have one.

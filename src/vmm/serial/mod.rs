@@ -9,7 +9,7 @@
 //! 1. The guest never waits for a reader. One that is slower than the guest misses what fell out of the log, and can see
 //!    that by the numbers of the bytes.
 //! 2. Nobody waits for the guest either: what is typed waits here until the guest takes it, up to [`TYPED_MAX`] bytes. What
-//!    is more is lost, as on a line of copper.
+//!    is more is lost, as on a line of copper. It is part of the state, and goes where the guest goes.
 
 mod log;
 mod socket;
@@ -30,6 +30,8 @@ pub(super) use socket::SerialSocket;
 
 /// Bytes that wait for the guest at most.
 const TYPED_MAX: usize = 64 << 10;
+/// In the register that identifies the interrupt: there is none.
+const NO_INTERRUPT: u8 = 1;
 
 /// The interrupt of the port.
 #[derive(Debug)]
@@ -49,7 +51,10 @@ impl Trigger for Interrupt {
 pub(super) struct SerialState {
     /// In the order of `vm_superio::SerialState`.
     registers: [u8; 9],
+    /// In the port.
     waiting: Vec<u8>,
+    /// Not in the port yet.
+    typed: Vec<u8>,
 }
 
 #[derive(Debug)]
@@ -72,11 +77,14 @@ impl Serial {
         Self { port: Mutex::new(Port { registers, typed: VecDeque::new() }), log }
     }
 
-    /// Makes a port in a state that another had.
+    /// Makes a port in a state that another had. See [`Serial::call_again`] for its interrupt.
     ///
     /// # Errors
     /// `Corrupt` for a state that none can have.
     pub(super) fn restore(interrupt: EventFd, log: Arc<Log>, state: &SerialState) -> Result<Self> {
+        if state.typed.len() > TYPED_MAX {
+            return Err(Error::corrupt("the state of a serial port makes no sense: more was typed than it keeps"));
+        }
         let [low, high, enable, identification, line, line_status, modem, modem_status, scratch] = state.registers;
         let registers = vm_superio::SerialState {
             baud_divisor_low: low,
@@ -93,12 +101,24 @@ impl Serial {
         let writer = log::Writer(Arc::clone(&log));
         let registers = vm_superio::Serial::from_state(&registers, Interrupt(interrupt), NoEvents, writer)
             .map_err(|e| Error::corrupt("the state of a serial port makes no sense").because(e))?;
-        Ok(Self { port: Mutex::new(Port { registers, typed: VecDeque::new() }), log })
+        Ok(Self { port: Mutex::new(Port { registers, typed: state.typed.iter().copied().collect() }), log })
+    }
+
+    /// Calls the guest if there is something it has not seen: once the interrupt controller has its state, because that
+    /// forgets the calls before.
+    pub(super) fn call_again(&self) {
+        let port = self.port.lock();
+        if port.registers.state().interrupt_identification & NO_INTERRUPT == 0
+            && let Err(error) = port.registers.interrupt_evt().trigger()
+        {
+            tracing::warn!("the guest could not be told of the serial port: {error}");
+        }
     }
 
     /// Returns the state.
     pub(super) fn state(&self) -> SerialState {
-        let state = self.port.lock().registers.state();
+        let port = self.port.lock();
+        let state = port.registers.state();
         let registers = [
             state.baud_divisor_low,
             state.baud_divisor_high,
@@ -110,7 +130,7 @@ impl Serial {
             state.modem_status,
             state.scratch,
         ];
-        SerialState { registers, waiting: state.in_buffer }
+        SerialState { registers, waiting: state.in_buffer, typed: port.typed.iter().copied().collect() }
     }
 
     /// Returns what the guest said.

@@ -1,0 +1,250 @@
+//! Files beside the data that are lost or damaged: seals, records of retired snapshots, backups of the catalog. Each was
+//! once "sound" until the day it was needed.
+
+use std::sync::Arc;
+
+use afterimage::disk;
+use afterimage::media::{Media, Open};
+use afterimage::progress::Silent;
+use afterimage::snapshot;
+use afterimage::store::{CheckReport, RecordFault, backup_name, backups, record_path};
+
+use super::{BLOCK, MIB, Pool, fill};
+
+fn check(pool: &Pool, repair: bool) -> CheckReport {
+    snapshot::check(&pool.store, repair, &Silent).unwrap()
+}
+
+/// Returns the one problem that a check finds.
+#[track_caller]
+fn problem(pool: &Pool, repair: bool) -> (String, bool) {
+    let mut problems = check(pool, repair).problems;
+    assert_eq!(problems.len(), 1, "{problems:?}");
+    let problem = problems.remove(0);
+    (problem.what, problem.fixed)
+}
+
+fn tidy(pool: &Pool) {
+    while pool.store.tidy_step().unwrap() {}
+}
+
+fn paths(pool: &Pool, dir: &str, end: &str) -> Vec<String> {
+    pool.media.paths().into_iter().filter(|path| path.starts_with(dir) && path.ends_with(end)).collect()
+}
+
+fn len(pool: &Pool, path: &str) -> u64 {
+    pool.media.open(path, Open::ReadOnly).unwrap().len().unwrap()
+}
+
+fn read(pool: &Pool, path: &str) -> Vec<u8> {
+    let mut bytes = vec![0; usize::try_from(len(pool, path)).unwrap()];
+    pool.media.open(path, Open::ReadOnly).unwrap().read_exact_at(&mut bytes, 0).unwrap();
+    bytes
+}
+
+fn put(pool: &Pool, path: &str, bytes: &[u8]) {
+    pool.media.open(path, Open::New).unwrap().write_at(bytes, 0).unwrap();
+}
+
+/// Damages a file in one of the ways.
+fn damage(pool: &Pool, path: &str, how: &str) {
+    let end = len(pool, path);
+    match how {
+        "gone" => pool.media.remove(path).unwrap(),
+        "cut" => pool.media.truncate(path, end / 2).unwrap(),
+        "flipped" => pool.media.flip_bit(path, end - 30, 3).unwrap(),
+        other => panic!("{other}"),
+    }
+}
+
+/// A pool with a disk of three chunks and a snapshot, sealed.
+fn sealed() -> Pool {
+    let pool = Pool::new();
+    fill(&pool.disk("web", 6 * MIB), 0, 6 * MIB, 1);
+    pool.take("web", "a");
+    tidy(&pool);
+    pool.sound();
+    pool
+}
+
+#[test]
+fn a_lost_or_damaged_seal_is_named_and_sealed_again_when_that_is_asked_for() {
+    let pool = sealed();
+    let seal = paths(&pool, "segments/", ".seal").remove(0);
+    for how in ["gone", "cut", "flipped"] {
+        damage(&pool, &seal, how);
+        let (what, fixed) = problem(&pool, false);
+        assert!(!fixed && what.contains(&seal) && what.contains("web@a"), "{how}: {what}");
+        assert!(how != "gone" || what.contains("1536 blocks"), "{what}");
+        let scrub = disk::scrub(&pool.store, &Silent).unwrap();
+        assert_eq!(scrub.damaged.len(), 1, "{how}: {scrub:?}");
+        assert!(scrub.damaged[0].why.contains(&seal), "{how}: {scrub:?}");
+        let (what, fixed) = problem(&pool, true);
+        assert!(fixed && what.contains("sealed again from the data as it is now"), "{how}: {what}");
+        pool.sound();
+        let scrub = disk::scrub(&pool.store, &Silent).unwrap();
+        assert_eq!((scrub.damaged.len(), scrub.unverified, scrub.blocks), (0, 0, 1536), "{how}");
+    }
+}
+
+/// Making a seal again must not make damage look right: what is left of the old one is kept, and a block that is known to
+/// be bad is not sealed.
+#[test]
+fn a_seal_that_is_made_again_hides_no_damage_that_the_old_one_shows() {
+    let mut pool = sealed();
+    let seal = paths(&pool, "segments/", ".seal").remove(0);
+    let segment = paths(&pool, "segments/", ".seg").remove(0);
+    pool.store.close().unwrap();
+    pool.media.flip_bit(&segment, 512 * BLOCK + 5 * BLOCK + 7, 1).unwrap();
+    damage(&pool, &seal, "cut");
+    pool.store = Pool::open(&pool.media);
+    assert!(problem(&pool, true).1);
+    let scrub = disk::scrub(&pool.store, &Silent).unwrap();
+    let offsets: Vec<_> = scrub.damaged.iter().map(|damage| (damage.snapshot.is_some(), damage.offset)).collect();
+    assert_eq!(offsets, [(false, 5 * BLOCK), (true, 5 * BLOCK)]);
+    assert_eq!((scrub.blocks, scrub.unverified), (1536, 0));
+    // Now it is known, and the seal goes altogether.
+    damage(&pool, &seal, "gone");
+    let (what, fixed) = problem(&pool, true);
+    assert!(!fixed && what.contains("could not be mended") && what.contains("checksum"), "{what}");
+    assert!(!problem(&pool, false).1, "it still counts as sealed");
+}
+
+/// Blocks of a deleted snapshot that a later one shares have their checksums in a seal that belongs to no snapshot.
+#[test]
+fn a_damaged_seal_of_a_deleted_snapshot_is_named_and_cut() {
+    let pool = sealed();
+    let seal = paths(&pool, "segments/", ".seal").remove(0);
+    pool.take("web", "b");
+    snapshot::remove(&pool.store, "web", "a").unwrap();
+    tidy(&pool);
+    pool.sound();
+    damage(&pool, &seal, "flipped");
+    let (what, fixed) = problem(&pool, false);
+    assert!(!fixed && what.contains(&seal) && what.contains("deleted snapshot"), "{what}");
+    assert!(problem(&pool, true).1);
+    pool.sound();
+    let scrub = disk::scrub(&pool.store, &Silent).unwrap();
+    assert_eq!((scrub.damaged.len(), scrub.blocks + scrub.unverified), (0, 1536));
+    assert!(scrub.blocks > 0 && scrub.unverified > 0, "{scrub:?}");
+    put(&pool, "hold", b"x");
+    damage(&pool, &seal, "gone");
+    pool.sound();
+}
+
+#[test]
+fn a_lost_or_damaged_seal_of_a_state_is_named_and_made_again() {
+    let mut pool = sealed();
+    fill(&disk::open(&pool.store, "web").unwrap(), 0, BLOCK, 2);
+    pool.take("web", "b");
+    tidy(&pool);
+    for n in 0..2 {
+        for how in ["gone", "cut", "flipped"] {
+            let seal = paths(&pool, "states/", ".seal").remove(n);
+            damage(&pool, &seal, how);
+            let problems = check(&pool, false).problems;
+            assert!(problems.iter().any(|problem| problem.what.contains(&seal)), "{how}: {problems:?}");
+            assert!(problems.iter().all(|problem| !problem.fixed), "{problems:?}");
+            let problems = check(&pool, true).problems;
+            assert!(!problems.is_empty() && problems.iter().all(|problem| problem.fixed), "{how}: {problems:?}");
+            pool.sound();
+        }
+    }
+    pool.reopen();
+    pool.sound();
+    // And all of it serves a rebuild.
+    pool.store.close().unwrap();
+    for path in pool.media.list("").unwrap().into_iter().filter(|path| path.starts_with("catalog")) {
+        pool.media.remove(&path).unwrap();
+    }
+    pool.media.flip_bit("journal", 20, 3).unwrap();
+    let media: Arc<dyn Media> = Arc::new(pool.media.clone());
+    let report = afterimage::store::rebuild(&media, &Silent).unwrap();
+    assert_eq!(report.disks[0].snapshots, 2, "{report:?}");
+    pool.store = Pool::open(&pool.media);
+    tidy(&pool);
+    pool.sound();
+}
+
+#[test]
+fn a_record_that_is_gone_or_damaged_is_told_before_a_diff_needs_it() {
+    let mut pool = sealed();
+    let web = disk::open(&pool.store, "web").unwrap();
+    let uuid = pool.store.snapshot_info("web", "a").unwrap().uuid;
+    pool.retire("web", "a");
+    fill(&web, 0, BLOCK, 2);
+    pool.take("web", "b");
+    let other = pool.store.snapshot_info("web", "b").unwrap().uuid;
+    pool.retire("web", "b");
+    let id = web.id();
+    drop(web);
+    let path = record_path(uuid);
+    let whole = read(&pool, &path);
+    let foreign = read(&pool, &record_path(other));
+    for how in ["gone", "cut", "flipped", "another's"] {
+        match how {
+            "another's" => {
+                pool.media.remove(&path).unwrap();
+                put(&pool, &path, &foreign);
+            }
+            _ => damage(&pool, &path, how),
+        }
+        let fault = if how == "gone" { RecordFault::Missing } else { RecordFault::Damaged };
+        // One flipped bit deep inside takes reading all of it.
+        if how != "flipped" {
+            assert_eq!(snapshot::record_faults(&pool.store, id).into_values().collect::<Vec<_>>(), [fault], "{how}");
+        }
+        let (what, fixed) = problem(&pool, true);
+        assert!(!fixed && what.contains("'web@a'") && what.contains(&path), "{how}: {what}");
+        assert!(what.contains("record import FILE"), "{how}: {what}");
+        assert_eq!(snapshot::record_faults(&pool.store, id).into_values().collect::<Vec<_>>(), [fault], "{how}");
+        let said = pool.store.record_damage().unwrap();
+        assert!(said.contains("'web@a'"), "{said}");
+        let text = pool.store.metrics_text();
+        let (missing, damaged) = (u8::from(how == "gone"), u8::from(how != "gone"));
+        assert!(text.contains(&format!("\nafterimage_records_missing {missing}\n")), "{text}");
+        assert!(text.contains(&format!("\nafterimage_records_damaged {damaged}\n")), "{text}");
+        if pool.media.open(&path, Open::ReadOnly).is_ok() {
+            pool.media.remove(&path).unwrap();
+        }
+        put(&pool, "copy", &whole);
+        let copy = pool.media.open("copy", Open::ReadOnly).unwrap();
+        snapshot::import_record(&pool.store, "copy", &copy).unwrap();
+        pool.media.remove("copy").unwrap();
+        assert_eq!((pool.store.record_damage(), snapshot::record_faults(&pool.store, id).len()), (None, 0), "{how}");
+        pool.sound();
+    }
+    // A diff that runs into it is remembered, too; and after an opening a missing file is seen at once.
+    damage(&pool, &path, "flipped");
+    let name = |text: &str| snapshot::diff::StateName::parse(text);
+    snapshot::diff::open(&pool.store, &name("web@a"), &name("web")).unwrap_err();
+    assert!(pool.store.record_damage().is_some());
+    pool.media.remove(&path).unwrap();
+    pool.reopen();
+    assert!(pool.store.record_damage().unwrap().contains("is missing"));
+    snapshot::remove(&pool.store, "web", "a").unwrap();
+    assert_eq!(pool.store.record_damage(), None);
+    pool.sound();
+}
+
+#[test]
+fn a_backup_of_the_catalog_that_is_damaged_or_old_is_told() {
+    let pool = sealed();
+    for path in backups(&pool.media).unwrap() {
+        pool.media.remove(&backup_name(path)).unwrap();
+    }
+    pool.store.fold().unwrap();
+    assert!(pool.store.back_up_on(7).unwrap());
+    let report = check(&pool, false);
+    assert_eq!(report.problems, []);
+    assert!(report.notes.len() == 1 && report.notes[0].contains(&backup_name(7)), "{:?}", report.notes);
+    let name = backup_name(7);
+    let end = len(&pool, &name);
+    (0..end / 64).for_each(|n| pool.media.flip_bit(&name, n * 64 + 9, 2).unwrap());
+    let (what, fixed) = problem(&pool, false);
+    assert!(!fixed && what.contains(&name), "{what}");
+    assert!(problem(&pool, true).1);
+    let report = check(&pool, false);
+    assert_eq!((report.problems, report.notes), (vec![], vec![]));
+    assert_eq!(backups(&pool.media).unwrap().len(), 1);
+}
