@@ -5,7 +5,9 @@ use std::sync::mpsc::RecvTimeoutError;
 
 use afterimage::disk::engine::{Op, Request};
 use afterimage::disk::{self, BlockDevice, Buffers, Engine};
+use afterimage::media::{HostMedia, Media};
 use afterimage::snapshot;
+use afterimage::store::{InitOptions, OpenOptions, Store};
 
 use super::tree::{new_pool, noise};
 
@@ -209,4 +211,32 @@ fn a_watched_descriptor_ends_the_wait() {
     }
     assert_eq!(rustix::io::read(&reader, &mut byte).unwrap(), 1);
     drop(waiting.join().unwrap());
+}
+
+/// Where no log of unflushed changes can be made, a write is durable when it is finished: for whoever opens the pool next.
+#[test]
+fn without_a_log_a_write_of_an_engine_is_flushed_before_it_is_finished() {
+    let dir = tempfile::tempdir().unwrap();
+    let media: Arc<dyn Media> = Arc::new(HostMedia::new(dir.path()).unwrap());
+    let small = InitOptions { journal: 4 << 20, ballast: 4096, probe: true };
+    Store::init(&media, small).unwrap();
+    let options = OpenOptions { background: false, ..OpenOptions::default() };
+    let store = Store::open(Arc::clone(&media), options).unwrap();
+    drop(disk::create(&store, "a", (BLOCKS * BLOCK) as u64).unwrap());
+    std::fs::write(dir.path().join("unflushed"), "in the way").unwrap();
+    let disk = disk::open(&store, "a").unwrap();
+    let _lease = disk.lease("guest").unwrap();
+    let mut load = Load::new(disk);
+    for number in 0..200 {
+        load.begin(number);
+        while load.engine.in_flight() > 0 {
+            load.engine.wait(None).unwrap();
+            load.take_finished();
+        }
+    }
+    // As if it were killed: nothing is closed.
+    let next = Store::open(media, options).unwrap();
+    let mut found = vec![0; BLOCKS * BLOCK];
+    disk::open(&next, "a").unwrap().read(&mut found, 0).unwrap();
+    assert!(found == load.twin);
 }

@@ -11,6 +11,7 @@ mod format;
 mod fuzz;
 mod guest;
 mod import;
+mod instant;
 mod limits;
 mod model;
 mod nbd;

@@ -81,7 +81,8 @@ impl SimMedia {
     }
 
     /// Ends every program that has something open, as a signal would, now or at the I/O that [`SimMedia::crash_after`] said:
-    /// its handles are dead, and everything it has written is there, durable or not. Armed faults are disarmed.
+    /// its handles are dead, and everything it has written is there, durable or not, but for what a failed sync has lost. Armed
+    /// faults are disarmed.
     pub fn kill(&self) {
         self.world.lock().kill();
     }

@@ -80,6 +80,7 @@ pub struct Ledger {
     catalog: Mutex<Option<Catalog>>,
     poison: RwLock<Option<String>>,
     settle: RwLock<Option<Settle>>,
+    when_poisoned: RwLock<Option<Box<dyn Fn() + Send + Sync>>>,
     body_max: usize,
     /// A fold dropped copies of blocks, and no frame says so yet.
     untold: AtomicBool,
@@ -128,6 +129,7 @@ impl Ledger {
             catalog: Mutex::new(Some(catalog)),
             poison: RwLock::new(None),
             settle: RwLock::new(None),
+            when_poisoned: RwLock::new(None),
             body_max,
             untold: AtomicBool::new(false),
             counters: LedgerCounters::default(),
@@ -142,10 +144,20 @@ impl Ledger {
     /// Refuses every write from now on.
     pub fn poison(&self, error: &Error) {
         let mut poison = self.poison.write();
-        if poison.is_none() {
-            tracing::error!("the pool refuses writes from now on: {error}");
-            *poison = Some(error.to_string());
+        if poison.is_some() {
+            return;
         }
+        tracing::error!("the pool refuses writes from now on: {error}");
+        *poison = Some(error.to_string());
+        drop(poison);
+        if let Some(told) = &*self.when_poisoned.read() {
+            told();
+        }
+    }
+
+    /// Says what happens when the pool is poisoned; it must take no lock that is held where that may happen.
+    pub fn on_poison(&self, told: Box<dyn Fn() + Send + Sync>) {
+        *self.when_poisoned.write() = Some(told);
     }
 
     /// Refuses every write from now on, in order.

@@ -193,6 +193,7 @@ pub struct Store {
     /// The last opening was not closed in order.
     unclean: bool,
     recovery: Mutex<unflushed::Recovery>,
+    logs: Arc<unflushed::Files>,
     hooks: RwLock<Vec<Hook>>,
     recorder: RwLock<Option<Recorder>>,
     /// Stamps that were left when the last idle ones were dropped.

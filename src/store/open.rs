@@ -192,6 +192,7 @@ impl Store {
             opening,
             unclean: !clean,
             recovery: Mutex::default(),
+            logs: Arc::default(),
             hooks: RwLock::default(),
             recorder: RwLock::default(),
             stamps_needed: std::sync::atomic::AtomicUsize::new(0),
@@ -252,6 +253,8 @@ impl Store {
             Some(store) => store.settle_segments(segments),
             None => Err(Error::read_only("the pool is closed")),
         }));
+        let ours = Arc::clone(&self.logs);
+        self.ledger.on_poison(Box::new(move || ours.spoil()));
         let logs = self.read_logs(clean);
         let (mut logged, touched) = self.replay_logged(&logs.overwritten())?;
         self.replay_logs(logs)?;

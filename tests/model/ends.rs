@@ -65,7 +65,10 @@ impl Run {
             return;
         }
         let mut after = self.twin.clone();
-        after.disks.get_mut(&name).unwrap().live.flush();
+        // A pool that refuses writes flushes nothing, and gives the lease all the same.
+        if self.store().health().is_none() {
+            after.disks.get_mut(&name).unwrap().live.flush();
+        }
         let mut lease = None;
         if self.attempt(&format!("a guest comes to {name}"), after, |store| {
             lease = Some(disk::open(store, &name)?.lease(GUEST)?);
@@ -96,7 +99,11 @@ impl Run {
         match (self.guests.losses.remove(&id).unwrap_or(Loss::None), told) {
             (Loss::None, true) => panic!("the guest of {name} was told of a loss, and nothing was lost"),
             (Loss::Certain, false) => panic!("the guest of {name} was not told of what it has lost"),
-            (_, true) => self.counts.told += 1,
+            (_, true) => {
+                self.counts.told += 1;
+                // Its next flush begins the log anew; killed before, it is told again.
+                self.guests.losses.insert(id, Loss::MayBe);
+            }
             (_, false) => {}
         }
     }
@@ -108,9 +115,9 @@ impl Run {
 
     /// Loses power or is killed, opens again, checks, compares.
     pub(super) fn recover(&mut self, or: Option<Twin>) {
-        // After a failed sync it is open what the page cache is worth.
+        let mut end = if self.next(2) == 0 { End::Power } else { End::Kill };
+        // After a failed sync a kill may take as much as a loss of power.
         let failed = self.store().health().is_some() || self.faulty;
-        let mut end = if failed || self.next(2) == 0 { End::Power } else { End::Kill };
         let guests: Vec<DiskId> = std::mem::take(&mut self.guests.leases).into_keys().collect();
         self.faulty = false;
         let mut twice = false;
@@ -128,10 +135,10 @@ impl Run {
             end = if again == End::Power { again } else { end };
             twice = true;
         }
-        let lost = self.open_and_compare(or, Some(end));
+        let lost = self.open_and_compare(or, Some(end), if failed { End::Power } else { end });
         let told = match end {
             // Killed again before it had begun a log for who is awaited, it does not know.
-            End::Kill if !twice => Loss::None,
+            End::Kill if !twice && !failed => Loss::None,
             _ => Loss::MayBe,
         };
         self.come_back(&guests, &lost, told);
@@ -183,7 +190,7 @@ impl Run {
         drop(store);
         if poisoned || closed.is_err() || self.media.is_down() {
             self.media.crash();
-            self.open_and_compare(None, Some(End::Power));
+            self.open_and_compare(None, Some(End::Power), End::Power);
             return;
         }
         // Whatever was armed is not meant for the comparison.
@@ -191,12 +198,12 @@ impl Run {
         for disk in self.twin.disks.values_mut() {
             disk.live.flush();
         }
-        self.open_and_compare(None, None);
+        self.open_and_compare(None, None, End::Power);
     }
 
-    /// Opens, checks and compares; `end` is `None` after a close. Returns the disks that lack something which a guest was
-    /// told is done.
-    fn open_and_compare(&mut self, or: Option<Twin>, end: Option<End>) -> Vec<String> {
+    /// Opens, checks and compares; `end` is `None` after a close, and `how` says what may be lost. Returns the disks that lack
+    /// something which a guest was told is done.
+    fn open_and_compare(&mut self, or: Option<Twin>, end: Option<End>, how: End) -> Vec<String> {
         let store = open(Arc::new(self.media.clone())).expect("the pool opens after a crash");
         let report = snapshot::check(&store, false, &Silent).expect("check runs");
         if self.verbose && !report.problems.is_empty() {
@@ -205,7 +212,6 @@ impl Run {
         assert!(report.problems.is_empty(), "check found: {:#?}", report.problems);
         self.store = Some(store);
         self.name_kept();
-        let how = end.unwrap_or(End::Power);
         let first = self.compare(&self.twin, how);
         if self.verbose && first.is_err() {
             super::run::show_tree(self.store());

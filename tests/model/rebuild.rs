@@ -17,6 +17,7 @@ use afterimage::snapshot;
 use afterimage::store::{self, RebuildReport, SnapshotInfo, SnapshotState, Status, Store};
 use uuid::Uuid;
 
+use super::ends::Guests;
 use super::number;
 use super::run::{Run, options, read_all};
 use super::twin::{BLOCK, End, Frame, Image, Twin, TwinDisk, UNKNOWN};
@@ -172,6 +173,7 @@ fn one(seed: u64, verbose: bool) -> Tally {
         }
         let expected = sealed(&run);
         run.store = None;
+        run.guests = Guests::default();
         run.media.crash();
         damage(&mut run);
         let report = rebuild(&mut run, &mut tally);

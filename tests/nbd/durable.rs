@@ -90,3 +90,18 @@ fn nothing_is_answered_before_the_flush_of_the_disk_has_ended() {
     assert_eq!(cookie, 3);
     assert_ne!(errno, 0, "a flush that failed is no flush");
 }
+
+/// Nothing that changes the device gets as far as the device.
+#[test]
+fn what_changes_a_read_only_device_is_refused_before_it_gets_there() {
+    let ram = Ram::sealed(1 << 20);
+    let (_server, mut client, _dir) = serve(&ram);
+    for what in [Command::Write, Command::Trim, Command::WriteZeroes] {
+        client.request(what, 0, 1, 0, 4096);
+        if what == Command::Write {
+            client.send(&[3; 4096]);
+        }
+        assert_eq!(client.reply(0), (1, 1, Vec::new()), "{what:?}");
+    }
+    assert_eq!(ram.log.lock().len(), 0);
+}

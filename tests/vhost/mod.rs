@@ -28,11 +28,18 @@ pub(crate) struct Ram {
     /// What was done, in order.
     pub(crate) log: Mutex<Vec<(&'static str, u64, u64)>>,
     fails: Mutex<bool>,
+    /// Says that it is only for reading, and does whatever it is asked to.
+    sealed: bool,
 }
 
 impl Ram {
     pub(crate) fn new(size: usize) -> Arc<Self> {
         Arc::new(Self { data: Mutex::new(vec![0; size]), ..Self::default() })
+    }
+
+    /// As a snapshot that relies on its server to refuse writes.
+    pub(crate) fn sealed(size: usize) -> Arc<Self> {
+        Arc::new(Self { data: Mutex::new(vec![0; size]), sealed: true, ..Self::default() })
     }
 
     pub(crate) fn close(&self, closed: bool) {
@@ -104,7 +111,7 @@ impl BlockDevice for Ram {
     }
 
     fn read_only(&self) -> bool {
-        false
+        self.sealed
     }
 }
 

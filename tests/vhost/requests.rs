@@ -239,6 +239,19 @@ fn a_snapshot_is_read_only() {
     assert_eq!(guest.read(0, 0, 4096), [8; 4096]);
 }
 
+/// Nothing that changes the device gets as far as the device.
+#[test]
+fn what_changes_a_read_only_device_is_refused_before_it_gets_there() {
+    let ram = Ram::sealed(1 << 20);
+    let served = Served::new(Arc::clone(&ram) as Arc<dyn BlockDevice>, 1);
+    let mut guest = served.guest(1);
+    assert_eq!(guest.write(0, 0, &[1; 512]), 1);
+    for kind in [DISCARD, ZEROES] {
+        assert_eq!(guest.ask(0, kind, 0, &segment(0, 8, 0), 0).0, 1);
+    }
+    assert_eq!(ram.log.lock().len(), 0);
+}
+
 #[test]
 fn a_guest_learns_of_a_new_size() {
     let ram = Ram::new(1 << 20);

@@ -71,6 +71,8 @@ pub(super) struct Inode {
     volatile: Image,
     durable: Image,
     pending: Vec<Change>,
+    /// A sync failed, and readers see what will never be on the disk.
+    failed: bool,
     /// Cloned into each open handle, so that a file without a name lives as long as somebody has it open.
     pub(super) held: Arc<()>,
     /// Has a volatile name, so its pages count.
@@ -141,6 +143,16 @@ impl Inode {
     /// Fails a sync: the changes will never reach the disk, but readers keep seeing them until the crash.
     pub(super) fn lose_pending(&mut self) {
         self.pending.clear();
+        self.failed = true;
+    }
+
+    /// Whoever opens the file next finds what is on the disk in place of what a failed sync has lost, because opening it
+    /// drops what the cache has as clean; what waits for a sync stays.
+    pub(super) fn reopen(&mut self) {
+        if std::mem::take(&mut self.failed) {
+            self.volatile = self.durable.clone();
+            self.pending.iter().for_each(|change| change.apply(&mut self.volatile));
+        }
     }
 
     /// Loses power: what the dice let through becomes both the durable and the volatile image.

@@ -116,6 +116,8 @@ impl World {
     }
 
     pub(super) fn kill(&mut self) {
+        let ids: Vec<u64> = self.inodes.keys().copied().collect();
+        ids.into_iter().for_each(|id| self.change(id, Inode::reopen));
         self.generation += 1;
         self.down = false;
         self.cut_at = None;

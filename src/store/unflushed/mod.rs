@@ -20,7 +20,9 @@
 //! 3. A change that cannot be written down (no room, an I/O error) makes every write be flushed before it is answered, until a
 //!    flush has covered it ([`Unflushed::is_strict`]).
 //! 4. A log as long as [`LONG`] is flushed.
-//! 5. Where there was a log to be and it cannot be trusted to the end, who comes back under a reservation is told: its first
+//! 5. After a failed sync the page cache is not what is on the disk, so no log of that opening is believed any more: they
+//!    are emptied when the pool begins to refuse writes ([`Files::spoil`]).
+//! 6. Where there was a log to be and it cannot be trusted to the end, who comes back under a reservation is told: its first
 //!    flush fails (`Disk::flush`).
 //!
 //! # After a crash
@@ -61,6 +63,21 @@ struct Inner {
     closing: Option<usize>,
     /// The last generation of which a change is not written down.
     missing: Option<u64>,
+}
+
+/// The files of all logs of this opening. Its lock is held for nothing else, see [`super::ledger::Ledger::on_poison`].
+#[derive(Debug, Default)]
+pub(super) struct Files(Mutex<Vec<Arc<dyn File>>>);
+
+impl Files {
+    /// Empties them, so that nothing is replayed and who comes back is told.
+    pub(super) fn spoil(&self) {
+        for file in &*self.0.lock() {
+            if let Err(error) = file.set_len(0) {
+                tracing::error!("a log of unflushed changes that is not to be believed cannot be emptied: {error}");
+            }
+        }
+    }
 }
 
 /// The log of a disk.
@@ -118,13 +135,14 @@ impl Unflushed {
     }
 
     /// Makes the files, if they are not there.
-    fn begin(&self, media: &dyn Media, header: Result<LogHeader>) {
+    fn begin(&self, media: &dyn Media, header: Result<LogHeader>, all: &Files) {
         let mut inner = self.inner.lock();
         if inner.files.is_some() {
             return;
         }
         match header.and_then(|header| make(media, &header)) {
             Ok(files) => {
+                all.0.lock().extend(files.iter().map(Arc::clone));
                 inner.files = Some(files);
                 inner.end = LOG_HEADER_LEN as u64;
             }
@@ -207,7 +225,10 @@ impl Store {
 
     /// Makes the log of a disk, for a holder that may come back or is awaited. Without it, writes are flushed one by one.
     pub fn begin_log(&self, head: &Head) {
-        head.unflushed.begin(&*self.media, self.log_header(head.id));
+        // A pool that refuses writes has lost something; who is awaited is to be told by the next process, too.
+        if self.ledger.writable().is_ok() {
+            head.unflushed.begin(&*self.media, self.log_header(head.id), &self.logs);
+        }
     }
 
     /// Makes sure that all changes are flushed or will be written down, for a foreign holder that has just got the lease.

@@ -4,6 +4,8 @@
 //! Over the simulator a kill can come at any I/O, and a loss of power instead of it; over the host it is a process that is
 //! forgotten.
 
+mod earlier;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,7 +16,7 @@ use afterimage::media::sim::Fault;
 use afterimage::media::{HostMedia, Media, Open, SimMedia};
 use afterimage::progress::Silent;
 use afterimage::snapshot;
-use afterimage::store::unflushed::{LOG_HEADER_LEN, LONG, LogHeader, log_path};
+use afterimage::store::unflushed::{LOG_HEADER_LEN, LONG, LogHeader, LogRecord, log_path};
 use afterimage::store::{self, InitOptions, OpenOptions, Store};
 
 const BLOCK: usize = 4096;
@@ -172,61 +174,6 @@ fn an_old_copy_in_the_journal_does_not_undo_an_overwrite() {
         let store = open(&kill());
         assert_eq!(read(&store, "vm", 7, 2), [filled(2, 1), filled(1, 1)].concat());
     });
-}
-
-/// Of what is overwritten in its place there is no record; the next process has to sync it all the same.
-#[test]
-fn a_flush_after_a_kill_holds_for_what_the_killed_process_overwrote_in_place() {
-    for blocks in [1, 40] {
-        let (sim, media, store) = simulated(&["vm"]);
-        let (disk, lease) = attach(&store, "vm");
-        write(&disk, 1, 0, 100);
-        disk.flush().unwrap();
-        write(&disk, 2, 10, blocks);
-        drop((disk, lease, store));
-        sim.kill();
-        let store = open(&media);
-        let (disk, lease) = come_back(&store, "vm");
-        disk.flush().unwrap();
-        drop((disk, lease, store));
-        for seed in 0..20 {
-            let fork = sim.fork(seed);
-            fork.crash();
-            let media: Arc<dyn Media> = Arc::new(fork);
-            assert!(read(&open(&media), "vm", 10, blocks) == filled(2, blocks), "{blocks} blocks, seed {seed}");
-        }
-    }
-}
-
-/// What is read after a kill may be in the page cache alone; a snapshot of it must not be.
-#[test]
-fn a_snapshot_after_a_kill_is_durable_with_what_the_killed_process_had_not_synced() {
-    for closed in [false, true] {
-        let (sim, media, store) = simulated(&["vm"]);
-        let mount = disk::open(&store, "vm").unwrap();
-        write(&mount, 1, 0, 100);
-        mount.flush().unwrap();
-        write(&mount, 2, 10, 40);
-        drop((mount, store));
-        sim.kill();
-        if closed {
-            // One that does something else, and leaves the pool closed in order.
-            open(&media).close().unwrap();
-        }
-        let store = open(&media);
-        snapshot::take(&store, &[("vm".into(), "s".into())]).unwrap();
-        let mut then = filled(0, 100);
-        snapshot::open(&store, "vm", "s").unwrap().read(&mut then, 0).unwrap();
-        drop(store);
-        for seed in 0..20 {
-            let fork = sim.fork(seed);
-            fork.crash();
-            let store = open(&(Arc::new(fork) as Arc<dyn Media>));
-            let mut now = filled(0, 100);
-            snapshot::open(&store, "vm", "s").unwrap().read(&mut now, 0).unwrap();
-            assert!(now == then, "closed between {closed}, seed {seed}");
-        }
-    }
 }
 
 #[test]
@@ -557,6 +504,30 @@ fn a_long_log_is_flushed() {
         }
     }
     assert!(flushed && longest < LONG + 1000, "{longest}");
+}
+
+/// Two files may have records of the same block: of the later one the number is higher.
+#[test]
+fn records_tell_how_many_flushes_came_before_them() {
+    let (_, media, store) = simulated(&["vm"]);
+    let (disk, _lease) = attach(&store, "vm");
+    let newest = || {
+        let each = (0..2).flat_map(|which| {
+            let file = media.open(&log_path(disk.id(), which), Open::ReadOnly).unwrap();
+            let mut bytes = vec![0; file.len().unwrap() as usize];
+            file.read_exact_at(&mut bytes, 0).unwrap();
+            LogRecord::decode_all("log", &bytes[LOG_HEADER_LEN..]).0
+        });
+        each.map(|record| record.generation).max()
+    };
+    let mut last = None;
+    for block in 0..5 {
+        write(&disk, 1, block * 50, 40);
+        let now = newest();
+        assert!(now > last, "{now:?} after {last:?}");
+        last = now;
+        disk.flush().unwrap();
+    }
 }
 
 #[test]

@@ -1,0 +1,93 @@
+//! What an earlier process has written and not synced, without a record of it: a flush and a snapshot of the next process
+//! hold for it as well.
+
+use std::sync::Arc;
+
+use afterimage::disk::{self, BlockDevice};
+use afterimage::media::Media;
+use afterimage::media::sim::Fault;
+use afterimage::snapshot;
+
+use super::{BLOCK, attach, come_back, filled, loss_is_told_once, open, read, simulated, write};
+
+/// Of what is overwritten in its place there is no record; the next process has to sync it all the same.
+#[test]
+fn a_flush_after_a_kill_holds_for_what_the_killed_process_overwrote_in_place() {
+    for blocks in [1, 40] {
+        let (sim, media, store) = simulated(&["vm"]);
+        let (disk, lease) = attach(&store, "vm");
+        write(&disk, 1, 0, 100);
+        disk.flush().unwrap();
+        write(&disk, 2, 10, blocks);
+        drop((disk, lease, store));
+        sim.kill();
+        let store = open(&media);
+        let (disk, lease) = come_back(&store, "vm");
+        disk.flush().unwrap();
+        drop((disk, lease, store));
+        for seed in 0..20 {
+            let fork = sim.fork(seed);
+            fork.crash();
+            let media: Arc<dyn Media> = Arc::new(fork);
+            assert!(read(&open(&media), "vm", 10, blocks) == filled(2, blocks), "{blocks} blocks, seed {seed}");
+        }
+    }
+}
+
+/// The next process reads from the disk what a failed sync has lost, whatever the cache had.
+#[test]
+fn after_a_failed_sync_who_comes_back_to_the_next_process_is_told() {
+    for overwrites in [false, true] {
+        let (sim, media, store) = simulated(&["vm"]);
+        let (disk, lease) = attach(&store, "vm");
+        write(&disk, 1, 0, 100);
+        disk.flush().unwrap();
+        write(&disk, 2, if overwrites { 10 } else { 200 }, 40);
+        sim.fail_after(1, Fault::Eio);
+        // As in the background: nobody is told.
+        store.flush_all().unwrap_err();
+        drop((disk, lease, store));
+        sim.kill();
+        let store = open(&media);
+        let then = read(&store, "vm", 0, 300);
+        loss_is_told_once(&store);
+        drop(store);
+        sim.crash();
+        let store = open(&media);
+        let mut now = read(&store, "vm", 0, 300);
+        assert_eq!(now[100 * BLOCK], 8, "what was written since");
+        now[100 * BLOCK..101 * BLOCK].fill(then[100 * BLOCK]);
+        assert!(now == then, "overwrites: {overwrites}");
+    }
+}
+
+/// What is read after a kill may be in the page cache alone; a snapshot of it must not be.
+#[test]
+fn a_snapshot_after_a_kill_is_durable_with_what_the_killed_process_had_not_synced() {
+    for closed in [false, true] {
+        let (sim, media, store) = simulated(&["vm"]);
+        let mount = disk::open(&store, "vm").unwrap();
+        write(&mount, 1, 0, 100);
+        mount.flush().unwrap();
+        write(&mount, 2, 10, 40);
+        drop((mount, store));
+        sim.kill();
+        if closed {
+            // One that does something else, and leaves the pool closed in order.
+            open(&media).close().unwrap();
+        }
+        let store = open(&media);
+        snapshot::take(&store, &[("vm".into(), "s".into())]).unwrap();
+        let mut then = filled(0, 100);
+        snapshot::open(&store, "vm", "s").unwrap().read(&mut then, 0).unwrap();
+        drop(store);
+        for seed in 0..20 {
+            let fork = sim.fork(seed);
+            fork.crash();
+            let store = open(&(Arc::new(fork) as Arc<dyn Media>));
+            let mut now = filled(0, 100);
+            snapshot::open(&store, "vm", "s").unwrap().read(&mut now, 0).unwrap();
+            assert!(now == then, "closed between {closed}, seed {seed}");
+        }
+    }
+}
