@@ -20,7 +20,6 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
@@ -31,8 +30,8 @@ use super::config::QUEUE_SIZE_MAX;
 use super::flight::Flights;
 use super::inflight::Track;
 use super::request::{Bounds, Request, SERIAL};
-use crate::clock;
 use crate::disk::BlockDevice;
+use crate::disk::patience::Patience;
 
 /// The memory of a guest.
 pub(super) type Memory = GuestMemoryMmap<()>;
@@ -41,10 +40,6 @@ pub(super) type Memory = GuestMemoryMmap<()>;
 const IN_FLIGHT_MAX: usize = 256;
 /// Bytes of their data at most, or of one request.
 const BYTES_MAX: usize = 32 << 20;
-/// How long it looks for a request before sleeping, at most: what QEMU takes.
-const PATIENCE_MAX: Duration = Duration::from_micros(32);
-/// Looks between two looks at the clock.
-const LOOKS: u32 = 16;
 
 /// What the queues of a device share.
 pub(super) struct Target {
@@ -202,39 +197,29 @@ impl Loop {
             }
             if full(flights) {
                 flights.engine().wait(None).map_err(text)?;
-            } else if flights.count() == 0 && self.look(&patience, stop) {
+            } else if self.look(flights, &patience, stop)? {
                 // It came before it was worth sleeping.
             } else if self.queue.enable_notification(&*self.memory).map_err(text)? {
                 // There is more already.
             } else if flights.count() > 0 {
-                flights.engine().wait(Some(kick.as_fd())).map_err(text)?;
+                flights.engine().sleep(Some(kick.as_fd())).map_err(text)?;
                 bell::silence(kick);
-            } else {
-                let begun = clock::now();
-                if bell::wait(kick, &stop.event).map_err(text)? {
-                    bell::silence(kick);
-                }
-                patience.slept(clock::now().duration_since(begun));
+            } else if patience.sleep(|| bell::wait(kick, &stop.event)).map_err(text)? {
+                bell::silence(kick);
             }
             flights.collect(&self.memory);
         }
         Ok(())
     }
 
-    /// Looks for the next request without sleeping, for a while; tells whether there is one. The guest need not notify
+    /// Looks for something to do without sleeping, for a while; tells whether there is. The guest need not notify
     /// meanwhile.
-    fn look(&self, patience: &Patience, stop: &Stop) -> bool {
-        let until = clock::now() + patience.0;
-        while clock::now() < until && !stop.asked.load(Ordering::Relaxed) {
-            for _ in 0..LOOKS {
-                let index = self.queue.avail_idx(&*self.memory, Ordering::Acquire);
-                if index.is_ok_and(|index| index.0 != self.queue.next_avail()) {
-                    return true;
-                }
-                std::hint::spin_loop();
-            }
-        }
-        false
+    fn look(&self, flights: &mut Flights, patience: &Patience, stop: &Stop) -> Result<bool, String> {
+        let asked = || {
+            let index = self.queue.avail_idx(&*self.memory, Ordering::Acquire);
+            stop.asked.load(Ordering::Relaxed) || index.is_ok_and(|index| index.0 != self.queue.next_avail())
+        };
+        if flights.count() > 0 { flights.engine().look(asked).map_err(text) } else { Ok(patience.look(asked)) }
     }
 
     /// Takes what is available, as far as there is room; tells whether there was anything.
@@ -288,18 +273,6 @@ impl Loop {
             self.bell.ring();
         }
         Ok(())
-    }
-}
-
-/// How long it is worth looking for the next request before sleeping: as long as it would have found one lately, so that
-/// a guest that rests costs nothing.
-#[derive(Debug, Default)]
-struct Patience(Duration);
-
-impl Patience {
-    /// Learns from a sleep that came after it had looked.
-    fn slept(&mut self, slept: Duration) {
-        self.0 = if self.0 + slept > PATIENCE_MAX { Duration::ZERO } else { PATIENCE_MAX.min((self.0 + slept) * 2) };
     }
 }
 
