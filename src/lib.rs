@@ -7,7 +7,7 @@
 //! # Map
 //! | module | what it owns |
 //! |---|---|
-//! | [`units`], [`codec`], [`error`], [`clock`], [`sync`], [`parallel`], [`workers`], [`progress`] | numbers with types, bytes, errors, time, locks, threads |
+//! | [`units`], [`codec`], [`error`], [`clock`], [`sync`], [`parallel`], [`workers`], [`progress`], [`metrics`] | numbers with types, bytes, errors, time, locks, threads, what is told of them |
 //! | [`sys`] | all unsafe code: system calls, memory in pages, io_uring |
 //! | [`media`] | host files, and the simulator that crashes at any I/O |
 //! | [`pool`] | the directory: superblock, lock, segments |
@@ -23,7 +23,7 @@
 //! | [`api`], [`cli`] | the control socket and the command line: one request type, one function for both |
 //!
 //! # Layers
-//! Lower never names higher: `units codec error clock sync parallel workers progress` < `sys` < `media` < `pool` < `map` <
+//! Lower never names higher: `units codec error clock sync parallel workers metrics progress` < `sys` < `media` < `pool` < `map` <
 //! `store` < `snapshot, disk` < `stream, export` < `tree, nbd, vhost_blk, vmm` < `api` < `cli`. Only `cli` prints and reads the
 //! environment; storage is synchronous and knows nothing of FUSE and HTTP. A tidy test holds this.
 //!
@@ -51,6 +51,7 @@ pub mod error;
 pub mod export;
 pub mod map;
 pub mod media;
+pub mod metrics;
 pub mod nbd;
 pub mod parallel;
 pub mod pool;

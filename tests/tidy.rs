@@ -324,6 +324,22 @@ fn nothing_is_left_for_later() {
 }
 
 #[test]
+fn people_are_told_names_not_numbers() {
+    let mut broken = Vec::new();
+    for source in sources(&["src"], ".rs") {
+        for (n, line) in source.program() {
+            for word in ["disk {id}", "disk {}\", id", "snapshot {id}", "disk.id()", "head.id)"] {
+                let told = line.contains('"') && ["tracing::", "Error::", "format!"].iter().any(|to| line.contains(to));
+                if told && line.contains(word) {
+                    broken.push(format!("{}:{n}: {word}", source.path));
+                }
+            }
+        }
+    }
+    report("messages name disks and snapshots as people do", &broken);
+}
+
+#[test]
 fn sources_are_ascii() {
     let mut broken = Vec::new();
     for end in [".rs", ".md", ".1", ".5", ".7", ".toml"] {

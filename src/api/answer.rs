@@ -31,6 +31,8 @@ pub enum Response {
         health: Option<String>,
         /// What of it is lost; `null` when nothing is.
         damage: Option<String>,
+        /// Why it takes no new data; `null` while there is room.
+        full: Option<String>,
     },
     /// One snapshot.
     Snapshot(Snapshot),
@@ -355,8 +357,13 @@ pub struct Status {
     pub health: Option<String>,
     /// What of it is lost; `null` when nothing is.
     pub damage: Option<String>,
+    /// Why it takes no new data; `null` while there is room.
+    pub full: Option<String>,
     /// Bytes still free on the host file system.
     pub free: u64,
+    /// Of them, bytes that new data may take; the rest is kept for deleting and for metadata.
+    #[serde(default)]
+    pub available: u64,
     /// Size of the host file system.
     pub total: u64,
 }

@@ -36,7 +36,7 @@ pub fn execute(store: &Arc<Store>, request: Request, progress: &dyn Progress) ->
         }
         Request::Ls { disk: None } => {
             let disks = store.disks().into_iter().map(Into::into).collect();
-            Ok(Response::Disks { disks, health: store.health(), damage: store.damage() })
+            Ok(Response::Disks { disks, health: store.health(), damage: store.damage(), full: full(store) })
         }
         Request::Ls { disk: Some(disk) } => Ok(snapshots_answer(store.snapshots(&Target::disk(&disk)?)?)),
         Request::Info { name } => info(store, &name),
@@ -120,6 +120,11 @@ fn execute_on_pool(store: &Arc<Store>, request: &Request, progress: &dyn Progres
         }
         _ => Err(Error::failed("no server is running on this pool").hint("there is nothing to stop")),
     }
+}
+
+/// Tells why the pool takes no new data. A host that cannot be asked is no reason not to list the disks.
+fn full(store: &Arc<Store>) -> Option<String> {
+    store.room().ok()?.full()
 }
 
 fn disk_answer(info: DiskInfo) -> Response {
@@ -263,7 +268,7 @@ fn export(
 }
 
 fn status(store: &Arc<Store>) -> Result<Response> {
-    let space = store.space()?;
+    let room = store.room()?;
     Ok(Response::Status(Status {
         pid: std::process::id(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -272,7 +277,9 @@ fn status(store: &Arc<Store>) -> Result<Response> {
         mount: None,
         health: store.health(),
         damage: store.damage(),
-        free: space.free,
-        total: space.total,
+        full: room.full(),
+        free: room.free,
+        available: room.available(),
+        total: room.total,
     }))
 }

@@ -57,6 +57,14 @@ impl Service {
         self.exports.start();
     }
 
+    /// Keeps what a server of this pool would serve, in a process that serves nothing.
+    ///
+    /// # Errors
+    /// When it cannot be found out what that is.
+    pub fn keep_exports(&self) -> Result<()> {
+        self.exports.keep()
+    }
+
     /// Says what happens when the last of the attached is detached.
     pub fn on_idle(&self, idle: Stop) {
         self.exports.on_idle(idle);

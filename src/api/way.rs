@@ -5,6 +5,8 @@
 //! 2. A lock that is held while no socket answers is a server that starts or ends: both are tried again for
 //!    two seconds, then the holder is named.
 //! 3. Nothing is made in a directory that is no pool, not even the lock file.
+//! 4. A process that opens a pool for a command keeps the disks of what the next server will serve as that one would. Where
+//!    the list of that is damaged, what it would have kept from is done, with a warning.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -47,6 +49,8 @@ pub struct Direct {
     service: Service,
     frees: bool,
     makes: bool,
+    /// Why it is not known what the next server will serve.
+    unknown: Option<Error>,
     // Dropped last: see rule 1.
     _lock: PoolLock,
 }
@@ -67,12 +71,9 @@ impl Way {
     fn open(pool: &Path, lock: PoolLock) -> Result<Self> {
         let options = OpenOptions { background: false, ..OpenOptions::default() };
         let store = open_store(pool, options)?;
-        Ok(Self::Direct(Box::new(Direct {
-            service: Service::new(store, pool),
-            frees: false,
-            makes: false,
-            _lock: lock,
-        })))
+        let service = Service::new(store, pool);
+        let unknown = service.keep_exports().err();
+        Ok(Self::Direct(Box::new(Direct { service, frees: false, makes: false, unknown, _lock: lock })))
     }
 
     /// Asks for something.
@@ -85,6 +86,9 @@ impl Way {
             Self::Direct(direct) => {
                 direct.frees |= frees(&request);
                 direct.makes |= makes(&request);
+                if let Some(error) = direct.unknown.take_if(|_| frees(&request)) {
+                    tracing::warn!("whoever had the disk attached is not waited for: {error}");
+                }
                 // Here is no background in which it could go on.
                 let request =
                     if let Request::Reclaim { .. } = request { Request::Reclaim { wait: true } } else { request };

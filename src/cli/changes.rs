@@ -126,12 +126,12 @@ pub(super) fn show_diff(diff: &answer::Diff, style: Style) -> String {
         text = table.render();
     }
     text + &format!(
-        "{} -> {}: {} of data and {} of zeros in {} extents\n",
+        "{} -> {}: {} of data and {} of zeros in {}\n",
         diff.from,
         diff.to,
         show_size(diff.data),
         show_size(diff.zero),
-        diff.count
+        super::show::count(diff.count, "extent")
     )
 }
 

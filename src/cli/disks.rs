@@ -56,7 +56,10 @@ enum Format {
 impl Import {
     pub(super) fn ask(self) -> Result<Ask> {
         let shown = self.file.display().to_string();
-        let path = self.file.canonicalize().map_err(|e| Error::io(format!("cannot open the image {shown}"), e))?;
+        let path = self
+            .file
+            .canonicalize()
+            .map_err(|e| super::host::explain(Error::io(format!("cannot open the image {shown}"), e), &self.file))?;
         let path = path.into_os_string().into_string().map_err(|_| {
             Error::usage(format!("the path of the image {shown} is not UTF-8")).hint("rename or link it, and try again")
         })?;

@@ -240,14 +240,17 @@ fn server(served: bool, status: &crate::api::answer::Status) -> Finding {
 }
 
 fn room(status: &crate::api::answer::Status) -> Finding {
-    // The mark below which new data is refused: the larger of 256 MiB and one percent.
-    let low = (status.total / 100).max(256 << 20);
-    let message = format!("{} free of {}", show_size(status.free), show_size(status.total));
-    if status.free <= low {
-        let hint = "new data is refused; remove snapshots or make room on the host";
-        return Finding::problem("space", message, hint);
+    if let Some(why) = &status.full {
+        return Finding::problem(
+            "space",
+            why.clone(),
+            "new data is refused; remove snapshots or make room on the host",
+        );
     }
-    if status.free <= low.saturating_mul(4) {
+    let (available, total) = (show_size(status.available), show_size(status.total));
+    let message = format!("{} free of {total}, {available} for new data", show_size(status.free));
+    let kept = status.free.saturating_sub(status.available);
+    if status.available <= kept.saturating_mul(3) {
         return Finding::warning("space", message, "it runs short; remove snapshots or make room on the host");
     }
     Finding::good("space", message)

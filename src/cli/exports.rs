@@ -6,7 +6,7 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use clap::{Args, ValueEnum};
+use clap::{ArgGroup, Args, ValueEnum};
 
 use super::screen::Screen;
 use super::server::{Duty, PoolServer, take_lock};
@@ -30,6 +30,7 @@ enum Kind {
 
 /// What to attach, and where.
 #[derive(Debug, Args)]
+#[command(group = ArgGroup::new("address").required(true).args(["socket", "listen"]))]
 struct How {
     /// What to speak
     kind: Kind,
@@ -37,10 +38,10 @@ struct How {
     #[arg(required = true, value_name = "DISK")]
     disks: Vec<String>,
     /// Listen on a Unix socket, which only the user of the server can open
-    #[arg(long, value_name = "PATH", required_unless_present = "listen")]
+    #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
     /// Listen on a TCP port, such as 127.0.0.1:10809; nbd only
-    #[arg(long, value_name = "ADDRESS:PORT", conflicts_with = "socket")]
+    #[arg(long, value_name = "ADDRESS:PORT")]
     listen: Option<String>,
     /// Certificate for TLS (PEM); clients must use TLS then
     #[arg(long, value_name = "FILE", requires = "tls_key")]
@@ -186,7 +187,7 @@ impl Attach {
 /// End what attach or serve began
 ///
 /// What is in flight is finished; clients that are connected are cut off. What was attached with --persist is not served
-/// again.
+/// again, and no disk is kept for it any longer; for that no server has to run.
 #[derive(Debug, Args)]
 pub(super) struct Detach {
     /// Number of the export, or the disk or snapshot that is served

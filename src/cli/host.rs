@@ -7,7 +7,9 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::error::{Error, Result};
+use rustix::fs::Access;
+
+use crate::error::{Error, Kind, Result};
 
 /// What stands before the path of the pool in the name of a mounted file system (see [`crate::tree::MountOptions`]).
 const NAME_PREFIX: &[u8] = b"afterimage:";
@@ -63,6 +65,73 @@ pub(super) fn resolve_mount(mount: &Path) -> Result<PathBuf> {
         },
         _ => whole.canonicalize().map_err(cannot),
     }
+}
+
+/// Returns a path that need not be there yet, absolute and without links as far as it is.
+pub(super) fn resolve_new(path: &Path) -> Result<PathBuf> {
+    let cannot = |e| Error::io(format!("cannot look at {}", path.display()), e);
+    let whole = std::path::absolute(path).map_err(cannot)?;
+    let there = whole.ancestors().find_map(|dir| Some((dir, dir.canonicalize().ok()?)));
+    let Some((dir, real)) = there else { return Ok(whole) };
+    Ok(real.join(whole.strip_prefix(dir).expect("it is one of its ancestors")))
+}
+
+/// Adds to an error of missing permission who has it, if it is about `path`.
+pub(super) fn explain(error: Error, path: &Path) -> Error {
+    if error.kind() != Kind::Denied || error.next_step().is_some() {
+        return error;
+    }
+    match who_may(path) {
+        Some(hint) => error.hint(hint),
+        None => error,
+    }
+}
+
+/// Says who may use the first thing on the way to `path` that this process may not.
+fn who_may(path: &Path) -> Option<String> {
+    use std::os::unix::fs::MetadataExt;
+    let whole = std::path::absolute(path).ok()?;
+    let way: Vec<&Path> = whole.ancestors().collect();
+    let (at, meta) = way.into_iter().rev().find_map(|at| {
+        let meta = fs::metadata(at).ok()?;
+        let wants = match (meta.is_dir(), at == whole) {
+            (true, false) => Access::EXEC_OK,
+            (true, true) => Access::READ_OK | Access::WRITE_OK | Access::EXEC_OK,
+            (false, _) => Access::READ_OK | Access::WRITE_OK,
+        };
+        // Also the directory in which the next thing is not there, and would be made.
+        let made_here = meta.is_dir() && at != whole && !is_next_there(at, &whole);
+        let wants = if made_here { wants | Access::WRITE_OK } else { wants };
+        rustix::fs::access(at, wants).is_err().then_some((at, meta))
+    })?;
+    let me = rustix::process::geteuid().as_raw();
+    Some(format!(
+        "{} belongs to user {}, group {} and has mode {:04o}; this is user {}: run it as that user or as root",
+        at.display(),
+        name_of("/etc/passwd", meta.uid()),
+        name_of("/etc/group", meta.gid()),
+        meta.mode() & 0o7777,
+        name_of("/etc/passwd", me)
+    ))
+}
+
+/// Tells whether what follows `dir` on the way to `path` is there, or cannot be known.
+fn is_next_there(dir: &Path, path: &Path) -> bool {
+    let next = path.strip_prefix(dir).ok().and_then(|rest| rest.components().next());
+    let found = next.map(|name| dir.join(name).symlink_metadata());
+    !found.is_some_and(|found| found.is_err_and(|e| e.kind() == io::ErrorKind::NotFound))
+}
+
+/// Returns the name of a user or a group where the host has a list of them, and the number where not.
+fn name_of(table: &str, id: u32) -> String {
+    let text = fs::read_to_string(table).unwrap_or_default();
+    let number = id.to_string();
+    let name = text.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let (name, _password, found) = (fields.next()?, fields.next()?, fields.next()?);
+        (found == number).then_some(name)
+    });
+    name.map_or(number.clone(), |name| format!("{name} ({number})"))
 }
 
 /// Takes a mount away with the tool that needs no privileges.

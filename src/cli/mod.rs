@@ -21,6 +21,7 @@ mod exports;
 mod host;
 mod init;
 mod mount;
+mod new_dirs;
 mod pages;
 mod screen;
 mod server;
@@ -68,6 +69,7 @@ struct Cli {
 
 /// Options of every command.
 #[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Options of every command")]
 struct Global {
     /// The pool directory
     #[arg(long, value_name = "DIR", global = true, env = POOL_VARIABLE, hide_env_values = true)]
@@ -181,6 +183,10 @@ pub fn main() -> ExitCode {
     match run(cli.command, &cli.global, &screen) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
+            let error = match &cli.global.pool {
+                Some(pool) => host::explain(error, pool),
+                None => error,
+            };
             screen.error(&error, cli.global.verbose > 0);
             ExitCode::from(error.kind().exit_code())
         }

@@ -2,8 +2,10 @@
 //!
 //! # Rules
 //! 1. What is served, in which order it begins and ends, and what ends it, is the business of [`super::server`].
-//! 2. Nothing is mounted over the pool itself: the server would wait for itself.
-//! 3. Extent files that are mounted beside the pool go when the pool is unmounted.
+//! 2. Nothing is mounted over the pool itself: the server would wait for itself. Nor in it, where a copy of the pool would
+//!    copy what is mounted, too.
+//! 3. With `--init` either both the pool and the directory are there afterwards, or what was made is taken away again.
+//! 4. Extent files that are mounted beside the pool go when the pool is unmounted.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -11,6 +13,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use super::exports::serve;
+use super::new_dirs::NewDirs;
 use super::screen::Screen;
 use super::server::{Duty, Show};
 use super::show::Style;
@@ -87,19 +90,46 @@ impl Mount {
         words
     }
 
-    /// Makes what is missing.
+    /// Makes what is missing: the directory first, since more can be wrong with it.
     fn make(&self, pool: &Path, screen: &Screen) -> Result<()> {
+        let shown = self.mount.display();
+        let mut new = None;
+        if !host::is_dead(&self.mount) {
+            check_place(&host::resolve_new(pool)?, &host::resolve_new(&self.mount)?)?;
+            let made = NewDirs::make(&self.mount, 0o777).map_err(|error| {
+                if self.mount.exists() {
+                    return is_a_file(&self.mount);
+                }
+                host::explain(Error::io(format!("cannot make the directory {shown}"), error), &self.mount)
+            })?;
+            new = Some(made);
+        }
         match init::make_pool(pool, false) {
             Ok(uuid) => screen.note(&format!("pool {} ({uuid})", pool.display())),
             Err(error) if error.kind() == Kind::Exists => {}
-            Err(error) => return Err(error),
-        }
-        if !host::is_dead(&self.mount) {
-            std::fs::create_dir_all(&self.mount)
-                .map_err(|e| Error::io(format!("cannot make the directory {}", self.mount.display()), e))?;
+            Err(error) => {
+                new.iter().for_each(NewDirs::undo);
+                return Err(error);
+            }
         }
         Ok(())
     }
+}
+
+fn is_a_file(mount: &Path) -> Error {
+    Error::usage(format!("{} is a file, and a pool is mounted at a directory", mount.display()))
+}
+
+/// Refuses a place that would hide the pool, or lie in it.
+fn check_place(pool: &Path, mount: &Path) -> Result<()> {
+    let (shown, hint) = (mount.display(), "mount at a directory beside the pool");
+    if pool.starts_with(mount) {
+        return Err(Error::usage(format!("{shown} holds the pool {} and would hide it", pool.display())).hint(hint));
+    }
+    if mount.starts_with(pool) {
+        return Err(Error::usage(format!("{shown} lies in the pool {}", pool.display())).hint(hint));
+    }
+    Ok(())
 }
 
 /// Makes sure that the pool can be mounted at `mount`, after taking away what a killed server left there.
@@ -122,11 +152,7 @@ fn check_mount(pool: &Path, mount: &Path, screen: &Screen) -> Result<()> {
         Err(error) => return Err(Error::io(format!("cannot mount at {shown}"), error)),
     };
     if !meta.is_dir() {
-        return Err(Error::usage(format!("{shown} is a file, and a pool is mounted at a directory")));
+        return Err(is_a_file(mount));
     }
-    if pool.starts_with(mount) {
-        return Err(Error::usage(format!("{shown} holds the pool {} and would hide it", pool.display()))
-            .hint("mount at a directory beside the pool"));
-    }
-    Ok(())
+    check_place(pool, mount)
 }

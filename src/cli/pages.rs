@@ -13,10 +13,25 @@ use super::screen::Screen;
 use crate::error::{Error, Result};
 
 /// The pages that are written by hand.
-const WRITTEN: [(&str, &str); 2] = [
+const WRITTEN: [(&str, &str); 3] = [
     ("afterimage-pool.7", include_str!("../../man/afterimage-pool.7")),
     ("afterimage-api.5", include_str!("../../man/afterimage-api.5")),
+    ("afterimage-formats.5", include_str!("../../man/afterimage-formats.5")),
 ];
+
+/// Commands that are about one thing: the page of each names the others.
+const RELATED: [&[&str]; 7] = [
+    &["init", "mount", "umount", "doctor"],
+    &["serve", "attach", "detach", "exports"],
+    &["create", "import", "resize", "ls", "info", "rename", "rm", "set", "get"],
+    &["snapshot", "clone", "revert", "retire", "hold", "release", "prune"],
+    &["diff", "estimate", "verify", "export", "send", "receive", "record"],
+    &["check", "scrub", "reclaim", "metrics"],
+    &["completions", "man"],
+];
+
+/// Commands that write or read a format that has a life of its own.
+const OF_FORMATS: [&str; 4] = ["export", "send", "receive", "record"];
 
 /// Print a completion script for a shell
 ///
@@ -87,13 +102,40 @@ pub(super) fn all() -> Vec<(String, Vec<u8>)> {
 fn page(command: clap::Command) -> Vec<u8> {
     let name = command.get_display_name().unwrap_or(command.get_name()).to_owned();
     let source = format!("afterimage {}", env!("CARGO_PKG_VERSION"));
+    let others = others(&name, &command);
     let man = clap_mangen::Man::new(command).title(name).manual("Afterimage").source(source);
     let mut bytes = Vec::new();
     man.render(&mut bytes).expect("a vector takes everything");
     let mut roff = Roff::new();
     roff.control("SH", ["SEE ALSO"]);
-    roff.text([bold("afterimage"), roman("(1), "), bold("afterimage-pool"), roman("(7), ")]);
-    roff.text([bold("afterimage-api"), roman("(5)")]);
+    let last = others.len() - 1;
+    let words = others.into_iter().enumerate().flat_map(|(n, (name, section))| {
+        let end = if n < last { ", " } else { "" };
+        [bold(name), roman(format!("({section}){end}"))]
+    });
+    roff.text(words.collect::<Vec<_>>());
     roff.to_writer(&mut bytes).expect("a vector takes everything");
     bytes
+}
+
+/// Returns the pages to see beside that of a command: the one above it, those of its kin, and the concepts.
+fn others(name: &str, command: &clap::Command) -> Vec<(String, u8)> {
+    let own = name.trim_start_matches("afterimage").trim_start_matches('-');
+    let mut pages = Vec::new();
+    if !own.is_empty() {
+        pages.push(("afterimage".to_owned(), 1));
+    }
+    if let Some((above, _)) = own.split_once('-') {
+        pages.push((format!("afterimage-{above}"), 1));
+    }
+    let inner = command.get_subcommands().filter(|inner| inner.get_name() != "help" && !own.is_empty());
+    pages.extend(inner.map(|inner| (format!("afterimage-{own}-{}", inner.get_name()), 1)));
+    let kin = RELATED.iter().find(|kin| kin.contains(&own)).copied().unwrap_or_default();
+    pages.extend(kin.iter().filter(|other| **other != own).map(|other| (format!("afterimage-{other}"), 1)));
+    pages.push(("afterimage-api".to_owned(), 5));
+    if own.is_empty() || OF_FORMATS.contains(&own) {
+        pages.push(("afterimage-formats".to_owned(), 5));
+    }
+    pages.push(("afterimage-pool".to_owned(), 7));
+    pages
 }

@@ -24,7 +24,9 @@ pub(super) fn show(response: &Response, style: Style) -> String {
     match response {
         Response::Disk(disk) if style == Style::Full => disk_sheet(disk),
         Response::Disk(disk) => format!("disk {}, {}\n", disk.name, show_size(disk.size)),
-        Response::Disks { disks, health, damage } => disk_table(disks, health.as_deref(), damage.as_deref()),
+        Response::Disks { disks, health, damage, full } => {
+            disk_table(disks, [health.as_deref(), damage.as_deref(), full.as_deref()])
+        }
         Response::Snapshot(snapshot) if style == Style::Full => snapshot_sheet(snapshot),
         Response::Snapshot(snapshot) => snapshot_line(snapshot),
         Response::Snapshots { snapshots } if style == Style::Full => snapshot_table(snapshots),
@@ -89,7 +91,8 @@ fn origin(disk: &Disk) -> Option<String> {
     Some(format!("{}{gone}", disk.origin.as_ref()?))
 }
 
-fn disk_table(disks: &[Disk], health: Option<&str>, damage: Option<&str>) -> String {
+/// Returns a table of disks, and below it why the pool refuses writes, what of it is lost, why it takes no new data.
+fn disk_table(disks: &[Disk], troubles: [Option<&str>; 3]) -> String {
     let mut table = Table::new(&[
         Head::Left("DISK"),
         Head::Right("SIZE"),
@@ -110,9 +113,10 @@ fn disk_table(disks: &[Disk], health: Option<&str>, damage: Option<&str>) -> Str
             origin(disk).unwrap_or_else(|| "-".to_owned()),
         ]);
     }
-    let health = health.map(|why| format!("the pool refuses writes: {why}\n")).unwrap_or_default();
-    let damage = damage.map(|what| format!("the pool is damaged: {what}\n")).unwrap_or_default();
-    table.render() + &health + &damage
+    let meanings = ["refuses writes", "is damaged", "takes no new data"];
+    let lines = meanings.iter().zip(troubles);
+    let told = lines.filter_map(|(meaning, why)| Some(format!("the pool {meaning}: {}\n", why?)));
+    table.render() + &told.collect::<String>()
 }
 
 fn snapshot_table(snapshots: &[Snapshot]) -> String {
@@ -137,6 +141,11 @@ fn snapshot_table(snapshots: &[Snapshot]) -> String {
         ]);
     }
     table.render()
+}
+
+/// Returns a number of things: `1 disk`, `2 disks`.
+pub(super) fn count(number: u64, noun: &str) -> String {
+    format!("{number} {noun}{}", if number == 1 { "" } else { "s" })
 }
 
 /// Returns an amount for people and the exact bytes.
@@ -172,7 +181,9 @@ fn disk_sheet(disk: &Disk) -> String {
         lines.push(("kept for", holder.clone()));
     }
     for key in KEYS {
-        lines.push((key, setting(&disk.settings, key).expect("the key is from the list")));
+        let value = setting(&disk.settings, key).expect("the key is from the list");
+        let bytes = value.parse().ok().filter(|_| key != "iops");
+        lines.push((key, bytes.map_or(value, exact)));
     }
     sheet(&lines)
 }
@@ -197,9 +208,10 @@ fn snapshot_sheet(snapshot: &Snapshot) -> String {
 }
 
 fn snapshot_line(snapshot: &Snapshot) -> String {
+    let retired = if snapshot.state == "retired" { ", retired" } else { "" };
     let held =
         if snapshot.holds.is_empty() { String::new() } else { format!(", held by {}", snapshot.holds.join(", ")) };
-    format!("snapshot {}@{}{held}\n", snapshot.disk, snapshot.name)
+    format!("snapshot {}@{}{retired}{held}\n", snapshot.disk, snapshot.name)
 }
 
 fn reverted(report: &Reverted) -> String {
@@ -260,13 +272,13 @@ fn checked(report: &CheckReport) -> String {
     }
     let open = report.problems.iter().filter(|problem| !problem.fixed).count();
     text.push_str(&format!(
-        "{} disks, {} snapshots, {} segments, {} blocks; {} leaked; {}\n",
-        report.disks,
-        report.snapshots,
-        report.segments,
-        report.blocks,
+        "{}, {}, {}, {}; {} leaked; {}\n",
+        count(report.disks, "disk"),
+        count(report.snapshots, "snapshot"),
+        count(report.segments, "segment"),
+        count(report.blocks, "block"),
         show_size(report.leaked),
-        if open == 0 { "sound".to_owned() } else { format!("{open} problems") },
+        if open == 0 { "sound".to_owned() } else { count(open as u64, "problem") },
     ));
     text
 }
@@ -282,7 +294,8 @@ fn rebuilt(report: &RebuildReport) -> String {
     for disk in &report.disks {
         let live = disk.live.as_ref().map(|name| format!(", now like snapshot '{name}'")).unwrap_or_default();
         let (name, mapped) = (&disk.disk, show_size(disk.referenced));
-        text.push_str(&format!("disk {name}: {} snapshots, {mapped} mapped{live}\n", disk.snapshots));
+        let snapshots = count(disk.snapshots, "snapshot");
+        text.push_str(&format!("disk {name}: {snapshots}, {mapped} mapped{live}\n"));
         for lost in &disk.lost {
             text.push_str(&format!("  lost: {lost}\n"));
         }
@@ -318,8 +331,8 @@ fn scrubbed(report: &ScrubReport) -> String {
         text.push_str(&format!("and {} more\n", report.more));
     }
     text.push_str(&format!(
-        "{} blocks, {} read, {} not yet sealed; {}\n",
-        report.blocks,
+        "{}, {} read, {} not yet sealed; {}\n",
+        count(report.blocks, "block"),
         show_size(report.bytes),
         report.unverified,
         match report.damaged.len() as u64 + report.more {
@@ -347,8 +360,15 @@ fn exported(report: &Exported) -> String {
     let joined = if *joined > 0 { format!(", {} of them from joining", show_size(*joined)) } else { String::new() };
     let (data, zeros) = (show_size(*data), show_size(*zeros));
     format!(
-        "{path}: {what}: {data} in {files} files{joined}, {zeros} of zeros; apply it with 'sh {path}/apply TARGET'\n"
+        "{path}: {what}: {data} in {}{joined}, {zeros} of zeros; apply it with 'sh {path}/apply TARGET'\n",
+        count(*files, "file")
     )
+}
+
+fn health(status: &Status) -> String {
+    let troubles = [&status.health, &status.damage, &status.full];
+    let told: Vec<&str> = troubles.into_iter().flatten().map(String::as_str).collect();
+    if told.is_empty() { "good".to_owned() } else { told.join("; ") }
 }
 
 fn status_sheet(status: &Status) -> String {
@@ -358,7 +378,8 @@ fn status_sheet(status: &Status) -> String {
         ("process", status.pid.to_string()),
         ("version", status.version.clone()),
         ("mounted at", status.mount.clone().unwrap_or_else(|| "-".to_owned())),
-        ("health", status.health.clone().or(status.damage.clone()).unwrap_or_else(|| "good".to_owned())),
+        ("health", health(status)),
         ("free", format!("{} of {}", show_size(status.free), show_size(status.total))),
+        ("for new data", show_size(status.available)),
     ])
 }

@@ -98,10 +98,8 @@ impl Disk {
         if self.head.small.would_copy(to_usize(fresh)) || self.store.room_for(self.head.id, fresh).is_err() {
             return false;
         }
-        let Some(slab) = self.head.hand_out_now(index, &missing) else {
-            self.store.not_used(self.head.id, fresh);
-            return false;
-        };
+        plan.allowed += fresh;
+        let Some(slab) = self.head.hand_out_now(index, &missing) else { return false };
         plan.parts.last_mut().expect("pushed above").fresh.push((slab.base, missing));
         for (start, end) in missing.runs() {
             let (address, len) = (slab.base.at(start), (end - start) * to_usize(BLOCK_SIZE));

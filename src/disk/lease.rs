@@ -86,12 +86,28 @@ impl Disk {
     ///
     /// It has written before the pool was opened. If some of that may be lost, its first flush will say so.
     pub fn reserve(&self, holder: &str, time: Duration) {
-        match self.store.lost_changes(self.head.id) {
+        self.reserve_after(holder, Some(time), self.store.lost_changes(self.head.id));
+    }
+
+    /// As [`Disk::reserve`], for a caller that knows why something may be `lost`, if it may; without an end for no `time`.
+    pub fn reserve_after(&self, holder: &str, time: Option<Duration>, lost: Option<String>) {
+        match lost {
             Some(why) => self.head.tenancy.note_loss(holder, why),
             // Should the next process find no log, it is one that was lost.
             None => self.store.begin_log(&self.head),
         }
         self.head.tenancy.reserve(holder, time);
+    }
+
+    /// Keeps the lease for `holder`, which may or may not have written and cannot come to this process.
+    pub fn keep_for(&self, holder: &str) {
+        self.head.tenancy.reserve(holder, None);
+    }
+
+    /// Tells whether `holder` has still to be told that something it had written may be lost.
+    #[must_use]
+    pub fn owes_loss_to(&self, holder: &str) -> bool {
+        self.head.tenancy.owes_loss_to(holder)
     }
 
     /// Ends a reservation for `holder`.

@@ -139,6 +139,12 @@ impl Disk {
         self.head.id
     }
 
+    /// Returns what people call it, for a message.
+    #[must_use]
+    pub fn called(&self) -> String {
+        self.store.tables.read().called(self.head.id)
+    }
+
     /// Returns a number that is another one after every change of the content: what was read before it is out of date.
     #[must_use]
     pub fn changes(&self) -> u64 {

@@ -72,6 +72,8 @@ pub(super) struct Plan {
     pub(super) parts: Vec<Part>,
     pub(super) stretches: Vec<Stretch>,
     merged: Vec<Merged>,
+    /// Bytes of new blocks that were allowed for it.
+    pub(super) allowed: u64,
 }
 
 impl Disk {
@@ -88,16 +90,14 @@ impl Disk {
         }
         self.store.counters.writes.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         self.store.counters.written_bytes.fetch_add(data.len() as u64, std::sync::atomic::Ordering::Relaxed);
-        self.ask_for_room(data.len() as u64, offset)?;
+        let mut plan = Plan { allowed: self.ask_for_room(data.len() as u64, offset)?, ..Plan::default() };
         {
             let _gate = self.head.gate.read();
             let line = self.head.line();
             // Again: the disk may have been shrunk or removed meanwhile.
-            self.head.refuse_ended()?;
-            inside(&line)?;
-            let mut plan = Plan::default();
-            let planned = self.plan(&line, &Bytes { data, offset }, &mut plan);
-            let result = planned
+            let still = self.head.refuse_ended().and_then(|()| inside(&line));
+            let result = still
+                .and_then(|()| self.plan(&line, &Bytes { data, offset }, &mut plan))
                 .and_then(|()| self.carry_out(&plan, data).inspect_err(|error| self.store.poison_unless_full(error)));
             self.enter(&line, plan, result.is_ok());
             result.map_err(|error| self.name(error))?;
@@ -108,8 +108,8 @@ impl Disk {
         Ok(())
     }
 
-    /// Takes room on the host for as many blocks as may become new. Overwriting in place needs none.
-    fn ask_for_room(&self, len: u64, offset: u64) -> Result<()> {
+    /// Takes room on the host for as many blocks as may become new, and returns their bytes. Overwriting in place needs none.
+    fn ask_for_room(&self, len: u64, offset: u64) -> Result<u64> {
         let line = self.head.line();
         let mut fresh = 0;
         let (mut at, end) = (offset / BLOCK_SIZE * BLOCK_SIZE, offset + len);
@@ -126,7 +126,10 @@ impl Disk {
             }
             at = index.byte() + CHUNK_SIZE;
         }
-        if fresh == 0 { Ok(()) } else { self.store.room_for(self.head.id, fresh) }
+        if fresh > 0 {
+            self.store.room_for(self.head.id, fresh)?;
+        }
+        Ok(fresh)
     }
 
     fn plan(&self, line: &Line, source: &Bytes<'_>, plan: &mut Plan) -> Result<()> {
@@ -303,6 +306,7 @@ impl Disk {
 
     /// Maps what was written, or drops the slots of a failed write, and ends the claims.
     pub(super) fn enter(&self, line: &Line, plan: Plan, written: bool) {
+        let mut used = 0;
         for part in plan.parts {
             let mut state = part.chunk.lock();
             for (base, set) in &part.fresh {
@@ -310,6 +314,8 @@ impl Disk {
                 if written {
                     let before = state.entry.mapped().and(set).count();
                     let lost = state.entry.assign(*base, set);
+                    state.fresh += u64::from(set.count());
+                    used += u64::from(set.count()) * BLOCK_SIZE;
                     self.head.count(i64::from(set.count()) - i64::from(before));
                     // What was mapped before is older than the epoch: the stored entry has it.
                     assert!(
@@ -324,6 +330,7 @@ impl Disk {
             }
             state.release(&part.claim);
         }
+        self.head.settle(plan.allowed, used);
         // Last: who has read the blocks before must not give them out any more, who reads them from here on may.
         self.head.changed();
     }

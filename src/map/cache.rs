@@ -52,6 +52,8 @@ pub struct ChunkState {
     pub saved: Option<Entry>,
     /// Addresses that were handed out and dropped again since the last save; no row ever named them.
     pub dropped: Vec<Piece>,
+    /// Blocks that got an address since the last save, whatever became of them.
+    pub fresh: u64,
     /// Whether the next save stores the entry even if nothing is mapped and nothing was.
     pub marked: bool,
     /// Blocks that somebody is writing.

@@ -6,7 +6,9 @@
 //! 2. With TLS configured nothing but STARTTLS and ABORT is answered before it has begun, and whatever was agreed before
 //!    is forgotten then.
 //! 3. A client has [`IDLE`] for each message and [`OPTIONS_MAX`] options in all.
-//! 4. An export is opened when the client names it, and let go when it names another one or goes away.
+//! 4. An export is opened when the client names it, and let go when it names another one or goes away. It is entered when
+//!    the client chooses it, not before: who asks is in nobody's way. What is entered is what was asked about, with the
+//!    contexts that were chosen for it, even if it has got another name meanwhile.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,7 +19,7 @@ use super::option::{self, Choice, DATA_MAX, FIXED_NEWSTYLE, NO_ZEROES, OPTION, Q
 use super::status::{ALLOCATION, BITMAP, Context};
 use super::tls::Tls;
 use super::wire::{PAYLOAD_MAX, TEXT_MAX, transmission, word};
-use super::{Export, Exports};
+use super::{Export, Exports, Keep};
 use crate::clock::{self, Instant};
 use crate::error::{Error, Kind, Result};
 use crate::units::BLOCK_SIZE;
@@ -38,6 +40,8 @@ pub(super) struct Terms {
     pub(super) structured: bool,
     /// The contexts, by the numbers that the client knows.
     pub(super) contexts: Vec<(u32, Context)>,
+    /// Dropped last.
+    pub(super) _keep: Keep,
 }
 
 /// The handshake of a connection.
@@ -123,7 +127,7 @@ impl<'a> Handshake<'a> {
             return self.answer(kind, Err((reply::ERR_TLS_REQD, "begin with STARTTLS".into())));
         }
         match kind {
-            kind::EXPORT_NAME => return self.enter(data),
+            kind::EXPORT_NAME => return self.enter_by_name(data),
             kind::ABORT => {
                 // It may have gone already.
                 self.answer(kind, Ok(acknowledged(kind))).ok();
@@ -216,24 +220,39 @@ impl<'a> Handshake<'a> {
     }
 
     fn go(&mut self, data: &[u8]) -> io::Result<Next> {
-        let answer = self.describe(kind::GO, data);
-        let chosen = answer.is_ok();
+        // Described after: its size may change as long as nobody has it.
+        let entered = match Choice::decode(data) {
+            Some(choice) => self.enter(&choice.name),
+            None => Err(senseless()),
+        };
+        let (answer, keep) = match entered {
+            Ok(keep) => (self.describe(kind::GO, data), Some(keep)),
+            Err(refused) => (Err(refused), None),
+        };
+        let keep = keep.filter(|_| answer.is_ok());
         self.answer(kind::GO, answer)?;
-        Ok(if chosen { self.agree() } else { Next::Option })
+        Ok(keep.map_or(Next::Option, |keep| self.agree(keep)))
+    }
+
+    /// Enters an export.
+    fn enter(&mut self, name: &str) -> Result<Keep, (u32, String)> {
+        let export = self.open(name)?;
+        (export.enter)().map_err(|error| (refusal(&error), said(&error)))
     }
 
     /// Takes the export that was opened last, with the contexts if they were chosen for it.
-    fn agree(&mut self) -> Next {
-        let (name, export) = self.opened.take().expect("it was opened to be described");
+    fn agree(&mut self, keep: Keep) -> Next {
+        let (name, export) = self.opened.take().expect("it was opened to be entered");
         let contexts = self.contexts.take().filter(|(chosen_for, _)| *chosen_for == name);
         let contexts = contexts.map(|(_, contexts)| contexts).unwrap_or_default();
-        Next::Requests(Terms { export, structured: self.structured, contexts })
+        Next::Requests(Terms { export, structured: self.structured, contexts, _keep: keep })
     }
 
     /// Answers EXPORT_NAME, which cannot be refused.
-    fn enter(&mut self, data: Vec<u8>) -> io::Result<Next> {
+    fn enter_by_name(&mut self, data: Vec<u8>) -> io::Result<Next> {
         let name = String::from_utf8(data).map_err(io::Error::other)?;
         let structured = self.structured;
+        let keep = self.enter(&name).map_err(|(_, text)| io::Error::other(text))?;
         let export = self.open(&name).map_err(|(_, text)| io::Error::other(text))?;
         let mut bytes = export.device.size().to_be_bytes().to_vec();
         bytes.extend_from_slice(&flags_of(export, structured).to_be_bytes());
@@ -241,7 +260,7 @@ impl<'a> Handshake<'a> {
             bytes.extend_from_slice(&[0; ZEROES]);
         }
         self.link.send_all(&bytes, deadline())?;
-        Ok(self.agree())
+        Ok(self.agree(keep))
     }
 
     fn queries(&self, data: &[u8]) -> Result<Queries, (u32, String)> {

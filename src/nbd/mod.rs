@@ -12,7 +12,8 @@
 //!    error that the protocol has for it; a connection ends only when nobody knows where its next message begins.
 //! 2. A client slows and harms itself only: its requests, its replies and its memory are bounded.
 //! 3. A flush, and FUA, cover what was answered on any connection (`CAN_MULTI_CONN`): all of them use one disk.
-//! 4. What an export keeps (a lease, a hold) is let go when its connection has ended and nothing is under way.
+//! 4. Asking about an export (LIST, INFO, contexts) needs no lease. Choosing it (GO, EXPORT_NAME) takes what it needs, a
+//!    lease, which is let go when the connection has ended and nothing is under way.
 //! 5. Requests of any alignment are taken. Those of whole blocks are fast.
 //!
 //! # After a crash
@@ -47,7 +48,10 @@ pub use tls::Tls;
 use crate::disk::BlockDevice;
 use crate::error::Result;
 
-/// What a client uses.
+/// What is needed as long as an export is used, like a lease; dropped with the connection.
+pub type Keep = Box<dyn Any + Send + Sync>;
+
+/// What a client asks about, and uses once it has chosen it.
 pub struct Export {
     /// Its name.
     pub name: String,
@@ -57,8 +61,9 @@ pub struct Export {
     pub device: Arc<dyn BlockDevice>,
     /// What can be asked about it.
     pub contexts: Arc<dyn Contexts>,
-    /// What is needed as long as it is used, like a lease; dropped with the connection.
-    pub keep: Box<dyn Any + Send + Sync>,
+    /// Called when a client has chosen it, before its first request. May fail, such as with `Busy`; the message is told to
+    /// the client.
+    pub enter: Box<dyn Fn() -> Result<Keep> + Send + Sync>,
 }
 
 impl std::fmt::Debug for Export {
@@ -71,9 +76,9 @@ impl std::fmt::Debug for Export {
 pub trait Exports: Send + Sync {
     /// Returns the names that are listed.
     fn names(&self) -> Vec<String>;
-    /// Opens one for a connection; the empty name is that of the default export, where there is one.
+    /// Opens one for a client that asks about it; the empty name is that of the default export, where there is one.
     ///
     /// # Errors
-    /// `NotFound`; whatever keeps it from being opened, such as `Busy`. The message is told to the client.
+    /// `NotFound`; whatever keeps it from being opened. The message is told to the client.
     fn open(&self, name: &str) -> Result<Export>;
 }

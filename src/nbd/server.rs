@@ -4,7 +4,9 @@
 //! 1. One thread for each connection, and no more connections than allowed: one too many is closed at once.
 //! 2. A connection that fails, or whose thread panics, takes nothing with it but itself.
 //! 3. The end: no new connections; what is under way is finished and answered; then connections are closed, also those
-//!    whose clients do not take their replies within [`STOP_TIME`]. When it returns, everything exported is let go.
+//!    whose clients do not take their replies within [`STOP_TIME`]. When it returns, everything exported is let go, except
+//!    by a connection whose I/O the host does not end within that time once more: it can still write, so it keeps its lease
+//!    until it cannot, and the log says so.
 
 use std::collections::HashMap;
 use std::io;

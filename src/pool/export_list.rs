@@ -4,6 +4,7 @@
 //! 1. Disks and snapshots are named by their ids: they may be renamed, and ids are never used again.
 //! 2. What is no longer in the pool is dropped by whoever restores the list, not here.
 //! 3. The list is replaced as a whole, durably.
+//! 4. Numbers of exports are never used again, also those of exports that were not kept: holders are told apart by them.
 //!
 //! # Why not rows of the catalog
 //! This is what a host does with its pool, not what the pool is. A list that is lost or damaged must not keep a disk from
@@ -18,7 +19,9 @@ use crate::media::Media;
 /// Name of the file.
 pub const EXPORT_LIST: &str = "exports.toml";
 /// The format this program writes, and the newest it reads.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
+/// The first format that has [`LeaseRow::until`], [`LeaseRow::lost`] and [`ExportList::last_id`].
+const FORMAT_OF_CLAIMS: u32 = 2;
 /// Thousands of exports with the longest paths are shorter.
 const LEN_MAX: u64 = 16 << 20;
 /// Queues of a device at most.
@@ -89,6 +92,12 @@ pub struct LeaseRow {
     pub disk: u64,
     /// The name under which the lease was held.
     pub holder: String,
+    /// Seconds since 1970 up to which the disk is kept for it; set by the first server that came after it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub until: Option<u64>,
+    /// Why something that was acknowledged to it may be lost, as long as it was not told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lost: Option<String>,
 }
 
 /// The list.
@@ -97,6 +106,9 @@ pub struct LeaseRow {
 pub struct ExportList {
     /// Format version of this file.
     pub format: u32,
+    /// The last number that an export was given.
+    #[serde(default)]
+    pub last_id: u64,
     /// What is served.
     #[serde(default, rename = "export", skip_serializing_if = "Vec::is_empty")]
     pub exports: Vec<ExportRow>,
@@ -113,7 +125,15 @@ struct Version {
 
 impl Default for ExportList {
     fn default() -> Self {
-        Self { format: FORMAT, exports: Vec::new(), leases: Vec::new() }
+        Self { format: FORMAT, last_id: 0, exports: Vec::new(), leases: Vec::new() }
+    }
+}
+
+impl LeaseRow {
+    /// Makes the row of a holder that writes.
+    #[must_use]
+    pub fn new(disk: u64, holder: String) -> Self {
+        Self { disk, holder, until: None, lost: None }
     }
 }
 
@@ -166,10 +186,15 @@ impl ExportList {
             )
             .hint("use the newer afterimage that made it"));
         }
-        let found: Self = toml::from_str(&text).map_err(|e| damaged(e.message()))?;
+        let mut found: Self = toml::from_str(&text).map_err(|e| damaged(e.message()))?;
         if found.format == 0 {
             return Err(damaged("format 0 makes no sense"));
         }
+        let newer = |lease: &LeaseRow| lease.until.is_some() || lease.lost.is_some();
+        if found.format < FORMAT_OF_CLAIMS && (found.last_id > 0 || found.leases.iter().any(newer)) {
+            return Err(damaged("it has keys of a newer format"));
+        }
+        found.format = FORMAT;
         if let Some(problem) = found.exports.iter().find_map(ExportRow::problem) {
             return Err(damaged(problem));
         }
@@ -178,6 +203,7 @@ impl ExportList {
         if ids.windows(2).any(|pair| pair[0] == pair[1]) {
             return Err(damaged("two exports have one number"));
         }
+        found.last_id = found.last_id.max(ids.last().copied().unwrap_or(0));
         Ok(found)
     }
 

@@ -157,8 +157,9 @@ pub fn clone_into(store: &Arc<Store>, disk: &str, snapshot: Option<&str>, target
 pub fn revert(store: &Arc<Store>, disk: &str, snapshot: &str, keep: Option<&str>) -> Result<RevertReport> {
     let id = store.tables.read().disk_id(disk)?;
     let head = store.head(id)?;
-    store.wait_unleased(&head)?;
+    // First: who waits for the writer, or sends it away, is not to find out then that there is nothing to go back to.
     readable(&store.tables.read(), disk, snapshot)?;
+    store.wait_unleased(&head)?;
     if let Some(name) = keep {
         check_snapshot_name(name)?;
         super::take(store, &[(disk.to_owned(), name.to_owned())])?;

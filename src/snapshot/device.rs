@@ -40,9 +40,12 @@ pub fn open_by_id(store: &Arc<Store>, id: SnapshotId) -> Result<Arc<SnapshotDevi
         let tables = store.tables.read();
         tables.snapshot_by_id(id).and_then(|(key, row)| match row.status {
             Status::Live | Status::Hidden => Ok((key, row.size, row.referenced)),
-            Status::Retired => Err(Error::failed(format!("snapshot '{}' is retired: its data is gone", row.name))
-                .hint("it can still be the base of a diff")),
-            Status::Dying | Status::Ghost => Err(Error::not_found(format!("snapshot {id} was removed"))),
+            Status::Retired => {
+                let name = tables.called_snapshot(row);
+                Err(Error::failed(format!("snapshot {name} is retired: its data is gone"))
+                    .hint("it can still be the base of a diff"))
+            }
+            Status::Dying | Status::Ghost => Err(Error::not_found("the snapshot was removed")),
         })
     };
     match found {

@@ -23,7 +23,7 @@ use super::{DiskRow, Store};
 use crate::clock;
 use crate::error::{Kind, Result};
 use crate::map::{BlockSet, ChunkGuard, Entry, Piece};
-use crate::units::{BlockAddress, BranchId, ChunkIndex, DiskId, Epoch, SegmentId};
+use crate::units::{BLOCK_SIZE, BlockAddress, BranchId, ChunkIndex, DiskId, Epoch, SegmentId};
 
 /// A changed chunk, copied for a frame.
 #[derive(Debug, Clone)]
@@ -40,6 +40,8 @@ pub struct Capture {
     pub row: Option<(BranchId, Epoch)>,
     /// Addresses handed out and dropped in between.
     pub dropped: Vec<Piece>,
+    /// As [`crate::map::ChunkState::fresh`].
+    pub fresh: u64,
     /// As [`crate::map::ChunkState::marked`].
     pub marked: bool,
 }
@@ -51,8 +53,8 @@ impl Capture {
         let epoch = state.epoch;
         let row = state.row.replace((branch, epoch));
         let dropped = std::mem::take(&mut state.dropped);
-        let marked = std::mem::take(&mut state.marked);
-        Self { chunk, epoch, entry: state.entry.clone(), saved, row, dropped, marked }
+        let (fresh, marked) = (std::mem::take(&mut state.fresh), std::mem::take(&mut state.marked));
+        Self { chunk, epoch, entry: state.entry.clone(), saved, row, dropped, fresh, marked }
     }
 }
 
@@ -70,6 +72,7 @@ struct Sums {
     written: i64,
     free: Vec<Piece>,
     index: IndexChanges,
+    fresh: u64,
 }
 
 /// Chunks to enter into the index and to take out of it.
@@ -136,7 +139,6 @@ impl Store {
         self.ledger.writable()?;
         head.refuse_gone()?;
         let closed = self.switch_log(head);
-        let granted = head.granted.load(Ordering::Acquire);
         let covered = head.requested.load(Ordering::Acquire);
         let row = *head.owed_row.lock();
         let line = head.line();
@@ -160,8 +162,6 @@ impl Store {
         self.ledger.wait(ticket)?;
         self.drop_log(head, closed)?;
         self.tidy_logged(head);
-        // What it is about is in the tables now.
-        head.take_back(granted);
         order.completed = covered;
         Ok(())
     }
@@ -254,6 +254,7 @@ impl Store {
         captures: &mut std::iter::Peekable<std::vec::IntoIter<Capture>>,
     ) -> Result<Ticket> {
         let most = self.ledger.submit_max() / 4;
+        let head = self.head(id)?;
         let reclaim = self.reclaim.lock();
         let mut sums = Sums::default();
         let mut rows = Vec::new();
@@ -265,6 +266,7 @@ impl Store {
         {
             assert_eq!(capture.epoch, epoch, "captures of one epoch go together");
             let before = rows.len();
+            sums.fresh += capture.fresh;
             // What was inherited may have been copied into the branch since the chunk was loaded, see `flatten`.
             let inherited = capture.row.is_some_and(|row| row.0 != line.branch);
             if inherited {
@@ -288,6 +290,8 @@ impl Store {
             row.modified = clock::wall_seconds();
             row.touched = true;
         })?;
+        // Under the lock of the tables: nobody sees it counted twice, or not at all.
+        head.settle(sums.fresh * BLOCK_SIZE, 0);
         rows.into_iter().for_each(|row| edit.row(row));
         self.ledger.submit(edit.finish())
     }

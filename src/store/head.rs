@@ -89,8 +89,8 @@ pub struct Head {
     pub crcs: super::seal::Checksums,
     /// Blocks mapped now, unsaved changes included.
     pub referenced: AtomicI64,
-    /// Bytes of new blocks that were allowed and that no flush has brought into the tables, while there is a quota.
-    pub granted: AtomicU64,
+    /// Bytes of new blocks that were allowed, or written, and that the tables do not count yet. Below 0 for a moment only.
+    pub granted: AtomicI64,
     /// Who may write.
     pub tenancy: Tenancy,
     /// What of the changes is written down for who outlives this process.
@@ -130,7 +130,7 @@ impl Head {
             earlier: Mutex::default(),
             crcs: super::seal::Checksums::default(),
             referenced: AtomicI64::new(i64::try_from(row.referenced).unwrap_or(i64::MAX)),
-            granted: AtomicU64::new(0),
+            granted: AtomicI64::new(0),
             tenancy: Tenancy::default(),
             unflushed: super::unflushed::Unflushed::default(),
             gone: AtomicBool::new(false),
@@ -384,10 +384,11 @@ impl Head {
         self.referenced.fetch_add(change, Ordering::Relaxed);
     }
 
-    /// Takes back what was allowed of the quota: it was not used, or is in the tables.
-    pub fn take_back(&self, bytes: u64) {
-        let less = |granted: u64| Some(granted.saturating_sub(bytes));
-        self.granted.fetch_update(Ordering::AcqRel, Ordering::Acquire, less).expect("it always has a value");
+    /// Counts `now` bytes as granted in the place of `before`: what was written for what was allowed, nothing for what
+    /// was not written or is in the tables.
+    pub fn settle(&self, before: u64, now: u64) {
+        let signed = |bytes: u64| i64::try_from(bytes).expect("a disk ends at 64 TiB");
+        self.granted.fetch_add(signed(now) - signed(before), Ordering::AcqRel);
     }
 
     /// Locks the order of frames.
@@ -397,19 +398,20 @@ impl Head {
 }
 
 impl Store {
-    /// Returns the live side of a disk, the same for everybody.
+    /// Returns the live side of a disk, the same for everybody. The caller does not have the tables locked.
     ///
     /// # Errors
     /// `NotFound` when there is no such disk.
     pub fn head(&self, id: DiskId) -> Result<Arc<Head>> {
-        let mut heads = self.heads.lock();
-        if let Some(head) = heads.get(&id) {
+        if let Some(head) = self.heads.lock().get(&id) {
             return Ok(Arc::clone(head));
         }
-        let head = {
-            let tables = self.tables.read();
-            let row = tables.disk(id)?;
-            let head = Arc::new(Head::new(id, row, self.new_owner()));
+        // The tables first, as everywhere; and until the head is in the list, so that the disk is not removed in between.
+        let tables = self.tables.read();
+        let row = tables.disk(id)?;
+        let mut heads = self.heads.lock();
+        let head = heads.entry(id).or_insert_with(|| {
+            let head = Head::new(id, row, self.new_owner());
             if self.unclean {
                 // What was born before the floor was synced for a snapshot, and is not overwritten.
                 let oldest = BlockAddress::from_raw(row.floor).map_or(SegmentId(0), BlockAddress::segment);
@@ -417,13 +419,12 @@ impl Store {
                     tables.segments().filter(|(at, segment)| segment.disk == id && *at >= oldest && !segment.removed);
                 *head.earlier.lock() = mine.map(|(at, _)| at).filter(|at| !self.segments.is_lost(*at)).collect();
             }
-            head
-        };
-        if self.keeper.stopping() {
-            head.shut();
-        }
-        heads.insert(id, Arc::clone(&head));
-        Ok(head)
+            if self.keeper.stopping() {
+                head.shut();
+            }
+            Arc::new(head)
+        });
+        Ok(Arc::clone(head))
     }
 
     /// Returns the live sides that were used since the pool was opened.

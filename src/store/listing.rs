@@ -7,6 +7,7 @@ use super::states::{StateRow, Status};
 use super::tables::Tables;
 use super::{Origin, Settings, Store, origin};
 use crate::error::{Error, Result};
+use crate::metrics::{Kind, Text};
 use crate::units::{BLOCK_SIZE, DiskId, SnapshotId};
 
 /// A disk.
@@ -195,37 +196,34 @@ impl Store {
 
     /// Returns the metrics in the text format of Prometheus.
     pub fn metrics_text(&self) -> String {
-        let mut out = String::new();
-        let mut put = |name: &str, kind: &str, help: &str, value: u64| {
-            out.push_str(&format!("# HELP afterimage_{name} {help}\n# TYPE afterimage_{name} {kind}\n"));
-            out.push_str(&format!("afterimage_{name} {value}\n"));
-        };
+        let mut out = Text::new();
         let c = &self.counters;
         let load = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
-        put("reads_total", "counter", "Reads of disks and snapshots.", load(&c.reads));
-        put("read_bytes_total", "counter", "Bytes read.", load(&c.read_bytes));
-        put("writes_total", "counter", "Writes of disks.", load(&c.writes));
-        put("written_bytes_total", "counter", "Bytes written.", load(&c.written_bytes));
-        put("flushes_total", "counter", "Flushes asked for.", load(&c.flushes));
-        put("journal_frames_total", "counter", "Journal frames written.", load(&self.ledger.counters.frames));
-        put("folds_total", "counter", "Folds of the journal.", load(&self.ledger.counters.folds));
-        put("journal_used_percent", "gauge", "How full the journal is.", self.ledger.journal_percent());
-        put("snapshots_total", "counter", "Snapshots taken.", load(&c.snapshots));
-        put("snapshot_stop_ns", "gauge", "How long the last snapshot stopped writers.", load(&c.snapshot_stop_ns));
-        put("snapshot_stop_ns_max", "gauge", "The longest such stop.", load(&c.snapshot_stop_ns_max));
-        put("punched_blocks_total", "counter", "Blocks given back to the host.", load(&c.punched_blocks));
-        put("punches_total", "counter", "Hole punching calls.", load(&c.punches));
-        put("map_cache_bytes", "gauge", "Bytes of the map cache.", self.cache.used() as u64);
-        put("pool_poisoned", "gauge", "1 when the pool refuses writes.", u64::from(self.health().is_some()));
-        put("segments_missing", "gauge", "Segment files that are not there.", self.missing_segments().len() as u64);
-        if let Ok(space) = self.space() {
-            put("host_free_bytes", "gauge", "Free bytes of the host file system.", space.free);
+        out.counter("reads_total", "Reads of disks and snapshots.", load(&c.reads));
+        out.counter("read_bytes_total", "Bytes read.", load(&c.read_bytes));
+        out.counter("writes_total", "Writes of disks.", load(&c.writes));
+        out.counter("written_bytes_total", "Bytes written.", load(&c.written_bytes));
+        out.counter("flushes_total", "Flushes asked for.", load(&c.flushes));
+        out.counter("journal_frames_total", "Journal frames written.", load(&self.ledger.counters.frames));
+        out.counter("folds_total", "Folds of the journal.", load(&self.ledger.counters.folds));
+        out.gauge("journal_used_percent", "How full the journal is.", self.ledger.journal_percent());
+        out.counter("snapshots_total", "Snapshots taken.", load(&c.snapshots));
+        out.gauge("snapshot_stop_ns", "How long the last snapshot stopped writers.", load(&c.snapshot_stop_ns));
+        out.gauge("snapshot_stop_ns_max", "The longest such stop.", load(&c.snapshot_stop_ns_max));
+        out.counter("punched_blocks_total", "Blocks given back to the host.", load(&c.punched_blocks));
+        out.counter("punches_total", "Hole punching calls.", load(&c.punches));
+        out.gauge("map_cache_bytes", "Bytes of the map cache.", self.cache.used() as u64);
+        out.gauge("pool_poisoned", "1 when the pool refuses writes.", u64::from(self.health().is_some()));
+        out.gauge("segments_missing", "Segment files that are not there.", self.missing_segments().len() as u64);
+        if let Ok(room) = self.room() {
+            out.gauge("host_free_bytes", "Free bytes of the host file system.", room.free);
+            out.gauge("host_available_bytes", "Of them, bytes that new data may take.", room.available());
         }
         self.disk_metrics(&mut out);
-        out
+        out.finish()
     }
 
-    fn disk_metrics(&self, out: &mut String) {
+    fn disk_metrics(&self, out: &mut Text) {
         type Column = (&'static str, &'static str, fn(&DiskInfo) -> u64);
         let columns: [Column; 4] = [
             ("disk_size_bytes", "Size of the disk.", |d| d.size),
@@ -235,10 +233,9 @@ impl Store {
         ];
         let disks = self.disks();
         for (name, help, value) in columns {
-            out.push_str(&format!("# HELP afterimage_{name} {help}\n# TYPE afterimage_{name} gauge\n"));
+            let mut family = out.family(Kind::Gauge, name, help);
             for disk in &disks {
-                let label = disk.name.replace('\\', "\\\\").replace('"', "\\\"");
-                out.push_str(&format!("afterimage_{name}{{disk=\"{label}\"}} {}\n", value(disk)));
+                family.value(&[("disk", &disk.name)], value(disk));
             }
         }
     }

@@ -18,6 +18,7 @@
 //! | `Head::alloc` | the slab to hand out next | to make a segment |
 //! | `Store::reclaim` | who holds what, while it is decided what becomes free | reads only |
 //! | `Store::tables` | the small tables | no |
+//! | `Store::heads` | the list of the live sides | no |
 //! | the ledger's own locks | rows | as its header says |
 //! | those of `Tenancy` (its `taking_over` and `announcement`: until the kernel was told, with no other lock) | who writes | no |
 //! | that of `Head::unflushed` | the log of a disk | a write to the page cache |
@@ -88,6 +89,7 @@ pub use past::{Moment, OpeningRow, RetiredRow, decode_stamp, encode_stamp};
 pub use punch::ReclaimReport;
 pub use rebuild::{RebuildReport, RebuiltDisk, rebuild};
 pub use settings::{EnospcPolicy, Settings};
+pub use space::Room;
 pub use states::{DiskRow, StateRow, Status};
 pub use tables::{Edit, StateKey, Tables};
 pub use tree::Stretch;

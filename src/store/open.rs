@@ -29,7 +29,7 @@ use crate::map::Cache;
 use crate::media::{Media, Open};
 use crate::pool::{CATALOG, JOURNAL, SEGMENTS_DIR, SUPERBLOCK, Segments, Superblock, probe};
 use crate::sync::{Mutex, RwLock};
-use crate::units::SegmentId;
+use crate::units::{SegmentId, show_size};
 
 /// How a pool is made.
 #[derive(Debug, Clone, Copy)]
@@ -97,8 +97,18 @@ impl Store {
                 .hint("make the pool in an empty directory"));
         }
         if options.probe {
+            require_room(&**media, &options)?;
             probe(&**media)?.require()?;
         }
+        Self::make_files(media, options).inspect_err(|_| {
+            // What was made is taken away again, as far as the host lets us: the error is what counts.
+            for name in [SUPERBLOCK, SUPERBLOCK_NEW, crate::pool::BALLAST, CATALOG, JOURNAL] {
+                media.remove(name).ok();
+            }
+        })
+    }
+
+    fn make_files(media: &Arc<dyn Media>, options: InitOptions) -> Result<Uuid> {
         let superblock = Superblock::new();
         let journal = fresh(&**media, JOURNAL)?;
         Journal::create(&journal, superblock.uuid, Uuid::new_v4(), options.journal.max(JOURNAL_MIN))?;
@@ -338,9 +348,35 @@ impl Store {
     }
 }
 
+/// What the superblock is called while it is written.
+const SUPERBLOCK_NEW: &str = "afterimage.toml.new";
+
+/// Bytes that must be free for data in a new pool: a first segment and its rows.
+const DATA_MIN: u64 = 4 << 20;
+
+/// Refuses a host file system on which a new pool could not take a block.
+fn require_room(media: &dyn Media, options: &InitOptions) -> Result<()> {
+    let space = media.space().map_err(|e| Error::io("cannot ask the host file system for its room", e))?;
+    let (own, kept) = (options.journal.max(JOURNAL_MIN) + options.ballast, space::low_water(space.total));
+    let need = own + kept + DATA_MIN;
+    if space.free >= need {
+        return Ok(());
+    }
+    let takes = format!("a pool takes {} for itself and keeps {} free", show_size(own), show_size(kept));
+    Err(match space.total < need {
+        true => Error::no_space(format!("the host file system of {} is too small: {takes}", show_size(space.total)))
+            .hint("put the pool on a larger one"),
+        false => Error::no_space(format!(
+            "the host file system is too full: {takes}, and {} are free",
+            show_size(space.free)
+        ))
+        .hint(format!("make room for {} on the host", show_size(need))),
+    })
+}
+
 /// What an interrupted `init` may have left, and what the command line puts there before.
 const LEFTOVERS: [&str; 8] =
-    ["lock", JOURNAL, CATALOG, SEGMENTS_DIR, crate::pool::BALLAST, "afterimage.toml.new", "probe.tmp", "lost+found"];
+    ["lock", JOURNAL, CATALOG, SEGMENTS_DIR, crate::pool::BALLAST, SUPERBLOCK_NEW, "probe.tmp", "lost+found"];
 
 /// Makes an empty file, replacing what an interrupted `init` left.
 fn fresh(media: &dyn Media, name: &str) -> Result<Arc<dyn crate::media::File>> {

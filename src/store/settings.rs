@@ -60,11 +60,10 @@ impl Settings {
             "iops" => self.iops = limit(key, value, 1)?,
             "bandwidth" => self.bandwidth = limit(key, value, BLOCK_SIZE)?,
             "extent-size" => {
-                let size = parse_size(value)?;
-                if !size.is_power_of_two() || !(CHUNK_SIZE..=1 << 30).contains(&size) {
-                    return Err(Error::usage(format!("extent-size is a power of two from 2M to 1G, not '{value}'")));
-                }
-                self.extent_size = size;
+                let fits = |size: &u64| size.is_power_of_two() && (CHUNK_SIZE..=1 << 30).contains(size);
+                self.extent_size = parse_size(value).ok().filter(fits).ok_or_else(|| {
+                    Error::usage(format!("extent-size is a power of two from 2M to 1G, not '{value}'"))
+                })?;
             }
             _ => return Err(unknown(key)),
         }
@@ -112,11 +111,15 @@ fn limit(key: &str, value: &str, least: u64) -> Result<Option<u64>> {
     if value == "none" {
         return Ok(None);
     }
-    let number = parse_size(value)?;
-    if number < least {
-        return Err(Error::usage(format!("{key} is at least {least}, or 'none' for no limit")));
-    }
-    Ok(Some(number))
+    let number = parse_size(value).ok().filter(|number| *number >= least);
+    number.map(Some).ok_or_else(|| {
+        let what = match key {
+            "iops" => "a number of reads and writes a second, such as 500",
+            "bandwidth" => "a number of bytes a second, at least 4K, such as 100M",
+            _ => "a size, at least 4K, such as 20G",
+        };
+        Error::usage(format!("{key} is {what}, or 'none' for no limit, not '{value}'"))
+    })
 }
 
 fn unknown(key: &str) -> Error {

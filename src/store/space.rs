@@ -4,7 +4,9 @@
 //! 1. New blocks are refused below a low-water mark; metadata, deletes and retires go on below it.
 //! 2. The host is asked only every so many bytes: a credit is handed out and used up. It is never more than a quarter of
 //!    what was free above the mark, so that several writers cannot overrun it.
-//! 3. A preallocated ballast file is given up when even metadata finds no room, and made again when there is room.
+//! 3. What a quota is compared with is what the tables count and what was granted since ([`super::Head`]): each new block is
+//!    in exactly one of them, from the moment at which it is allowed.
+//! 4. A preallocated ballast file is given up when even metadata finds no room, and made again when there is room.
 
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
@@ -21,6 +23,37 @@ use crate::units::{BLOCK_SIZE, DiskId, show_size};
 pub(super) const BALLAST_SIZE: u64 = 16 << 20;
 const CREDIT_MAX: u64 = 64 << 20;
 
+/// The room on the host file system, as users of the pool have it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Room {
+    /// Bytes of the whole file system.
+    pub total: u64,
+    /// Bytes that are free.
+    pub free: u64,
+    /// Of them, bytes that are kept for deleting and for metadata.
+    pub kept: u64,
+}
+
+impl Room {
+    /// Returns the bytes that new data may still take.
+    #[must_use]
+    pub fn available(&self) -> u64 {
+        self.free.saturating_sub(self.kept)
+    }
+
+    /// Returns why no new data is taken; `None` while some is.
+    #[must_use]
+    pub fn full(&self) -> Option<String> {
+        (self.available() < BLOCK_SIZE).then(|| {
+            format!(
+                "the host file system is full: {} are free, and the last {} are kept for deleting and for metadata",
+                show_size(self.free),
+                show_size(self.kept)
+            )
+        })
+    }
+}
+
 /// Credit for new blocks.
 #[derive(Debug, Default)]
 pub(super) struct SpaceGuard {
@@ -36,8 +69,17 @@ impl Store {
         self.media.space().map_err(|e| Error::io("cannot ask the host file system for its room", e))
     }
 
+    /// Returns the room on the host file system, and how much of it is kept back.
+    ///
+    /// # Errors
+    /// Any error of the host.
+    pub fn room(&self) -> Result<Room> {
+        let space = self.space()?;
+        Ok(Room { total: space.total, free: space.free, kept: self.low_water(space) })
+    }
+
     pub(super) fn low_water(&self, space: Space) -> u64 {
-        self.options.low_water.unwrap_or_else(|| (256u64 << 20).max(space.total / 100))
+        self.options.low_water.unwrap_or_else(|| low_water(space.total))
     }
 
     /// Takes room for new blocks, or fails.
@@ -49,33 +91,31 @@ impl Store {
         if self.space.credit.fetch_sub(want, Ordering::Relaxed) >= want {
             return Ok(());
         }
-        let space = self.space()?;
-        let mark = self.low_water(space);
-        let above = space.free.saturating_sub(mark);
-        if above <= bytes {
+        let room = self.room()?;
+        let above = room.available();
+        if above < bytes {
             self.space.credit.store(0, Ordering::Relaxed);
-            return Err(Error::no_space(format!(
-                "the host file system is full: {} are free, and the last {} are kept for deleting and for metadata",
-                show_size(space.free),
-                show_size(mark)
-            ))
-            .hint("delete snapshots or make room on the host"));
+            let why = room.full().unwrap_or_else(|| {
+                format!("the host file system has room for {} more, not for {}", show_size(above), show_size(bytes))
+            });
+            return Err(Error::no_space(why).hint("delete snapshots or make room on the host"));
         }
         let credit = i64::try_from((above / 4).min(CREDIT_MAX)).expect("bounded");
         self.space.credit.store(credit, Ordering::Relaxed);
         Ok(())
     }
 
-    fn take_quota(&self, id: DiskId, bytes: u64, quota: Option<u64>) -> Result<()> {
-        let Some(quota) = quota else { return Ok(()) };
+    /// Counts bytes as granted, also where there is no quota yet; or fails, and counts nothing.
+    fn take_quota(&self, id: DiskId, bytes: u64) -> Result<()> {
         let head = self.head(id)?;
-        // In this order: what a flush moves from the one to the other in between is counted twice, not missed.
-        let granted = head.granted.fetch_add(bytes, Ordering::AcqRel);
-        let held = self.tables.read().held(id) * BLOCK_SIZE + granted;
-        if held + bytes <= quota {
-            return Ok(());
-        }
-        head.take_back(bytes);
+        let tables = self.tables.read();
+        let quota = tables.disk(id)?.settings.quota;
+        head.settle(0, bytes);
+        // Both at one moment: what a flush moves from the one to the other, it moves under the lock of the tables.
+        let granted = u64::try_from(head.granted.load(Ordering::Acquire)).unwrap_or(0);
+        let held = tables.held(id) * BLOCK_SIZE + granted.saturating_sub(bytes);
+        let Some(quota) = quota.filter(|quota| held + bytes > *quota) else { return Ok(()) };
+        head.settle(bytes, 0);
         Err(Error::no_space(format!(
             "the disk and its snapshots hold {}, which is the quota of {}",
             show_size(held),
@@ -87,31 +127,29 @@ impl Store {
     /// Takes back what [`Store::room_for`] allowed and was not used.
     pub fn not_used(&self, id: DiskId, bytes: u64) {
         if let Ok(head) = self.head(id) {
-            head.take_back(bytes);
+            head.settle(bytes, 0);
         }
     }
 
-    /// Takes room for new blocks of a disk, by its own policy: fails, or waits until there is some.
+    /// Takes room for new blocks of a disk, by its own policy: fails, or waits until there is some. Whoever is allowed it
+    /// settles with [`super::Head::settle`] what it really wrote.
     ///
     /// # Errors
     /// `NoSpace` when the disk says so; `ReadOnly` when the pool stops taking writes meanwhile.
     pub fn room_for(&self, id: DiskId, bytes: u64) -> Result<()> {
         let mut told = false;
         loop {
-            let (policy, quota) = {
-                let tables = self.tables.read();
-                let settings = &tables.disk(id)?.settings;
-                (settings.enospc, settings.quota)
-            };
+            let policy = self.tables.read().disk(id)?.settings.enospc;
             let room = self
-                .take_quota(id, bytes, quota)
+                .take_quota(id, bytes)
                 .and_then(|()| self.take_room(bytes).inspect_err(|_| self.not_used(id, bytes)));
             let Err(error) = room else { return Ok(()) };
             if policy == EnospcPolicy::Fail || error.kind() != crate::error::Kind::NoSpace {
                 return Err(error);
             }
             if !told {
-                tracing::warn!("writes of disk {id} wait: {error}");
+                let name = self.tables.read().called(id);
+                tracing::warn!("writes of disk {name} wait: {error}");
                 told = true;
             }
             self.ledger.writable()?;
@@ -156,6 +194,11 @@ impl Store {
             }
         }
     }
+}
+
+/// Returns how much of a file system of `total` bytes is kept free of new data.
+pub(super) fn low_water(total: u64) -> u64 {
+    (256u64 << 20).max(total / 100)
 }
 
 /// Writes the ballast file.

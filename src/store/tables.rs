@@ -210,7 +210,21 @@ impl Tables {
     /// # Errors
     /// `NotFound` when it was removed.
     pub fn disk(&self, id: DiskId) -> Result<&DiskRow> {
-        self.disks.get(&id).ok_or_else(|| Error::not_found(format!("disk {id} was removed")))
+        self.disks.get(&id).ok_or_else(|| Error::not_found("the disk was removed"))
+    }
+
+    /// Returns a disk as people call it, for a message.
+    #[must_use]
+    pub fn called(&self, id: DiskId) -> String {
+        self.disks.get(&id).map_or_else(|| "that was removed".to_owned(), |row| format!("'{}'", row.name))
+    }
+
+    /// Returns a snapshot as people call it, for a message.
+    #[must_use]
+    pub fn called_snapshot(&self, row: &StateRow) -> String {
+        self.disks
+            .get(&row.disk)
+            .map_or_else(|| format!("'{}'", row.name), |disk| format!("'{}@{}'", disk.name, row.name))
     }
 
     /// Tells whether a disk has that name.
@@ -311,7 +325,7 @@ impl Tables {
         if let Some(row) = self.retired.get(&id) {
             return Ok(((row.branch, row.epoch), &row.state));
         }
-        let key = self.snapshot_ids.get(&id).ok_or_else(|| Error::not_found(format!("snapshot {id} was removed")))?;
+        let key = self.snapshot_ids.get(&id).ok_or_else(|| Error::not_found("the snapshot was removed"))?;
         Ok((*key, &self.states[key]))
     }
 

@@ -4,7 +4,8 @@
 //! 1. One holder at a time writes. It may take the lease several times, and lets go when the last of them is dropped.
 //! 2. Who wants a lease that another one has waits for it a little: [`GRACE`], for holders of which it is not known
 //!    whether they are about to let go, and [`CLOSING_TIME`] once all its parts said that they are being closed.
-//! 3. A reserved lease goes only to the holder it is reserved for, until its time is over.
+//! 3. A reserved lease goes only to the holder it is reserved for, until its time is over. In a process in which that one
+//!    cannot come, because nothing is served there, it has no end.
 //! 4. The mount's pages are kept in step by the kernel only with what is written through the mount. Another holder is
 //!    *foreign*: the kernel forgets all pages of the disk before it may write, and after each of its writes if
 //!    the mount has read any since ([`Tenancy::note_reader`], [`Tenancy::announce`]).
@@ -40,7 +41,8 @@ struct State {
     /// How many of them said that they are being closed, and when the last one did.
     closing: usize,
     closing_since: Option<Instant>,
-    reserved: Option<(String, Instant)>,
+    /// Whom the lease is kept for, and until when.
+    reserved: Option<(String, Option<Instant>)>,
     /// Who has to be told that acknowledged changes may be lost, and why.
     loss: Option<(String, String)>,
     /// What the disk is attached to.
@@ -69,6 +71,8 @@ pub enum Refusal {
     Held(String),
     /// It waits for one that has to come back.
     Reserved(String, Duration),
+    /// It waits for one that can come back only when a server runs.
+    Kept(String),
 }
 
 impl Refusal {
@@ -83,6 +87,10 @@ impl Refusal {
                 "disk '{name}' is kept for {by}, which wrote to it before the server was restarted"
             ))
             .hint(format!("it is free in {} s unless that comes back", left.as_secs() + 1)),
+            Self::Kept(by) => {
+                Error::busy(format!("disk '{name}' is kept for {by}, which the next server serves again"))
+                    .hint("end that with 'afterimage detach', or start the server, which knows whether somebody writes")
+            }
         }
     }
 }
@@ -91,7 +99,8 @@ impl State {
     fn refusal(&self, holder: Option<&str>) -> Option<Refusal> {
         match (&self.holder, &self.reserved) {
             (Some(other), _) if Some(other.as_str()) != holder => Some(Refusal::Held(other.clone())),
-            (None, Some((other, until))) if Some(other.as_str()) != holder => {
+            (None, Some((other, None))) if Some(other.as_str()) != holder => Some(Refusal::Kept(other.clone())),
+            (None, Some((other, Some(until)))) if Some(other.as_str()) != holder => {
                 let left = until.saturating_duration_since(clock::now());
                 (!left.is_zero()).then(|| Refusal::Reserved(other.clone(), left))
             }
@@ -115,7 +124,8 @@ impl Tenancy {
     /// Returns whom the lease is kept for.
     pub fn reserved(&self) -> Option<String> {
         let state = self.state.lock();
-        state.reserved.as_ref().filter(|(_, until)| *until > clock::now()).map(|(holder, _)| holder.clone())
+        let holds = |(_, until): &&(String, Option<Instant>)| until.is_none_or(|until| until > clock::now());
+        state.reserved.as_ref().filter(holds).map(|(holder, _)| holder.clone())
     }
 
     /// Waits until the lease can be had by `holder`, or by anybody for `None`. It is not taken.
@@ -131,8 +141,8 @@ impl Tenancy {
         loop {
             let refusal = match state.refusal(holder) {
                 None => return Ok(()),
-                Some(reserved @ Refusal::Reserved(..)) => return Err(reserved),
-                Some(held) => held,
+                Some(held @ Refusal::Held(_)) => held,
+                Some(reserved) => return Err(reserved),
             };
             let until = state.hope(begun);
             if clock::now() >= until {
@@ -198,11 +208,12 @@ impl Tenancy {
         self.vacated.notify_all();
     }
 
-    /// Keeps the lease for `holder`, which has had it before, for so long; nothing when somebody has it.
-    pub fn reserve(&self, holder: &str, time: Duration) {
+    /// Keeps the lease for `holder`, which has had it before, for so long; without end for `None`. Nothing when somebody
+    /// has it.
+    pub fn reserve(&self, holder: &str, time: Option<Duration>) {
         let mut state = self.state.lock();
         if state.holder.is_none() {
-            state.reserved = Some((holder.to_owned(), clock::now() + time));
+            state.reserved = Some((holder.to_owned(), time.map(|time| clock::now() + time)));
         }
     }
 
@@ -225,6 +236,11 @@ impl Tenancy {
     /// Tells whether the holder has not been told yet.
     pub fn owes_loss(&self) -> bool {
         self.owes_loss.load(Ordering::SeqCst)
+    }
+
+    /// Tells whether `holder` has still to be told of a loss.
+    pub fn owes_loss_to(&self, holder: &str) -> bool {
+        self.state.lock().loss.as_ref().is_some_and(|(of, _)| of == holder)
     }
 
     /// Returns what the holder has to be told, once.
@@ -342,24 +358,29 @@ mod tests {
     #[test]
     fn a_reserved_lease_goes_to_its_holder_alone_until_its_time_is_over() {
         let tenancy = Tenancy::default();
-        tenancy.reserve("a", Duration::from_secs(60));
+        tenancy.reserve("a", Some(Duration::from_secs(60)));
         assert!(matches!(tenancy.take("b", true, || {}), Err(Refusal::Reserved(by, _)) if by == "a"));
         assert!(tenancy.wait_vacant(None).is_err());
         assert_eq!(tenancy.reserved().as_deref(), Some("a"));
         tenancy.take("a", true, || {}).unwrap();
         tenancy.let_go(false);
         tenancy.take("b", true, || {}).unwrap();
-        tenancy.reserve("a", Duration::from_secs(60));
+        tenancy.reserve("a", Some(Duration::from_secs(60)));
         assert_eq!(tenancy.reserved(), None, "somebody has it");
         tenancy.let_go(false);
-        tenancy.reserve("a", Duration::ZERO);
+        tenancy.reserve("a", Some(Duration::ZERO));
         tenancy.take("b", true, || {}).unwrap();
         tenancy.let_go(false);
-        tenancy.reserve("a", Duration::from_secs(60));
+        tenancy.reserve("a", Some(Duration::from_secs(60)));
         tenancy.unreserve("b");
         assert!(tenancy.reserved().is_some());
         tenancy.unreserve("a");
         tenancy.take("b", true, || {}).unwrap();
+        tenancy.let_go(false);
+        tenancy.reserve("a", None);
+        assert_eq!(tenancy.take("b", true, || {}), Err(Refusal::Kept("a".to_owned())));
+        assert_eq!(tenancy.reserved().as_deref(), Some("a"));
+        tenancy.take("a", true, || {}).unwrap();
     }
 
     #[test]

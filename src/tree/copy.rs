@@ -147,7 +147,8 @@ impl Tree {
         };
         if let Err(error) = cloned {
             // The source was deleted while open, a quota, another lineage: then it is a copy like any other.
-            tracing::debug!("a copy into disk {} cannot be a clone: {error}", target.id());
+            let name = target.called();
+            tracing::debug!("a copy into disk {name} cannot be a clone: {error}");
             return Ok(false);
         }
         let end = target.size();

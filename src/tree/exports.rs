@@ -131,7 +131,8 @@ impl Tree {
             let tables = self.store.tables.read();
             let (_, row) = tables.snapshot_by_id(id)?;
             if row.status != Status::Retired {
-                return Err(Error::not_found(format!("snapshot {id} is not retired")));
+                let name = tables.called_snapshot(row);
+                return Err(Error::not_found(format!("snapshot {name} is not retired")));
             }
             row.created
         };
@@ -149,8 +150,14 @@ impl Tree {
             let tables = self.store.tables.read();
             match tables.retired(id) {
                 Some(row) => row.state.uuid,
-                None if tables.snapshot_by_id(id)?.1.status == Status::Retired => return Ok(None),
-                None => return Err(Error::not_found(format!("snapshot {id} is not retired"))),
+                None => {
+                    let (_, row) = tables.snapshot_by_id(id)?;
+                    if row.status == Status::Retired {
+                        return Ok(None);
+                    }
+                    let name = tables.called_snapshot(row);
+                    return Err(Error::not_found(format!("snapshot {name} is not retired")));
+                }
             }
         };
         let file = self.store.media().open(&record_path(uuid), Open::ReadOnly);

@@ -116,7 +116,7 @@ impl Cut {
     pub fn live(tables: &Tables, id: SnapshotId) -> Result<Self> {
         let (key, row) = tables.snapshot_by_id(id)?;
         if row.status != Status::Live {
-            return Err(Error::not_found(format!("snapshot {id} has no data any more")));
+            return Err(Error::not_found(format!("snapshot {} has no data any more", tables.called_snapshot(row))));
         }
         Self::of(tables, key)
     }

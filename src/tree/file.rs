@@ -302,7 +302,8 @@ impl Drop for DiskHandle {
         if self.lease.is_some()
             && let Err(error) = self.file.settle()
         {
-            tracing::error!(%error, "a copy into disk {} was left incomplete and could not be cut", self.file.disk.id());
+            let name = self.file.disk.called();
+            tracing::error!("a copy into disk {name} was left incomplete and could not be cut: {error}");
         }
     }
 }
@@ -428,7 +429,7 @@ impl Tree {
         file.settle()?;
         let keep_size = mode & libc::FALLOC_FL_KEEP_SIZE != 0;
         match mode & !libc::FALLOC_FL_KEEP_SIZE {
-            0 => file.check_room(offset, len, self.store.space()?.free)?,
+            0 => file.check_room(offset, len, self.store.room()?.available())?,
             libc::FALLOC_FL_PUNCH_HOLE if keep_size => file.zero(offset, len)?,
             libc::FALLOC_FL_ZERO_RANGE => file.zero(offset, len)?,
             _ => return Err(Errno::EOPNOTSUPP),

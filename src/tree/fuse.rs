@@ -447,10 +447,12 @@ impl Filesystem for Mount {
     }
 
     fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
-        self.run("statfs", |tree| match tree.space() {
-            Ok(space) => {
-                let (total, free) = (space.total / BLOCK_SIZE, space.free / BLOCK_SIZE);
-                reply.statfs(total, free, free, 0, 0, 4096, FILE_NAME_MAX, 4096);
+        self.run("statfs", |tree| match tree.room() {
+            // What is kept for deleting and metadata counts as free, and nobody can write there: as what ext4 keeps for root.
+            Ok(room) => {
+                let blocks = |bytes: u64| bytes / BLOCK_SIZE;
+                let (total, free, available) = (blocks(room.total), blocks(room.free), blocks(room.available()));
+                reply.statfs(total, free, available, 0, 0, 4096, FILE_NAME_MAX, 4096);
             }
             Err(errno) => reply.error(code(errno)),
         });

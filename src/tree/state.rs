@@ -23,9 +23,8 @@ use super::window::Held;
 use crate::clock;
 use crate::disk::{self, BlockDevice};
 use crate::error::{Error, Kind};
-use crate::media::Space;
 use crate::snapshot;
-use crate::store::{Change, DiskInfo, SnapshotInfo, SnapshotState, Store};
+use crate::store::{Change, DiskInfo, Room, SnapshotInfo, SnapshotState, Store};
 use crate::sync::{Mutex, RwLock};
 use crate::units::{DiskId, SnapshotId};
 
@@ -274,8 +273,8 @@ impl Tree {
     ///
     /// # Errors
     /// What the store says.
-    pub fn space(&self) -> Answer<Space> {
-        Ok(self.store.space()?)
+    pub fn room(&self) -> Answer<Room> {
+        Ok(self.store.room()?)
     }
 
     /// Enters a handle into the table.

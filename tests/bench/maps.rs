@@ -172,6 +172,7 @@ impl Pool {
                     saved,
                     row,
                     dropped: Vec::new(),
+                    fresh: 0,
                     marked: false,
                 });
             }

@@ -117,6 +117,16 @@ fn nonsense_is_a_usage_error() {
 }
 
 #[test]
+fn serving_without_an_address_tells_both_kinds() {
+    for command in ["serve", "attach"] {
+        let output = program().args([command, "nbd", "web"]).output().unwrap();
+        let told = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{told}");
+        assert!(told.contains("--socket <PATH>|--listen <ADDRESS:PORT>"), "{told}");
+    }
+}
+
+#[test]
 fn help_ends_well_everywhere() {
     for name in commands() {
         for flag in ["-h", "--help"] {
@@ -129,6 +139,17 @@ fn help_ends_well_everywhere() {
     for flag in ["--help", "--version"] {
         assert!(program().arg(flag).output().unwrap().status.success());
     }
+}
+
+#[test]
+fn help_has_what_is_of_the_command_before_what_is_of_all() {
+    let output = program().args(["serve", "-h"]).output().unwrap();
+    let told = text(&output.stdout);
+    let at = |word: &str| told.find(word).unwrap_or_else(|| panic!("{word} in {told}"));
+    assert!(
+        at("--daemon") < at("Options of every command:") && at("Options of every command:") < at("--pool"),
+        "{told}"
+    );
 }
 
 #[test]
@@ -151,6 +172,16 @@ fn completions_are_made_for_the_usual_shells() {
             assert!(script.contains(name), "{shell} knows {name}");
         }
     }
+    // And one is loaded and asked: the shell that is everywhere.
+    let ask = "source /dev/stdin; COMP_WORDS=(afterimage snaps) COMP_CWORD=1; _afterimage afterimage snaps afterimage
+        complete -p afterimage; echo ${COMPREPLY[@]}";
+    let mut bash = std::process::Command::new("bash");
+    bash.args(["-c", ask]).stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
+    let mut bash = bash.spawn().unwrap();
+    let script = program().args(["completions", "bash"]).output().unwrap().stdout;
+    std::io::Write::write_all(&mut bash.stdin.take().unwrap(), &script).unwrap();
+    let said = bash.wait_with_output().unwrap().stdout;
+    assert!(text(&said).contains(" afterimage\n") && text(&said).ends_with("snapshot\n"), "{}", text(&said));
 }
 
 #[test]

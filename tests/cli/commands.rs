@@ -13,7 +13,30 @@ fn a_pool_is_made_once() {
     assert_eq!((made["answer"].as_str(), made["uuid"].as_str().unwrap().len()), (Some("pool"), 36));
     let (code, error) = it.error(&["init"]);
     assert_eq!((code, error["kind"].as_str()), (1, Some("exists")));
-    assert_eq!(it.json(&["ls"]), json!({ "answer": "disks", "disks": [], "health": null, "damage": null }));
+    let list = json!({ "answer": "disks", "disks": [], "health": null, "damage": null, "full": null });
+    assert_eq!(it.json(&["ls"]), list);
+}
+
+#[test]
+fn of_many_who_make_a_pool_in_one_place_one_does() {
+    let it = Afterimage::new();
+    let start = || {
+        let mut command = it.command(&["--json", "init"]);
+        command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn().unwrap()
+    };
+    let all: Vec<_> = (0..4).map(|_| start()).collect();
+    let ended: Vec<_> = all.into_iter().map(|child| child.wait_with_output().unwrap()).collect();
+    let made: Vec<_> = ended.iter().filter(|output| output.status.success()).collect();
+    assert_eq!(made.len(), 1);
+    for output in ended.iter().filter(|output| !output.status.success()) {
+        let error: serde_json::Value = serde_json::from_slice(&output.stderr).unwrap();
+        assert_eq!((output.status.code(), error["error"]["kind"].as_str()), (Some(1), Some("exists")), "{error}");
+    }
+    let answer: serde_json::Value = serde_json::from_slice(&made[0].stdout).unwrap();
+    let text = std::fs::read_to_string(it.pool().join("afterimage.toml")).unwrap();
+    assert!(text.contains(answer["uuid"].as_str().unwrap()), "the pool is that of the one who said so: {text}");
+    it.json(&["create", "web", "-s", "1G"]);
+    it.json(&["check"]);
 }
 
 #[test]
@@ -128,6 +151,18 @@ fn settings_are_set_all_or_none() {
     for bad in ["quota", "=1", "quota=many"] {
         assert_eq!(it.error(&["set", "a", bad]).0, 2, "{bad}");
     }
+    for (bad, want) in [
+        ("iops=abc", "iops is a number of reads and writes a second, such as 500, or 'none' for no limit, not 'abc'"),
+        ("quota=1K", "quota is a size, at least 4K, such as 20G, or 'none' for no limit, not '1K'"),
+        (
+            "bandwidth=",
+            "bandwidth is a number of bytes a second, at least 4K, such as 100M, or 'none' for no limit, not ''",
+        ),
+        ("extent-size=x", "extent-size is a power of two from 2M to 1G, not 'x'"),
+    ] {
+        let (code, error) = it.error(&["set", "a", bad]);
+        assert_eq!((code, error["message"].as_str()), (2, Some(want)));
+    }
     assert_eq!(it.error(&["set", "a", "iops=1", "iops=2"]).0, 2);
     assert_eq!(it.error(&["get", "a", "nonsense"]).0, 2);
 }
@@ -225,6 +260,8 @@ fn people_read_tables() {
     let lines: Vec<&str> = text(&output.stdout).lines().collect();
     assert!(lines[0].starts_with("DISK      SIZE  REFERENCED  WRITTEN  SNAPSHOTS"), "{lines:?}");
     assert!(lines[2].starts_with("web   10.0 GiB"), "{lines:?}");
+    it.prints(&["snapshot", "db@b"], "snapshot db@b\n");
+    it.prints(&["retire", "db@b"], "snapshot db@b, retired\n");
     let sheet = it.run(&["info", "web@a"]);
     assert!(text(&sheet.stdout).contains("size:       10.0 GiB (10737418240 bytes)\n"), "{}", text(&sheet.stdout));
     let output = it.run(&["rm", "web"]);

@@ -191,6 +191,29 @@ fn the_foreground_server_ends_cleanly_on_a_signal() {
     it.json(&["check"]);
 }
 
+/// A command that waits for a server that was stopped looked as if it hung: for ever, and without a word.
+#[test]
+fn a_server_that_says_nothing_is_named_and_waited_for() {
+    if !can_mount() {
+        return;
+    }
+    let it = Afterimage::new();
+    let status = it.json(&["mount", "--init", "--daemon", it.path("mnt").to_str().unwrap()]);
+    let _mounted = Mounted(&it);
+    let number = status["pid"].as_i64().unwrap();
+    let pid = rustix::process::Pid::from_raw(i32::try_from(number).unwrap()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
+    let mut child =
+        it.command(&["create", "web", "-s", "1G"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut line = String::new();
+    BufReader::new(child.stderr.take().unwrap()).read_line(&mut line).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::CONT).unwrap();
+    let want = format!("process {number}, is stopped; 'kill -CONT {number}'");
+    assert!(line.contains(&want) && line.contains(it.pool().to_str().unwrap()), "{line}");
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "disk web, 1.0 GiB\n"));
+}
+
 #[test]
 fn what_a_killed_server_left_is_taken_away() {
     if !can_mount() {
@@ -217,10 +240,30 @@ fn what_a_killed_server_left_is_taken_away() {
 }
 
 #[test]
+fn a_place_that_cannot_be_mounted_at_is_refused_before_a_pool_is_made() {
+    let it = Afterimage::new();
+    std::fs::write(it.path("file"), "").unwrap();
+    for at in ["file", "file/below", ".", "pool", "pool/mnt", "pool/deep/mnt"] {
+        let (code, error) = it.error(&["mount", "--init", "--daemon", it.path(at).to_str().unwrap()]);
+        assert!(code == 2 || at == "file/below" && code == 1, "{at}: {error}");
+        let shown = it.path(at).to_str().unwrap().trim_end_matches("/.").to_owned();
+        assert!(error["message"].as_str().unwrap().contains(&shown), "{at}: {error}");
+        let left: Vec<_> = std::fs::read_dir(it.dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(left, ["file"], "{at}");
+    }
+    // The other way round: no pool can be made, and the directory goes again.
+    std::fs::create_dir(it.pool()).unwrap();
+    std::fs::write(it.pool().join("precious"), "").unwrap();
+    let (code, error) = it.error(&["mount", "--init", "--daemon", it.path("new/mnt").to_str().unwrap()]);
+    assert_eq!(code, 1, "{error}");
+    assert!(!it.path("new").exists());
+}
+
+#[test]
 fn a_mount_that_cannot_be_is_refused_with_a_reason() {
     let it = Afterimage::with_pool();
     let pool = it.pool();
-    for (at, code) in [("nowhere", 3), ("file", 2), (".", 2), ("pool", 2)] {
+    for (at, code) in [("nowhere", 3), ("file", 2), (".", 2), ("pool", 2), ("pool/segments", 2)] {
         std::fs::write(it.path("file"), "").unwrap();
         let path = it.path(at);
         for flag in [&["--daemon"][..], &[]] {

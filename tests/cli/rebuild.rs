@@ -71,7 +71,7 @@ fn without_a_journal_the_snapshots_come_back_from_their_seals() {
     let output = it.run(&["check", "--rebuild"]);
     let said = text(&output.stdout);
     assert_eq!(output.status.code(), Some(0), "{said}{}", text(&output.stderr));
-    assert!(said.contains("disk web: 1 snapshots, 1.2 MiB mapped, now like snapshot 'first'\n"), "{said}");
+    assert!(said.contains("disk web: 1 snapshot, 1.2 MiB mapped, now like snapshot 'first'\n"), "{said}");
     assert!(said.contains("  lost: what was written to it since snapshot 'first'\n"), "{said}");
     assert!(said.contains("the old one is catalog.damaged-1.redb now\n"), "{said}");
     assert_eq!(fs::read(it.pool().join("catalog.damaged-1.redb")).unwrap(), b"not a catalog");

@@ -100,14 +100,22 @@ fn export_list() -> ExportList {
         read_only: true,
         queues: 64,
     };
-    let leases = vec![LeaseRow { disk: 7, holder: "export 3 (nbd 0.0.0.0:10809)".into() }];
-    ExportList { exports: vec![nbd, vhost], leases, ..ExportList::default() }
+    let leases = vec![LeaseRow::new(7, "export 3 (nbd 0.0.0.0:10809)".into())];
+    ExportList { exports: vec![nbd, vhost], leases, last_id: 5, ..ExportList::default() }
+}
+
+/// What version 1 could not say.
+fn export_list_2() -> ExportList {
+    let mut list = export_list();
+    let waits = LeaseRow::new(9, "export 3 (nbd 0.0.0.0:10809)".into());
+    list.leases.push(LeaseRow { until: Some(1_800_000_060), lost: Some("a \"log\" is missing".into()), ..waits });
+    ExportList { last_id: 12, ..list }
 }
 
 /// The list of exports as it is written.
 pub fn exports() -> Vec<u8> {
     let media = SimMedia::new(1);
-    export_list().write(&media).unwrap();
+    export_list_2().write(&media).unwrap();
     bytes_of(&media.open(EXPORT_LIST, Open::ReadOnly).unwrap())
 }
 
@@ -119,8 +127,9 @@ fn read_exports(bytes: &[u8]) -> Result<ExportList> {
 
 #[test]
 fn the_list_of_exports_is_golden() {
-    assert_eq!(fixture("exports"), exports());
-    assert_eq!(read_exports(&fixture("exports")).unwrap(), export_list());
+    assert_eq!(fixture_of("v2", "exports"), exports());
+    assert_eq!(read_exports(&fixture_of("v2", "exports")).unwrap(), export_list_2());
+    assert_eq!(read_exports(&fixture("exports")).unwrap(), export_list(), "version 1 is read as the next one");
     assert_eq!(ExportList::read(&SimMedia::new(1)).unwrap(), ExportList::default(), "there need not be one");
 }
 
@@ -138,10 +147,13 @@ fn a_damaged_list_of_exports_is_corrupt_or_another_list() {
         }
     }
     let text = String::from_utf8(exports()).unwrap();
-    let newer = text.replace("format = 1", "format = 2\nshape = \"other\"");
+    let newer = text.replace("format = 2", "format = 3\nshape = \"other\"");
     assert_eq!(read_exports(newer.as_bytes()).unwrap_err().kind(), Kind::Unsupported);
     for (good, bad) in [
-        ("format = 1", "format = 0"),
+        ("format = 2", "format = 0"),
+        ("format = 2", "format = 1"),
+        ("last-id = 12", "last-id = -1"),
+        ("until = 1800000060", "until = -1"),
         ("id = 3", "id = 0"),
         ("id = 3", "id = 5"),
         ("id = 3", "id = 3\nother = 1"),

@@ -18,7 +18,6 @@ fn make() {
     }
     let mut golden: Vec<(&str, Vec<u8>)> = vec![
         ("superblock", files::superblock()),
-        ("exports", files::exports()),
         ("journal", files::journal()),
         ("seal", files::seal()),
         ("unflushed", unflushed::golden()),
@@ -31,6 +30,7 @@ fn make() {
     }
     let bytes = files::state_seal_bytes();
     keep(&fixture_path("format/v2/state-seal.hex"), to_hex("state-seal", 2, &bytes).as_bytes());
+    keep(&fixture_path("format/v2/exports.hex"), to_hex("exports", 2, &files::exports()).as_bytes());
     let pool = fixture_path("pool-v1");
     if pool.join("files.txt").exists() {
         // Identities and times differ from run to run, and so does the database: the first one made stays.

@@ -163,6 +163,7 @@ fn live(way: Way) {
     assert_eq!(guest.run("ls /sys/block/vda/mq | wc -l"), PROCESSORS.to_string(), "each processor has a queue");
 
     let synced = write_under_snapshots(place, &mut guest);
+    find_no_fault(&mut guest);
     guest.reboot();
     files_are_there_inside(&mut guest, &synced);
     let mut guest = grow(&stage, guest);
@@ -218,6 +219,23 @@ fn outlive(way: Way) {
     assert_eq!(said, "", "the guest noticed nothing");
     guest.power_off();
     stage.leave(&synced);
+}
+
+/// Settings of fsx in the guest.
+const FSX: &str = "flen = 1048576
+weights = { close_open = 1, read = 3, write = 10, mapread = 2, mapwrite = 5, truncate = 3, invalidate = 1, fsync = 1,\
+ fdatasync = 1, posix_fallocate = 1, punch_hole = 4, sendfile = 1 }
+";
+
+/// Runs fsx in the guest, on a file of its file system, and reads from the disk what it left.
+fn find_no_fault(guest: &mut Machine) {
+    guest.run(&format!("mkdir -p /x; cat > /x/fsx.toml << 'END'\n{FSX}END"));
+    for seed in 1..=2 {
+        guest.run(&format!(
+            "cd /x; rm -f file; fsx -f fsx.toml -P . -S {seed} -N 300 file > said 2>&1 || {{ tail -n 60 said; exit 1; }}\n\
+             cp file /tmp/file; sync; echo 3 > /proc/sys/vm/drop_caches; cmp file /tmp/file"
+        ));
+    }
 }
 
 /// Waits until each load has synced so many files more than before, and returns how many that are.

@@ -25,7 +25,7 @@ pub(super) struct Parts {
 impl Parts {
     /// Makes the pieces in a directory. `None`, said loudly, where something is missing.
     pub(super) fn make(dir: &Path) -> Option<Self> {
-        let programs = ["qemu-system-x86_64", "busybox", "cpio", "mke2fs", "e2fsck", "losetup"];
+        let programs = ["qemu-system-x86_64", "busybox", "cpio", "mke2fs", "e2fsck", "losetup", "fsx", "ldd"];
         let from = Path::new(concat!(env!("CARGO_TARGET_TMPDIR"), "/../guest"));
         let kernel = from.join("vmlinuz");
         let there = require_loop()
@@ -37,6 +37,7 @@ impl Parts {
             make_initrd(&dir.join("initrd.d"), &from.join("modules"), &initrd);
             let root = dir.join("root.d");
             lay_out(&root, &[("agent", AGENT), ("bin/load", LOAD)]);
+            add_with_libraries(&root, "fsx");
             Self { kernel, initrd, root }
         })
     }
@@ -71,9 +72,25 @@ fn make_initrd(dir: &Path, modules: &Path, file: &Path) {
     shell(pack, &[dir.as_os_str(), file.as_os_str()]);
 }
 
-fn busybox() -> PathBuf {
+/// Puts a program of the host into a tree, with the libraries it needs where it looks for them.
+fn add_with_libraries(dir: &Path, program: &str) {
+    let from = find(program);
+    fs::copy(&from, dir.join("bin").join(program)).unwrap();
+    let said = run("ldd", [&from]);
+    for library in said.split_whitespace().filter(|word| word.starts_with('/')) {
+        let at = dir.join(library.trim_start_matches('/'));
+        fs::create_dir_all(at.parent().unwrap()).unwrap();
+        fs::copy(library, at).unwrap();
+    }
+}
+
+fn find(program: &str) -> PathBuf {
     let path = search_path();
-    std::env::split_paths(&path).map(|dir| dir.join("busybox")).find(|file| file.is_file()).unwrap_or_default()
+    std::env::split_paths(&path).map(|dir| dir.join(program)).find(|file| file.is_file()).unwrap_or_default()
+}
+
+fn busybox() -> PathBuf {
+    find("busybox")
 }
 
 fn busybox_is_static() -> bool {

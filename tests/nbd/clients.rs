@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::fs::FileExt;
 
+use afterimage::codec::crc32;
 use afterimage::disk::BlockDevice;
 use serde_json::Value;
 
@@ -280,8 +281,9 @@ assert h.pread(1, 10) == b"q"
     );
 }
 
+/// What is taken under its writes stays as it was then.
 #[test]
-fn fio_finds_what_it_wrote() {
+fn fio_finds_what_it_wrote_while_snapshots_are_taken() {
     if !require_programs(&["fio"]) {
         return;
     }
@@ -289,6 +291,7 @@ fn fio_finds_what_it_wrote() {
     rig.disk("a", 64 * MIB);
     let dir = format!("--aux-path={}", rig.file("").display());
     let uri = format!("--uri={}", rig.uri("a"));
+    let mut taken = Vec::new();
     for (mode, size, depth) in [("randrw", "4k", 32), ("randwrite", "1536", 16), ("write", "1m", 4)] {
         let words = [
             "--name=v".to_owned(),
@@ -304,6 +307,21 @@ fn fio_finds_what_it_wrote() {
             "--do_verify=1".to_owned(),
             "--randseed=1".to_owned(),
         ];
-        run("fio", words);
+        std::thread::scope(|scope| {
+            let fio = scope.spawn(|| run("fio", words));
+            while !fio.is_finished() {
+                let name = format!("s{}", taken.len());
+                rig.take("a", &name);
+                let snapshot = afterimage::snapshot::open(&rig.store, "a", &name).unwrap();
+                taken.push((crc32(&content(&*snapshot)), snapshot));
+                std::thread::sleep(std::time::Duration::from_millis(20));
+            }
+        });
+    }
+    println!("{} snapshots under fio", taken.len());
+    let sums: std::collections::BTreeSet<u32> = taken.iter().map(|(sum, _)| *sum).collect();
+    assert!(sums.len() > 3, "they were taken while it wrote");
+    for (then, snapshot) in taken {
+        assert_eq!(crc32(&content(&*snapshot)), then, "a snapshot stays as it was");
     }
 }

@@ -7,7 +7,9 @@
 
 mod bitmaps;
 mod clients;
+mod durable;
 mod ends;
+mod fsx;
 mod hostile;
 mod plain;
 mod tls;
@@ -25,7 +27,7 @@ use afterimage::store::Store;
 
 use crate::tree::new_pool;
 
-const MIB: u64 = 1 << 20;
+pub(crate) const MIB: u64 = 1 << 20;
 
 /// All disks and snapshots of a pool. The only disk is the default export.
 struct Pool(Arc<Store>);
@@ -52,19 +54,20 @@ impl Exports for Pool {
         let description = format!("'{name}' of a test");
         let Some((disk, snapshot)) = name.split_once('@') else {
             let device = disk::open(&self.0, &name)?;
-            let keep = Box::new(device.lease("nbd")?);
+            let writer = Arc::clone(&device);
+            let enter = Box::new(move || Ok(Box::new(writer.lease("nbd")?) as nbd::Keep));
             let contexts = contexts_of(&self.0, Exported::Disk(device.id()));
-            return Ok(nbd::Export { name, description, device, contexts, keep });
+            return Ok(nbd::Export { name, description, device, contexts, enter });
         };
         let device = snapshot::open(&self.0, disk, snapshot)?;
         let contexts = contexts_of(&self.0, Exported::Snapshot(device.id()));
-        Ok(nbd::Export { name, description, device, contexts, keep: Box::new(()) })
+        Ok(nbd::Export { name, description, device, contexts, enter: Box::new(|| Ok(Box::new(()))) })
     }
 }
 
 /// A pool, its server, and where that listens.
-struct Rig {
-    store: Arc<Store>,
+pub(crate) struct Rig {
+    pub(crate) store: Arc<Store>,
     server: Option<Server>,
     dir: tempfile::TempDir,
 }
@@ -74,7 +77,7 @@ impl Rig {
         Self::with(16)
     }
 
-    fn with(connections_max: usize) -> Self {
+    pub(crate) fn with(connections_max: usize) -> Self {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir(dir.path().join("out")).unwrap();
         let pool = tempfile::TempDir::new_in(dir.path()).unwrap();
@@ -107,21 +110,21 @@ impl Rig {
         format!("nbd+unix:///{}?socket={}", export.replace('@', "%40"), self.socket().display())
     }
 
-    fn disk(&self, name: &str, size: u64) -> Arc<Disk> {
+    pub(crate) fn disk(&self, name: &str, size: u64) -> Arc<Disk> {
         disk::create(&self.store, name, size).unwrap();
         disk::open(&self.store, name).unwrap()
     }
 
-    fn take(&self, disk: &str, snapshot: &str) {
+    pub(crate) fn take(&self, disk: &str, snapshot: &str) {
         snapshot::take(&self.store, &[(disk.to_owned(), snapshot.to_owned())]).unwrap();
     }
 
-    fn connect(&self) -> UnixStream {
+    pub(crate) fn connect(&self) -> UnixStream {
         UnixStream::connect(self.socket()).unwrap()
     }
 
     /// Waits until no client is connected any more: the server sees a client's end a moment after it.
-    fn wait_until_quiet(&self) {
+    pub(crate) fn wait_until_quiet(&self) {
         let begun = std::time::Instant::now();
         while self.server.as_ref().unwrap().connections() > 0 {
             assert!(begun.elapsed().as_secs() < 60, "a connection does not end");

@@ -12,6 +12,7 @@ mod full;
 mod images;
 mod increments;
 mod kills;
+mod making;
 mod ordinary;
 mod signals;
 

@@ -73,6 +73,11 @@ fn a_pool_of_somebody_else_is_refused_by_name() {
         let told = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!(output.status.code(), Some(1), "{command}: {told}");
         assert!(told.contains("ermission denied") && told.contains(pool.to_str().unwrap()), "{command}: {told}");
+        let hint = format!(
+            "hint: {} belongs to user root (0), group root (0) and has mode 0700; this is user ",
+            pool.display()
+        );
+        assert!(told.contains(&hint) && told.contains("(65534)"), "{command}: {told}");
     }
     // A directory in which nothing may be made.
     let closed = dir.path().join("closed");
@@ -80,4 +85,5 @@ fn a_pool_of_somebody_else_is_refused_by_name() {
     let output = as_nobody("cd $1; ./afterimage init closed/pool", dir.path());
     let told = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(output.status.code() == Some(1) && told.contains("closed/pool") && told.contains("ermission"), "{told}");
+    assert!(told.contains("/closed belongs to user root (0), group root (0) and has mode 0755"), "{told}");
 }

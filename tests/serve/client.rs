@@ -7,6 +7,7 @@ use std::time::Duration;
 
 const OPTION: u64 = 0x4948_4156_454f_5054;
 const LIST: u32 = 3;
+const INFO: u32 = 6;
 const GO: u32 = 7;
 const READ: u16 = 0;
 const WRITE: u16 = 1;
@@ -45,6 +46,18 @@ fn reply(stream: &mut UnixStream) -> io::Result<(u32, Vec<u8>)> {
     Ok((number(12), data))
 }
 
+fn request(command: u16, offset: u64, len: u32) -> Vec<u8> {
+    let parts = [
+        &0x2560_9513_u32.to_be_bytes()[..],
+        &0_u16.to_be_bytes(),
+        &command.to_be_bytes(),
+        &7_u64.to_be_bytes(),
+        &offset.to_be_bytes(),
+        &len.to_be_bytes(),
+    ];
+    parts.concat()
+}
+
 /// Returns the names a server lists.
 pub fn list(path: &Path) -> Vec<String> {
     let mut stream = connect(path).unwrap();
@@ -58,6 +71,20 @@ pub fn list(path: &Path) -> Vec<String> {
                 names.push(String::from_utf8(data[4..4 + len].to_vec()).unwrap());
             }
             other => panic!("{other:?}"),
+        }
+    }
+}
+
+/// Asks about an export and chooses none; the handshake lasts as long as what is returned.
+pub fn ask_about(path: &Path, name: &str) -> Result<UnixStream, String> {
+    let mut stream = connect(path).map_err(|e| e.to_string())?;
+    let data = [&(name.len() as u32).to_be_bytes()[..], name.as_bytes(), &[0, 0]].concat();
+    option(&mut stream, INFO, &data).map_err(|e| e.to_string())?;
+    loop {
+        match reply(&mut stream).map_err(|e| e.to_string())? {
+            (1, _) => return Ok(stream),
+            (3, _) => {}
+            (_, message) => return Err(String::from_utf8_lossy(&message).into_owned()),
         }
     }
 }
@@ -88,16 +115,7 @@ impl Nbd {
     }
 
     fn ask(&mut self, command: u16, offset: u64, len: u32, data: &[u8]) -> io::Result<u32> {
-        let request = [
-            &0x2560_9513_u32.to_be_bytes()[..],
-            &0_u16.to_be_bytes(),
-            &command.to_be_bytes(),
-            &7_u64.to_be_bytes(),
-            &offset.to_be_bytes(),
-            &len.to_be_bytes(),
-            data,
-        ];
-        self.stream.write_all(&request.concat())?;
+        self.stream.write_all(&[&request(command, offset, len), data].concat())?;
         let mut head = [0; 16];
         self.stream.read_exact(&mut head)?;
         assert_eq!(head[..4], 0x6744_6698_u32.to_be_bytes());
@@ -107,6 +125,29 @@ impl Nbd {
     /// Writes; returns the error number of NBD, 0 for none.
     pub fn write(&mut self, data: &[u8], offset: u64) -> io::Result<u32> {
         self.ask(WRITE, offset, data.len() as u32, data)
+    }
+
+    /// Asks for data several times, and takes none of it yet.
+    pub fn begin_reads(&mut self, times: usize, len: usize) -> io::Result<()> {
+        self.stream.write_all(&request(READ, 0, len as u32).repeat(times))
+    }
+
+    /// Takes what [`Nbd::begin_reads`] asked for, as far as it comes; returns how many bytes of data that were.
+    pub fn take(&mut self, replies: usize, len: usize) -> usize {
+        let mut taken = 0;
+        for _ in 0..replies {
+            let (mut head, mut data) = ([0; 16], vec![0; len]);
+            if self.stream.read_exact(&mut head).and_then(|()| self.stream.read_exact(&mut data)).is_err() {
+                break;
+            }
+            taken += len;
+        }
+        taken
+    }
+
+    /// Waits until the server ends the connection.
+    pub fn wait_for_the_end(&mut self) {
+        assert_eq!(self.stream.read(&mut [0; 1]).unwrap(), 0);
     }
 
     /// Flushes.

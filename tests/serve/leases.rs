@@ -2,7 +2,7 @@
 
 use std::os::unix::fs::FileExt;
 
-use super::client::Nbd;
+use super::client::{Nbd, ask_about};
 use super::{Server, wait_until};
 
 const EBUSY: Option<i32> = Some(libc::EBUSY);
@@ -12,6 +12,10 @@ fn an_nbd_client_has_the_lease_as_long_as_it_is_connected() {
     let Some(server) = Server::mounted() else { return };
     server.json("attach nbd web --socket SOCK");
     let writer = server.open_to_write("web").expect("nobody is connected");
+    // Opened before, so it is read through the cache; what is opened while another one writes is not.
+    let before = std::fs::File::open(server.disk("web")).unwrap();
+    let mut seen = [0; 5000];
+    before.read_exact_at(&mut seen, 1000).unwrap();
     let refused = Nbd::open(&server.sock(), "web").err().expect("the mount writes");
     assert!(refused.contains("disk 'web' is open for writing by mount"), "{refused}");
     drop(writer);
@@ -26,17 +30,43 @@ fn an_nbd_client_has_the_lease_as_long_as_it_is_connected() {
         assert_eq!(code, 4, "{words}: {message}");
     }
     server.json("resize web 16M");
-    let reader = std::fs::File::open(server.disk("web")).unwrap();
+    let during = std::fs::File::open(server.disk("web")).unwrap();
     for round in 1..20_u8 {
         assert_eq!(first.write(&[round; 5000], 1000).unwrap(), 0);
-        let mut seen = [0; 5000];
-        reader.read_exact_at(&mut seen, 1000).unwrap();
-        assert_eq!(seen, [round; 5000], "what was acknowledged there is seen here");
+        for (name, file) in [("before", &before), ("during", &during)] {
+            file.read_exact_at(&mut seen, 1000).unwrap();
+            assert_eq!(seen, [round; 5000], "what was acknowledged there is seen here, opened {name}");
+        }
     }
     drop(first);
     assert_eq!(server.open_to_write("web").unwrap_err().raw_os_error(), EBUSY, "one is still there");
     drop(second);
     wait_until("the lease falls", || server.open_to_write("web").is_ok());
+}
+
+#[test]
+fn who_only_asks_about_an_export_needs_no_lease_and_takes_none() {
+    let server = Server::without();
+    server.json("serve nbd web --socket SOCK --daemon");
+    server.json("attach nbd web --socket DIR/other");
+    let asking = ask_about(&server.sock(), "web").unwrap();
+    assert_eq!(server.holder("web"), None);
+    assert_eq!(server.exports()[0]["clients"], 0);
+    server.json("resize web 4M --shrink");
+    let writer = Nbd::open(&server.it.path("other"), "web").expect("the other one only asks");
+    ask_about(&server.sock(), "web").expect("asking is free while somebody writes");
+    Nbd::open(&server.sock(), "web").err().expect("the disk has its writer");
+    drop((asking, writer));
+}
+
+#[test]
+fn what_is_missing_is_missing_whoever_writes() {
+    let server = Server::without();
+    server.json("serve nbd web --socket SOCK --daemon");
+    let _writer = Nbd::open(&server.sock(), "web").unwrap();
+    let (code, message) = server.error("revert web@none");
+    assert_eq!((code, message.contains("none")), (3, true), "{message}");
+    assert_eq!(server.error("revert none@a").0, 3);
 }
 
 #[test]

@@ -7,8 +7,11 @@
 
 mod attach;
 mod client;
+mod direct;
+mod ending;
 mod leases;
 mod refused;
+mod removed;
 mod restart;
 
 use std::path::Path;

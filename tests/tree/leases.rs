@@ -180,6 +180,32 @@ fn write_in_halves(disk: &Disk, data: &[u8]) {
     }
 }
 
+/// The end of a file is cached, too, and so is what was read of its last page.
+#[test]
+fn what_another_front_end_grows_is_read_to_its_new_end_through_a_file_that_was_open() {
+    for ring in [true, false] {
+        let Some(mount) = Mount::with(|options| MountOptions { ring, ..options }) else { return };
+        let (mut size, step) = (MIB + 512, MIB);
+        let path = mount.make("a", size as u64);
+        create(&path).write_all_at(&noise(size, 1), 0).unwrap();
+        let before = fs::File::open(&path).unwrap();
+        let mut seen = vec![0; step];
+        before.read_exact_at(&mut seen, (size - step) as u64).unwrap();
+        let (disk, lease) = take(&mount, "a");
+        for round in 1..6 {
+            let old = size;
+            size += step;
+            disk.resize(size as u64, false).unwrap();
+            let new = noise(step, 10 + round);
+            disk.write(&new, old as u64).unwrap();
+            assert_eq!(before.metadata().unwrap().len(), size as u64);
+            before.read_exact_at(&mut seen, old as u64).unwrap();
+            assert!(seen == new, "round {round}, ring {ring}");
+        }
+        drop(lease);
+    }
+}
+
 #[test]
 fn what_another_front_end_writes_shows_in_mapped_memory() {
     let Some(mount) = Mount::new() else { return };

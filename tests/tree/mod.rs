@@ -43,10 +43,15 @@ pub(crate) fn require_fuse() -> bool {
 
 /// Makes a pool and opens it.
 pub(crate) fn new_pool(dir: &tempfile::TempDir) -> Arc<Store> {
+    new_pool_with(dir, OpenOptions::default())
+}
+
+/// As [`new_pool`], opened with these options.
+pub(crate) fn new_pool_with(dir: &tempfile::TempDir, options: OpenOptions) -> Arc<Store> {
     let media: Arc<dyn afterimage::media::Media> = Arc::new(HostMedia::new(dir.path()).unwrap());
     let small = afterimage::store::InitOptions { journal: 4 << 20, ballast: 4096, probe: true };
     Store::init(&media, small).unwrap();
-    Store::open(media, OpenOptions::default()).unwrap()
+    Store::open(media, options).unwrap()
 }
 
 /// A pool in a temporary directory and its tree, unmounted at the end.
@@ -66,12 +71,17 @@ impl Mount {
 
     /// As [`Mount::new`], with other options.
     pub(crate) fn with(change: impl FnOnce(MountOptions) -> MountOptions) -> Option<Self> {
+        Self::opened(OpenOptions::default(), change)
+    }
+
+    /// As [`Mount::with`], of a pool that was opened with other options.
+    pub(crate) fn opened(open: OpenOptions, change: impl FnOnce(MountOptions) -> MountOptions) -> Option<Self> {
         if !require_fuse() {
             return None;
         }
         let pool = tempfile::tempdir().unwrap();
         let at = tempfile::tempdir().unwrap();
-        let store = new_pool(&pool);
+        let store = new_pool_with(&pool, open);
         let mounted = mount(&store, at.path(), &change(MountOptions::of_pool(pool.path()))).unwrap();
         let dir = mounted.mountpoint().to_path_buf();
         Some(Self { store, dir, mounted: Some(mounted), _pool: pool, _at: at })

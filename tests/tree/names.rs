@@ -3,9 +3,13 @@
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 
-use rustix::fs::{CWD, FileType, Mode, RenameFlags, mknodat, renameat_with};
+use afterimage::api::answer::Status;
+use afterimage::api::{self, Request, Response};
+use afterimage::progress::Silent;
+use afterimage::store::OpenOptions;
+use rustix::fs::{CWD, FallocateFlags, FileType, Mode, RenameFlags, fallocate, mknodat, renameat_with};
 
 use super::{Mount, create, errno, run, rustix_errno};
 
@@ -166,4 +170,38 @@ fn statfs_shows_the_room_of_the_host() {
     assert_eq!((stat.f_frsize, stat.f_bsize, stat.f_namemax), (4096, 4096, 242));
     assert_eq!(stat.f_blocks, space.total / 4096);
     assert!(stat.f_bavail > 0);
+}
+
+/// Returns why no new data is taken, as the list of disks says it, and the status.
+fn told(mount: &Mount) -> (Option<String>, Status) {
+    let ask = |request| api::execute(&mount.store, request, &Silent).unwrap();
+    match (ask(Request::Ls { disk: None }), ask(Request::Status {})) {
+        (Response::Disks { full, .. }, Response::Status(status)) => (full, status),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// What `df` calls available once was all that is free: most of it on a host that ran full, where every write was refused.
+#[test]
+fn statfs_promises_nothing_that_a_write_is_refused() {
+    let mark = 16 << 20;
+    let kept = |mark| OpenOptions { low_water: Some(mark), ..OpenOptions::default() };
+    let Some(mount) = Mount::opened(kept(mark), |options| options) else { return };
+    let stat = rustix::fs::statvfs(&mount.dir).unwrap();
+    assert_eq!((stat.f_bfree - stat.f_bavail) * 4096, mark, "kept for deleting and for metadata");
+    let (full, status) = told(&mount);
+    assert_eq!((full, status.full, status.free - status.available), (None, None, mark));
+    drop(mount);
+
+    let mount = Mount::opened(kept(1 << 60), |options| options).unwrap();
+    let stat = rustix::fs::statvfs(&mount.dir).unwrap();
+    assert_eq!(stat.f_bavail, 0);
+    assert!(stat.f_bfree > 0);
+    let file = create(&mount.make("a", 1 << 20));
+    assert_eq!(errno(file.write_all_at(&[1; 4096], 0)), libc::ENOSPC);
+    assert_eq!(rustix_errno(fallocate(&file, FallocateFlags::empty(), 0, 4096)), libc::ENOSPC, "nor this");
+    let (full, status) = told(&mount);
+    let why = full.unwrap();
+    assert!(why.starts_with("the host file system is full: "), "{why}");
+    assert_eq!((status.full, status.available, status.health), (Some(why), 0, None));
 }

@@ -1,7 +1,7 @@
 //! The vhost-user server, with the test as its front end and its guest: the messages go through the `vhost` crate, the
 //! rings are made by hand in memory that is shared with the server.
 
-mod guest;
+pub(crate) mod guest;
 mod hostile;
 mod qemu;
 mod reconnect;
@@ -16,7 +16,7 @@ use afterimage::error::Result;
 use afterimage::vhost_blk::{self, Options, Server};
 use parking_lot::{Condvar, Mutex};
 
-use guest::Guest;
+pub(crate) use guest::Guest;
 
 /// A disk in memory that can be made to wait and to fail.
 #[derive(Debug, Default)]

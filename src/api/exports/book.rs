@@ -4,7 +4,12 @@
 //! 1. The file is read when it is first needed. While it cannot be read, whatever needs it fails and nothing else does.
 //! 2. A holder that may come back is in the file before its first write, and leaves it when it lets go. What ends only
 //!    because the server does stays in it.
-//! 3. A holder that does not come back within [`RESERVED`] has lost its claim.
+//! 3. A holder that does not come back within [`RESERVED`] of the first server after it has lost its claim, however often
+//!    servers are started meanwhile: the end of its time is in the file.
+//! 4. What may be lost of a holder's writes is in the file until it was told, so that a process that opens the pool in
+//!    between and closes it in order does not make it look as if all were well. After a kill the log of the disk tells it
+//!    (`store::unflushed`), and what the file says is out of date.
+//! 5. A number is in the file before it is given out. If it cannot be written, it is only one that no export has.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -23,13 +28,30 @@ pub(super) const RESERVED: Duration = Duration::from_secs(60);
 /// Who writes to which disk.
 type Claim = (u64, String);
 
+/// Somebody who has not come back yet.
+#[derive(Debug)]
+struct Awaited {
+    until: Instant,
+    /// The same as it is in the file.
+    until_seconds: u64,
+    lost: Option<String>,
+}
+
+/// Somebody who writes.
+#[derive(Debug, Default)]
+struct Writing {
+    /// How often it has its lease.
+    count: usize,
+    lost: Option<String>,
+}
+
 #[derive(Debug, Default)]
 struct Inner {
     list: Option<ExportList>,
-    /// How often each holder has its lease.
-    writing: HashMap<Claim, usize>,
-    /// Who has not come back yet, and until when it may.
-    awaited: HashMap<Claim, Instant>,
+    writing: HashMap<Claim, Writing>,
+    awaited: HashMap<Claim, Awaited>,
+    /// The last number that was given out, if the file does not know.
+    last_id: u64,
     ending: bool,
 }
 
@@ -60,16 +82,44 @@ impl Inner {
         Ok(())
     }
 
-    /// Writes down who writes, and who may come back.
-    fn save_claims(&mut self, media: &dyn Media) -> Result<()> {
+    /// Returns who writes, and who may come back.
+    fn claims(&mut self) -> Vec<LeaseRow> {
         let now = clock::now();
-        self.awaited.retain(|_, until| *until > now);
-        let mut claims: Vec<_> = self.writing.keys().chain(self.awaited.keys()).cloned().collect();
-        claims.sort();
-        claims.dedup();
-        let leases = claims.into_iter().map(|(disk, holder)| LeaseRow { disk, holder }).collect();
+        self.awaited.retain(|_, awaited| awaited.until > now);
+        let writing = self.writing.iter().map(|((disk, holder), writing)| LeaseRow {
+            lost: writing.lost.clone(),
+            ..LeaseRow::new(*disk, holder.clone())
+        });
+        let mut leases: Vec<_> = writing.collect();
+        for ((disk, holder), Awaited { until_seconds, lost, .. }) in &self.awaited {
+            let row = LeaseRow::new(*disk, holder.clone());
+            leases.push(LeaseRow { until: Some(*until_seconds), lost: lost.clone(), ..row });
+        }
+        leases.sort_by(|one, other| (one.disk, &one.holder).cmp(&(other.disk, &other.holder)));
+        leases
+    }
+
+    fn save_claims(&mut self, media: &dyn Media) -> Result<()> {
+        let leases = self.claims();
         self.change(media, |list| list.leases = leases)
     }
+}
+
+/// Returns for how long a row still keeps its disk, and until when that is in seconds since 1970; `None` when it is over.
+pub(super) fn time_left(lease: &LeaseRow) -> Option<(Duration, u64)> {
+    let now = clock::wall_seconds();
+    // A clock that was set back makes nobody wait for longer.
+    let most = now + RESERVED.as_secs();
+    let until = lease.until.map_or(most, |until| until.min(most));
+    let left = Duration::from_secs(until.saturating_sub(now));
+    (!left.is_zero()).then_some((left, until))
+}
+
+/// Returns what is awaited of a row, while its time lasts.
+fn awaited(lease: &LeaseRow) -> Option<(Claim, Awaited)> {
+    let (left, until_seconds) = time_left(lease)?;
+    let awaited = Awaited { until: clock::now() + left, until_seconds, lost: lease.lost.clone() };
+    Some(((lease.disk, lease.holder.clone()), awaited))
 }
 
 impl Book {
@@ -82,36 +132,68 @@ impl Book {
         self.inner.lock().list(&*self.media).cloned()
     }
 
+    /// Returns a number that no export has had.
+    pub(super) fn next_id(&self) -> u64 {
+        let mut inner = self.inner.lock();
+        let known = inner.list(&*self.media).map_or(0, |list| list.last_id);
+        let id = known.max(inner.last_id) + 1;
+        inner.last_id = id;
+        if let Err(error) = inner.change(&*self.media, |list| list.last_id = id) {
+            tracing::warn!("that export {id} was there could not be noted, so its number may be used again: {error}");
+        }
+        id
+    }
+
     /// Keeps an export.
     pub(super) fn add(&self, row: ExportRow) -> Result<()> {
         self.inner.lock().change(&*self.media, |list| list.exports.push(row))
     }
 
-    /// Keeps an export no longer.
-    pub(super) fn remove(&self, id: u64) -> Result<()> {
-        self.inner.lock().change(&*self.media, |list| list.exports.retain(|row| row.id != id))
+    /// Keeps an export no longer, nor any claim of its holder.
+    pub(super) fn remove(&self, id: u64, holder: &str) -> Result<()> {
+        let mut inner = self.inner.lock();
+        inner.change(&*self.media, |list| {
+            list.exports.retain(|row| row.id != id);
+            list.leases.retain(|lease| lease.holder != holder);
+        })?;
+        inner.awaited.retain(|(_, other), _| other != holder);
+        inner.writing.retain(|(_, other), _| other != holder);
+        Ok(())
     }
 
     /// Takes out what is gone, after a restart; who was writing to what is left is awaited from now on.
     pub(super) fn restore(&self, exports: Vec<ExportRow>, leases: Vec<LeaseRow>) -> Result<()> {
         let mut inner = self.inner.lock();
-        let until = clock::now() + RESERVED;
-        inner.awaited = leases.iter().map(|row| ((row.disk, row.holder.clone()), until)).collect();
+        inner.awaited = leases.iter().filter_map(awaited).collect();
+        let leases = inner.claims();
         inner.change(&*self.media, |list| {
             list.exports = exports;
             list.leases = leases;
         })
     }
 
+    /// Waits again for a holder that has come and gone without having been there for its clients.
+    pub(super) fn await_again(&self, lease: &LeaseRow) {
+        let mut inner = self.inner.lock();
+        inner.awaited.extend(awaited(lease));
+        told(inner.save_claims(&*self.media));
+    }
+
+    /// Writes down what may be lost, for a process in which nobody comes back. All else stays as it is.
+    pub(super) fn note_losses(&self, leases: Vec<LeaseRow>) -> Result<()> {
+        self.inner.lock().change(&*self.media, |list| list.leases = leases)
+    }
+
     /// Notes that a holder has taken a lease.
     pub(super) fn came(&self, disk: DiskId, holder: &str) {
         let mut inner = self.inner.lock();
         let claim = (disk.0, holder.to_owned());
-        inner.awaited.remove(&claim);
-        let count = inner.writing.entry(claim).or_default();
-        *count += 1;
-        if *count == 1 {
-            self.told(inner.save_claims(&*self.media));
+        let lost = inner.awaited.remove(&claim).and_then(|awaited| awaited.lost);
+        let writing = inner.writing.entry(claim).or_default();
+        writing.count += 1;
+        if writing.count == 1 {
+            writing.lost = lost;
+            told(inner.save_claims(&*self.media));
         }
     }
 
@@ -119,13 +201,13 @@ impl Book {
     pub(super) fn went(&self, disk: DiskId, holder: &str) {
         let mut inner = self.inner.lock();
         let claim = (disk.0, holder.to_owned());
-        let left = inner.writing.get_mut(&claim).map_or(0, |count| {
-            *count -= 1;
-            *count
+        // One that was detached is not there any more.
+        let left = inner.writing.get_mut(&claim).map_or(0, |writing| {
+            writing.count -= 1;
+            writing.count
         });
-        if left == 0 && !inner.ending {
-            inner.writing.remove(&claim);
-            self.told(inner.save_claims(&*self.media));
+        if left == 0 && !inner.ending && inner.writing.remove(&claim).is_some() {
+            told(inner.save_claims(&*self.media));
         }
     }
 
@@ -133,7 +215,7 @@ impl Book {
     pub(super) fn purge(&self) {
         let mut inner = self.inner.lock();
         if !inner.ending {
-            self.told(inner.save_claims(&*self.media));
+            told(inner.save_claims(&*self.media));
         }
     }
 
@@ -142,12 +224,25 @@ impl Book {
         self.inner.lock().ending = true;
     }
 
-    /// A client is served all the same: it only has no claim after a restart.
-    #[expect(clippy::unused_self, reason = "it stands for the file")]
-    fn told(&self, saved: Result<()>) {
-        if let Err(error) = saved {
-            tracing::warn!("who writes to which disk could not be noted for a restart: {error}");
+    /// Notes, when all has ended, who has been told of what was lost: all for whom `owes` does not hold.
+    pub(super) fn note_told(&self, owes: impl Fn(DiskId, &str) -> bool) {
+        let mut inner = self.inner.lock();
+        for ((disk, holder), writing) in &mut inner.writing {
+            if !owes(DiskId(*disk), holder) {
+                writing.lost = None;
+            }
         }
+        // Nothing was changed where nothing was ever read.
+        if inner.list.is_some() {
+            told(inner.save_claims(&*self.media));
+        }
+    }
+}
+
+/// A client is served all the same: it only has no claim after a restart.
+fn told(saved: Result<()>) {
+    if let Err(error) = saved {
+        tracing::warn!("who writes to which disk could not be noted for a restart: {error}");
     }
 }
 
@@ -168,9 +263,20 @@ mod tests {
         (media, book)
     }
 
+    fn rows(media: &Arc<dyn Media>) -> Vec<LeaseRow> {
+        ExportList::read(&**media).unwrap().leases
+    }
+
     fn claims(media: &Arc<dyn Media>) -> Vec<(u64, String)> {
-        let leases = ExportList::read(&**media).unwrap().leases;
-        leases.into_iter().map(|row| (row.disk, row.holder)).collect()
+        rows(media).into_iter().map(|row| (row.disk, row.holder)).collect()
+    }
+
+    /// What the next process makes of what this one left.
+    fn restored(media: &Arc<dyn Media>) -> Book {
+        let book = Book::new(media);
+        let list = book.read().unwrap();
+        book.restore(list.exports, list.leases).unwrap();
+        book
     }
 
     #[test]
@@ -196,16 +302,65 @@ mod tests {
         first.came(DiskId(7), "a");
         first.came(DiskId(8), "b");
         first.end();
-        let book = Book::new(&media);
-        let list = book.read().unwrap();
-        book.restore(list.exports, list.leases).unwrap();
+        let book = restored(&media);
         book.came(DiskId(8), "b");
         book.purge();
         assert_eq!(claims(&media).len(), 2, "its minute is not over");
-        for until in book.inner.lock().awaited.values_mut() {
-            *until = clock::now();
+        for awaited in book.inner.lock().awaited.values_mut() {
+            awaited.until = clock::now();
         }
         book.purge();
         assert_eq!(claims(&media), [(8, "b".to_owned())]);
+    }
+
+    #[test]
+    fn a_minute_is_the_same_one_after_another_restart() {
+        let (media, first) = book();
+        first.came(DiskId(7), "a");
+        assert_eq!(rows(&media)[0].until, None, "it writes");
+        let until = restored(&media).read().unwrap().leases[0].until;
+        assert!(until.is_some());
+        let mut list = restored(&media).read().unwrap();
+        assert_eq!(list.leases[0].until, until);
+        list.leases[0].until = Some(clock::wall_seconds());
+        list.write(&*media).unwrap();
+        restored(&media);
+        assert_eq!(rows(&media), []);
+    }
+
+    #[test]
+    fn a_loss_is_noted_until_it_is_told() {
+        let (media, first) = book();
+        first.came(DiskId(7), "a");
+        let lost = |book: &Book| book.read().unwrap().leases[0].lost.clone();
+        let book = Book::new(&media);
+        let mut list = book.read().unwrap();
+        list.leases[0].lost = Some("a kill".into());
+        book.note_losses(list.leases).unwrap();
+        let book = restored(&media);
+        assert_eq!(lost(&book).as_deref(), Some("a kill"));
+        book.came(DiskId(7), "a");
+        assert_eq!(lost(&book).as_deref(), Some("a kill"), "it has come and was not told");
+        book.note_told(|_, _| true);
+        assert_eq!(lost(&book).as_deref(), Some("a kill"));
+        book.note_told(|_, _| false);
+        assert_eq!(lost(&book), None);
+    }
+
+    #[test]
+    fn a_number_is_given_out_once_and_detaching_ends_every_claim() {
+        let (media, first) = book();
+        assert_eq!((first.next_id(), first.next_id()), (1, 2));
+        first.came(DiskId(7), "a");
+        first.came(DiskId(8), "b");
+        let book = restored(&media);
+        assert_eq!(book.next_id(), 3);
+        book.came(DiskId(8), "b");
+        book.remove(1, "a").unwrap();
+        book.remove(2, "b").unwrap();
+        assert_eq!(claims(&media), []);
+        book.went(DiskId(8), "b");
+        book.purge();
+        assert_eq!(claims(&media), []);
     }
 }

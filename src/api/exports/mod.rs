@@ -1,41 +1,48 @@
 //! Exports: disks and snapshots that a server shows on sockets and ports, beside the mount.
 //!
 //! ```text
-//! Request::Attach -> wish -> ExportRow -+-> nbd::start or vhost_blk::start
+//! Request::Attach -> wish -> ExportRow -+-> served -> nbd::start or vhost_blk::start
 //!                                       +-> book (exports.toml), when it is to persist
+//! the next process -> back -> what is in the book
 //! ```
 //!
 //! # Rules
 //! 1. An export is of ids: a disk that is renamed is shown under its new name. While a disk is attached it is not removed.
-//!    A snapshot that is removed or retired meanwhile keeps its data until the export ends.
-//! 2. Who may write has the lease: a vhost-user device as long as it is attached, an NBD client as long as it is
-//!    connected. Attaching a disk that another one has is refused, with its name.
+//!    A snapshot that is removed or retired meanwhile is served under its last name, to who connects later, too, and keeps
+//!    its data until the export ends ([`served`]).
+//! 2. Who may write has the lease: a vhost-user device as long as it is attached, an NBD client from the moment it chose the
+//!    disk until its connection ends. Attaching a disk that another one has is refused, with its name.
 //! 3. What persists is started again before anybody else is let in, and who was writing when the server ended has its
-//!    disk reserved for a minute. One that cannot be started is kept and shown with the reason.
+//!    disk reserved for a minute. One that cannot be started is kept and shown with the reason. A command that opens the
+//!    pool itself keeps all this for the next server ([`back`]).
 //! 4. Nothing is started, stopped or asked for a lease under the lock of the table: all that may wait.
+//! 5. All exports end at once, and what did not end in order in its time has the lease as long as its I/O is under way.
 //!
 //! # After a crash
 //! Sockets stay behind; whoever listens there next removes them. The list of what persists is whole, old or new.
 
+mod back;
 mod book;
 mod nbd;
+mod served;
 mod wish;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Weak};
 
 use super::answer::Export;
 use super::{Request, Target};
-use crate::clock;
 use crate::disk::{self, Attached, BlockDevice, ReadOnly};
 use crate::error::{Error, Result};
-use crate::pool::{ExportKind, ExportRow, LeaseRow};
+use crate::metrics::{Kind, Text};
+use crate::pool::{ExportKind, ExportRow};
 use crate::store::{Change, Store};
 use crate::sync::Mutex;
 use crate::units::DiskId;
-use crate::{snapshot, vhost_blk};
+use crate::vhost_blk;
 use book::Book;
+use served::{Served, Writer};
 use wish::What;
 
 /// Digits of the identity of a disk or snapshot that a guest sees as its serial number.
@@ -57,6 +64,7 @@ struct Running {
     persist: bool,
     front: Front,
     clients: Arc<AtomicUsize>,
+    served: Arc<[Served]>,
     /// Dropped after the front.
     attached: Vec<Attached>,
 }
@@ -65,7 +73,6 @@ struct Running {
 struct Table {
     /// Whether this process serves; otherwise it only looks at the list.
     serves: bool,
-    last_id: u64,
     running: BTreeMap<u64, Running>,
 }
 
@@ -77,6 +84,8 @@ pub(super) struct Exports {
     store: Arc<Store>,
     book: Arc<Book>,
     table: Mutex<Table>,
+    /// What is held for the next server, by number, where nothing is served.
+    kept: Mutex<BTreeMap<u64, Vec<Attached>>>,
     idle: Mutex<Option<Idle>>,
 }
 
@@ -87,6 +96,7 @@ impl Exports {
             store: Arc::clone(store),
             book: Arc::new(Book::new(store.media())),
             table: Mutex::default(),
+            kept: Mutex::default(),
             idle: Mutex::default(),
         })
     }
@@ -101,75 +111,12 @@ impl Exports {
         self.table.lock().serves = true;
         let looker = Arc::downgrade(self);
         self.store.subscribe(Box::new(move |change| {
-            if let (Change::Disk { id, resized: true, .. }, Some(exports)) = (change, looker.upgrade()) {
-                exports.tell_resized(*id);
+            if let Some(exports) = looker.upgrade() {
+                exports.notice(change);
             }
         }));
         if let Err(error) = self.restore() {
             tracing::error!("what was attached to stay is not served: {error}");
-        }
-    }
-
-    /// Starts what the list says, without what is gone.
-    fn restore(&self) -> Result<()> {
-        let list = self.book.read()?;
-        let mut rows = list.exports;
-        rows.retain_mut(|row| self.drop_gone(row));
-        let mut leases = list.leases;
-        leases.retain(|lease| self.reserve(lease));
-        let awaited = !leases.is_empty();
-        self.book.restore(rows.clone(), leases)?;
-        for row in rows {
-            let (id, address) = (row.id, row.address());
-            self.reserve_device(&row);
-            let running = self.begin(&row, true, false).unwrap_or_else(|error| {
-                tracing::error!("export {id} ({address}) could not be started again: {error}");
-                let (front, attached) = (Front::Failed(error.to_string()), Vec::new());
-                Running { row, persist: true, front, clients: Arc::default(), attached }
-            });
-            let mut table = self.table.lock();
-            table.last_id = table.last_id.max(id);
-            table.running.insert(id, running);
-        }
-        if awaited {
-            purge_later(&self.book);
-        }
-        Ok(())
-    }
-
-    /// Takes what is gone out of a row; tells whether anything is left.
-    fn drop_gone(&self, row: &mut ExportRow) -> bool {
-        let before = row.clone();
-        let is_there = |what: What| what.name(&self.store).is_ok();
-        row.disks.retain(|id| is_there(What::Disk(DiskId(*id))));
-        row.snapshots.retain(|id| is_there(What::Snapshot(crate::units::SnapshotId(*id))));
-        if *row != before {
-            tracing::warn!("of export {} ({}), what was removed is served no longer", row.id, row.address());
-        }
-        !(row.disks.is_empty() && row.snapshots.is_empty())
-    }
-
-    /// Reserves a disk for who was writing to it; tells whether it is still there.
-    fn reserve(&self, lease: &LeaseRow) -> bool {
-        match disk::open_by_id(&self.store, DiskId(lease.disk)) {
-            Ok(disk) => {
-                disk.reserve(&lease.holder, book::RESERVED);
-                true
-            }
-            Err(_) => false,
-        }
-    }
-
-    /// Reserves the disk of a device for the front end that goes on with it. It takes the lease by itself, at once, so this is
-    /// only for what it has to be told; and where the host was restarted, so was the front end: they share memory.
-    fn reserve_device(&self, row: &ExportRow) {
-        if row.kind != ExportKind::VhostUser || row.read_only || self.store.restarted() {
-            return;
-        }
-        for disk in row.disks.iter().filter_map(|id| disk::open_by_id(&self.store, DiskId(*id)).ok()) {
-            if self.store.lost_changes(disk.id()).is_some() {
-                disk.reserve(&holder(row), book::RESERVED);
-            }
         }
     }
 
@@ -187,12 +134,7 @@ impl Exports {
             // A list that cannot be read is told of before anything is begun.
             self.book.read()?;
         }
-        let id = {
-            let mut table = self.table.lock();
-            table.last_id += 1;
-            table.last_id
-        };
-        row.id = id;
+        row.id = self.book.next_id();
         let running = self.begin(&row, persist, true)?;
         if persist && let Err(error) = self.book.add(row.clone()) {
             running.end();
@@ -202,82 +144,66 @@ impl Exports {
         if !table.serves {
             drop(table);
             running.end();
+            if persist {
+                self.book.remove(row.id, &holder(&row))?;
+            }
             return Err(Error::busy("the server is ending"));
         }
         let answer = self.show(&running);
-        table.running.insert(id, running);
+        table.running.insert(row.id, running);
         Ok(answer)
     }
 
     /// Starts an export; a `fresh` one is refused when somebody else writes now.
     fn begin(&self, row: &ExportRow, persist: bool, fresh: bool) -> Result<Running> {
         let holder = holder(row);
-        let mut attached = Vec::new();
-        for id in &row.disks {
-            let disk = disk::open_by_id(&self.store, DiskId(*id))?;
-            attached.push(disk.attach(&holder)?);
-            if fresh && !row.read_only {
-                disk.refuse_others(&holder)?;
-            }
+        let attached = self.hold_disks(row)?;
+        if fresh && !row.read_only {
+            self.disks_of(row).try_for_each(|disk| disk.refuse_others(&holder))?;
         }
+        let served: Arc<[Served]> = Served::open(&self.store, row)?.into();
         let clients = Arc::new(AtomicUsize::new(0));
+        let book = persist.then(|| Arc::clone(&self.book));
         let front = match row.kind {
-            ExportKind::Nbd => Front::Nbd(self.begin_nbd(row, holder, &clients, persist)?),
-            ExportKind::VhostUser => Front::Vhost(self.begin_vhost(row, &holder)?),
+            ExportKind::Nbd => {
+                let (store, served, clients) = (Arc::clone(&self.store), Arc::clone(&served), Arc::clone(&clients));
+                Front::Nbd(begin_nbd(
+                    row,
+                    nbd::Shown { store, served, read_only: row.read_only, holder, clients, book },
+                )?)
+            }
+            ExportKind::VhostUser => Front::Vhost(self.begin_vhost(row, &served, &holder, book)?),
         };
         tracing::info!("export {} ({} {}) begins", row.id, row.kind.name(), row.address());
-        Ok(Running { row: row.clone(), persist, front, clients, attached })
+        Ok(Running { row: row.clone(), persist, front, clients, served, attached })
     }
 
-    fn begin_nbd(
+    fn begin_vhost(
         &self,
         row: &ExportRow,
-        holder: String,
-        clients: &Arc<AtomicUsize>,
-        persist: bool,
-    ) -> Result<crate::nbd::Server> {
-        use crate::nbd::{Listen, Options, Tls};
-        let listen = match (&row.socket, &row.listen) {
-            (Some(path), _) => Listen::Unix(path.into()),
-            (None, Some(listen)) => Listen::Tcp(wish::parse_listen(listen)?),
-            (None, None) => return Err(Error::failed("an export has no address")),
+        served: &[Served],
+        holder: &str,
+        book: Option<Arc<Book>>,
+    ) -> Result<vhost_blk::Server> {
+        let (Some(socket), [only]) = (&row.socket, served) else {
+            return Err(Error::failed("a device is one disk at a socket"));
         };
-        let tls = match (&row.tls_cert, &row.tls_key) {
-            (Some(cert), Some(key)) => {
-                Some(Tls::load(cert.as_ref(), key.as_ref(), row.tls_ca.as_ref().map(AsRef::as_ref))?)
-            }
-            _ => None,
-        };
-        let shown = nbd::Shown {
-            store: Arc::clone(&self.store),
-            targets: What::of(row),
-            read_only: row.read_only,
-            holder,
-            clients: Arc::clone(clients),
-            book: persist.then(|| Arc::clone(&self.book)),
-        };
-        crate::nbd::start(Options { listen, tls, connections_max: CONNECTIONS_MAX }, Arc::new(shown))
-    }
-
-    fn begin_vhost(&self, row: &ExportRow, holder: &str) -> Result<vhost_blk::Server> {
-        let Some(socket) = &row.socket else { return Err(Error::failed("an export has no address")) };
         let (device, keep, uuid): (Arc<dyn BlockDevice>, Box<dyn std::any::Any + Send + Sync>, _) =
-            match What::of(row).first() {
-                Some(What::Disk(id)) => {
-                    let disk = disk::open_by_id(&self.store, *id)?;
-                    let uuid = self.store.disk_info_by_id(*id)?.uuid;
+            match (only.what, &only.snapshot) {
+                (What::Disk(id), _) => {
+                    let disk = disk::open_by_id(&self.store, id)?;
+                    let uuid = self.store.disk_info_by_id(id)?.uuid;
                     if row.read_only {
                         (Arc::new(ReadOnly::new(disk)), Box::new(()), uuid)
                     } else {
-                        let lease = disk.lease(holder)?;
-                        (disk, Box::new(lease), uuid)
+                        let writer = Writer::begin(&disk, holder, book)?;
+                        (disk, Box::new(writer), uuid)
                     }
                 }
-                Some(What::Snapshot(id)) => {
-                    let uuid = self.store.snapshot_info_by_id(*id)?.uuid;
-                    (snapshot::open_by_id(&self.store, *id)?, Box::new(()), uuid)
+                (What::Snapshot(id), Some(device)) => {
+                    (Arc::clone(device) as Arc<dyn BlockDevice>, Box::new(()), self.store.snapshot_info_by_id(id)?.uuid)
                 }
-                None => return Err(Error::failed("an export is of nothing")),
+                (What::Snapshot(_), None) => return Err(Error::failed("the snapshot is not open")),
             };
         let serial = uuid.simple().to_string()[..SERIAL_LEN].to_owned();
         let options = vhost_blk::Options { socket: socket.into(), queues: usize::from(row.queues), serial };
@@ -294,16 +220,21 @@ impl Exports {
         }
         let (gone, left) = {
             let mut table = self.table.lock();
-            let rows: Vec<&ExportRow> = table.running.values().map(|running| &running.row).collect();
-            let ids = self.named(&rows, name)?;
-            for id in ids.iter().filter(|id| table.running[id].persist) {
-                self.book.remove(*id)?;
+            let names =
+                |running: &Running| -> Vec<String> { running.served.iter().map(|one| one.name(&self.store)).collect() };
+            let rows: Vec<_> = table.running.values().map(|running| (running.row.id, names(running))).collect();
+            let ids = named(&rows, name)?;
+            for running in ids.iter().map(|id| &table.running[id]).filter(|running| running.persist) {
+                self.book.remove(running.row.id, &holder(&running.row))?;
             }
             let gone: Vec<Running> = ids.iter().filter_map(|id| table.running.remove(id)).collect();
             (gone, table.running.len())
         };
         let answer = gone.iter().map(|running| self.show(running)).collect();
-        gone.into_iter().for_each(Running::end);
+        // Whom a disk was reserved for does not come back.
+        let rows: Vec<ExportRow> = gone.iter().map(|running| running.row.clone()).collect();
+        end_all(gone);
+        rows.iter().for_each(|row| self.keep_no_more(row));
         if left == 0
             && let Some(idle) = &*self.idle.lock()
         {
@@ -315,34 +246,16 @@ impl Exports {
     /// Detaches where nothing is served: the next server does not start it.
     fn forget(&self, name: &str) -> Result<Vec<Export>> {
         let rows = self.book.read()?.exports;
-        let ids = self.named(&rows.iter().collect::<Vec<_>>(), name)?;
-        ids.iter().try_for_each(|id| self.book.remove(*id))?;
-        Ok(rows.into_iter().filter(|row| ids.contains(&row.id)).map(|row| self.show_row(&row, "off", None)).collect())
-    }
-
-    /// Finds the numbers of the exports that a name stands for.
-    fn named(&self, rows: &[&ExportRow], name: &str) -> Result<Vec<u64>> {
-        let by_id = rows.iter().find(|row| row.id.to_string() == name).map(|row| row.id);
-        let shows =
-            |row: &&&ExportRow| What::of(row).iter().any(|what| what.name(&self.store).is_ok_and(|is| is == name));
-        let by_name: Vec<&&ExportRow> = rows.iter().filter(shows).collect();
-        match (by_id, by_name.as_slice()) {
-            (Some(id), []) => Ok(vec![id]),
-            (Some(id), of) if of.iter().any(|row| row.id != id) => {
-                Err(Error::failed(format!("'{name}' is the number of an export and the name of a disk in another one"))
-                    .hint("name the number of the other one, or another disk of this one"))
-            }
-            (Some(id), _) => Ok(vec![id]),
-            (None, []) => {
-                Target::parse(name)?;
-                Err(Error::not_found(format!("'{name}' is not attached")).hint("'afterimage exports' lists what is"))
-            }
-            (None, of) => match of.iter().find(|row| row.disks.len() + row.snapshots.len() > 1) {
-                Some(row) => Err(Error::failed(format!("export {} serves '{name}' together with others", row.id))
-                    .hint(format!("'afterimage detach {}' detaches all of them", row.id))),
-                None => Ok(of.iter().map(|row| row.id).collect()),
-            },
+        let names = |row: &ExportRow| -> Vec<String> {
+            Served::not_opened(&self.store, row).iter().map(|one| one.name(&self.store)).collect()
+        };
+        let ids = named(&rows.iter().map(|row| (row.id, names(row))).collect::<Vec<_>>(), name)?;
+        let gone: Vec<ExportRow> = rows.into_iter().filter(|row| ids.contains(&row.id)).collect();
+        for row in &gone {
+            self.book.remove(row.id, &holder(row))?;
+            self.keep_no_more(row);
         }
+        Ok(gone.iter().map(|row| self.show_off(row)).collect())
     }
 
     /// Returns what is attached, by number.
@@ -356,7 +269,7 @@ impl Exports {
         }
         drop(table);
         let rows = self.book.read()?.exports;
-        Ok(rows.iter().map(|row| self.show_row(row, "off", None)).collect())
+        Ok(rows.iter().map(|row| self.show_off(row)).collect())
     }
 
     /// Returns the counters as Prometheus text; nothing where nothing is served.
@@ -365,14 +278,13 @@ impl Exports {
         if !table.serves {
             return String::new();
         }
-        let mut text =
-            "# HELP afterimage_export_clients Clients of an export.\n# TYPE afterimage_export_clients gauge\n"
-                .to_owned();
+        let mut text = Text::new();
+        let mut family = text.family(Kind::Gauge, "export_clients", "Clients of an export.");
         for (id, running) in &table.running {
-            let (kind, clients) = (running.row.kind.name(), running.clients());
-            text.push_str(&format!("afterimage_export_clients{{export=\"{id}\",kind=\"{kind}\"}} {clients}\n"));
+            let (id, clients) = (id.to_string(), running.clients() as u64);
+            family.value(&[("export", &id), ("kind", running.row.kind.name())], clients);
         }
-        text
+        text.finish()
     }
 
     /// Ends all exports, and attaches no more. What is in flight is finished.
@@ -383,12 +295,18 @@ impl Exports {
             std::mem::take(&mut table.running)
         };
         self.book.end();
-        running.into_values().for_each(Running::end);
+        end_all(running.into_values().collect());
+        self.book
+            .note_told(|disk, holder| disk::open_by_id(&self.store, disk).is_ok_and(|disk| disk.owes_loss_to(holder)));
     }
 
-    fn tell_resized(&self, id: DiskId) {
-        for running in self.table.lock().running.values().filter(|running| running.row.disks.contains(&id.0)) {
-            if let Front::Vhost(server) = &running.front {
+    /// Takes notice of a change that clients have to be told of, or that ends a name.
+    fn notice(&self, change: &Change) {
+        for running in self.table.lock().running.values() {
+            running.served.iter().for_each(|one| one.notice(&self.store, change));
+            if let (Change::Disk { id, resized: true, .. }, Front::Vhost(server)) = (change, &running.front)
+                && running.row.disks.contains(&id.0)
+            {
                 server.resized();
             }
         }
@@ -399,7 +317,7 @@ impl Exports {
             Front::Failed(why) => ("failed", Some(why.clone())),
             Front::Nbd(_) | Front::Vhost(_) => ("on", None),
         };
-        let mut shown = self.show_row(&running.row, state, error);
+        let mut shown = self.show_row(&running.row, &running.served, state, error);
         shown.persist = running.persist;
         shown.clients = running.clients() as u64;
         // A port of 0 became another one.
@@ -409,18 +327,22 @@ impl Exports {
         shown
     }
 
-    fn show_row(&self, row: &ExportRow, state: &str, error: Option<String>) -> Export {
-        let targets = What::of(row);
-        let name = |what: &What| what.name(&self.store).unwrap_or_else(|_| "(removed)".to_owned());
+    /// Shows an export that is not served now.
+    fn show_off(&self, row: &ExportRow) -> Export {
+        self.show_row(row, &Served::not_opened(&self.store, row), "off", None)
+    }
+
+    fn show_row(&self, row: &ExportRow, served: &[Served], state: &str, error: Option<String>) -> Export {
         let holder = holder(row);
         let holds = |id: &&u64| {
             self.store.disk_info_by_id(DiskId(**id)).is_ok_and(|info| info.holder.as_deref() == Some(holder.as_str()))
         };
-        let writing = row.disks.iter().filter(holds).map(|id| name(&What::Disk(DiskId(*id)))).collect();
+        let name = |id: &u64| What::Disk(DiskId(*id)).name(&self.store).ok();
+        let writing = row.disks.iter().filter(holds).filter_map(name).collect();
         Export {
             id: row.id,
             kind: row.kind.name().to_owned(),
-            disks: targets.iter().map(name).collect(),
+            disks: served.iter().map(|one| one.name(&self.store)).collect(),
             socket: row.socket.clone(),
             listen: row.listen.clone(),
             tls: row.tls_cert.is_some(),
@@ -443,18 +365,62 @@ fn holder(row: &ExportRow) -> String {
     format!("export {} ({} {})", row.id, row.kind.name(), row.address())
 }
 
-/// Forgets in a minute who has not come back by then.
-fn purge_later(book: &Arc<Book>) {
-    let book: Weak<Book> = Arc::downgrade(book);
-    let purge = move || {
-        clock::sleep(book::RESERVED);
-        if let Some(book) = book.upgrade() {
-            book.purge();
-        }
+/// Serves over NBD.
+fn begin_nbd(row: &ExportRow, shown: nbd::Shown) -> Result<crate::nbd::Server> {
+    use crate::nbd::{Listen, Options, Tls};
+    let listen = match (&row.socket, &row.listen) {
+        (Some(path), _) => Listen::Unix(path.into()),
+        (None, Some(listen)) => Listen::Tcp(wish::parse_listen(listen)?),
+        (None, None) => return Err(Error::failed("an export has no address")),
     };
-    if let Err(error) = std::thread::Builder::new().name("exports".into()).spawn(purge) {
-        tracing::warn!("the host has no thread to forget who does not come back: {error}");
+    let tls = match (&row.tls_cert, &row.tls_key) {
+        (Some(cert), Some(key)) => {
+            Some(Tls::load(cert.as_ref(), key.as_ref(), row.tls_ca.as_ref().map(AsRef::as_ref))?)
+        }
+        _ => None,
+    };
+    crate::nbd::start(Options { listen, tls, connections_max: CONNECTIONS_MAX }, Arc::new(shown))
+}
+
+/// Finds the numbers of the exports that a name stands for, among all with what they serve.
+fn named(rows: &[(u64, Vec<String>)], name: &str) -> Result<Vec<u64>> {
+    let by_id = rows.iter().map(|(id, _)| *id).find(|id| id.to_string() == name);
+    let by_name: Vec<_> = rows.iter().filter(|(_, names)| names.iter().any(|is| is == name)).collect();
+    match (by_id, by_name.as_slice()) {
+        (Some(id), of) if of.iter().any(|(other, _)| *other != id) => {
+            Err(Error::failed(format!("'{name}' is the number of an export and the name of a disk in another one"))
+                .hint("name the number of the other one, or another disk of this one"))
+        }
+        (Some(id), _) => Ok(vec![id]),
+        (None, []) => {
+            Target::parse(name)?;
+            Err(Error::not_found(format!("'{name}' is not attached")).hint("'afterimage exports' lists what is"))
+        }
+        (None, of) => match of.iter().find(|(_, names)| names.len() > 1) {
+            Some((id, _)) => Err(Error::failed(format!("export {id} serves '{name}' together with others"))
+                .hint(format!("'afterimage detach {id}' detaches all of them"))),
+            None => Ok(of.iter().map(|(id, _)| *id).collect()),
+        },
     }
+}
+
+/// Ends exports, all at once: the clients of one may take as long as they are given to take their replies.
+fn end_all(exports: Vec<Running>) {
+    std::thread::scope(|scope| {
+        for running in exports {
+            let id = running.row.id;
+            let running = Arc::new(Mutex::new(Some(running)));
+            let end = |running: &Mutex<Option<Running>>| {
+                let taken = running.lock().take();
+                taken.into_iter().for_each(Running::end);
+            };
+            let one = Arc::clone(&running);
+            if std::thread::Builder::new().name(format!("end-{id}")).spawn_scoped(scope, move || end(&one)).is_err() {
+                // Without a thread for it, here.
+                end(&running);
+            }
+        }
+    });
 }
 
 impl Running {

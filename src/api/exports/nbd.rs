@@ -1,26 +1,25 @@
 //! What an NBD server shows its clients: the targets of an export under the names they have now.
 //!
 //! # Rules
-//! 1. A client that may write has the lease of the disk for as long as its connection lasts; all clients of one export are
-//!    one holder. So a client that dies lets go when its connection is closed.
+//! 1. A client that may write has the lease of the disk from the moment it chose the disk until its connection ends; all
+//!    clients of one export are one holder. So a client that dies lets go when its connection is closed.
 //! 2. With one target the empty name stands for it.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::book::Book;
+use super::served::{Served, Writer};
 use super::wish::What;
-use crate::disk::{self, BlockDevice, Lease, ReadOnly};
+use crate::disk::{self, BlockDevice, Disk, ReadOnly};
 use crate::error::{Error, Result};
 use crate::nbd::{self, Exported};
-use crate::snapshot;
 use crate::store::Store;
-use crate::units::DiskId;
 
 /// An export as an NBD server sees it.
 pub(super) struct Shown {
     pub(super) store: Arc<Store>,
-    pub(super) targets: Vec<What>,
+    pub(super) served: Arc<[Served]>,
     pub(super) read_only: bool,
     /// The name it takes leases under.
     pub(super) holder: String,
@@ -29,26 +28,10 @@ pub(super) struct Shown {
     pub(super) book: Option<Arc<Book>>,
 }
 
-/// A client: counted, and the holder of a lease, until its connection ends.
+/// A client: counted, and perhaps a writer, until its connection ends.
 struct Client {
     clients: Arc<AtomicUsize>,
-    /// In this order: once the lease is free, nothing says any more that it should be kept.
-    writer: Option<(Claim, Lease)>,
-}
-
-/// The note that somebody writes.
-struct Claim {
-    book: Option<Arc<Book>>,
-    disk: DiskId,
-    holder: String,
-}
-
-impl Drop for Claim {
-    fn drop(&mut self) {
-        if let Some(book) = &self.book {
-            book.went(self.disk, &self.holder);
-        }
-    }
+    writer: Option<Writer>,
 }
 
 impl Drop for Client {
@@ -59,47 +42,54 @@ impl Drop for Client {
 }
 
 impl Shown {
-    fn find(&self, name: &str) -> Result<What> {
-        if let ([only], true) = (self.targets.as_slice(), name.is_empty()) {
-            return Ok(*only);
+    fn find(&self, name: &str) -> Result<&Served> {
+        if let ([only], true) = (&*self.served, name.is_empty()) {
+            return Ok(only);
         }
-        let found = self.targets.iter().find(|what| what.name(&self.store).is_ok_and(|is| is == name));
-        found.copied().ok_or_else(|| Error::not_found(format!("there is no export '{name}'")))
+        Served::find(&self.served, &self.store, name)
+            .ok_or_else(|| Error::not_found(format!("there is no export '{name}'")))
     }
 
-    fn open_disk(&self, id: DiskId, client: &mut Client) -> Result<Arc<dyn BlockDevice>> {
-        let disk = disk::open_by_id(&self.store, id)?;
-        if self.read_only {
-            return Ok(Arc::new(ReadOnly::new(disk)));
-        }
-        let lease = disk.lease(&self.holder)?;
-        let claim = Claim { book: self.book.clone(), disk: id, holder: self.holder.clone() };
-        if let Some(book) = &self.book {
-            book.came(id, &self.holder);
-        }
-        client.writer = Some((claim, lease));
-        Ok(disk)
+    /// Returns what makes a client of somebody who has chosen.
+    fn entrance(&self, disk: Option<Arc<Disk>>) -> Box<dyn Fn() -> Result<nbd::Keep> + Send + Sync> {
+        let (clients, book, holder) = (Arc::clone(&self.clients), self.book.clone(), self.holder.clone());
+        Box::new(move || {
+            let writer = disk.as_ref().map(|disk| Writer::begin(disk, &holder, book.clone())).transpose()?;
+            clients.fetch_add(1, Ordering::AcqRel);
+            Ok(Box::new(Client { clients: Arc::clone(&clients), writer }))
+        })
     }
 }
 
 impl nbd::Exports for Shown {
     fn names(&self) -> Vec<String> {
-        self.targets.iter().filter_map(|what| what.name(&self.store).ok()).collect()
+        let mut names: Vec<String> = Vec::new();
+        for name in self.served.iter().map(|one| one.name(&self.store)) {
+            if !names.contains(&name) {
+                names.push(name);
+            }
+        }
+        names
     }
 
     fn open(&self, name: &str) -> Result<nbd::Export> {
-        let what = self.find(name)?;
-        self.clients.fetch_add(1, Ordering::AcqRel);
-        let mut client = Client { clients: Arc::clone(&self.clients), writer: None };
-        let (device, exported) = match what {
-            What::Disk(id) => (self.open_disk(id, &mut client)?, Exported::Disk(id)),
-            What::Snapshot(id) => {
-                let device: Arc<dyn BlockDevice> = snapshot::open_by_id(&self.store, id)?;
-                (device, Exported::Snapshot(id))
+        let served = self.find(name)?;
+        let (device, exported, writer): (Arc<dyn BlockDevice>, _, _) = match (served.what, &served.snapshot) {
+            (What::Disk(id), _) => {
+                let disk = disk::open_by_id(&self.store, id)?;
+                if self.read_only {
+                    (Arc::new(ReadOnly::new(disk)), Exported::Disk(id), None)
+                } else {
+                    (Arc::clone(&disk) as Arc<dyn BlockDevice>, Exported::Disk(id), Some(disk))
+                }
             }
+            (What::Snapshot(id), Some(device)) => {
+                (Arc::clone(device) as Arc<dyn BlockDevice>, Exported::Snapshot(id), None)
+            }
+            (What::Snapshot(_), None) => return Err(Error::failed(format!("'{name}' is not open"))),
         };
-        let name = what.name(&self.store)?;
-        let sort = match what {
+        let name = served.name(&self.store);
+        let sort = match served.what {
             What::Disk(_) if self.read_only => "disk, read-only",
             What::Disk(_) => "disk",
             What::Snapshot(_) => "snapshot",
@@ -109,7 +99,7 @@ impl nbd::Exports for Shown {
             name,
             device,
             contexts: nbd::contexts_of(&self.store, exported),
-            keep: Box::new(client),
+            enter: self.entrance(writer),
         })
     }
 }

@@ -52,7 +52,22 @@ impl What {
             Self::Disk(id) => Ok(store.disk_info_by_id(id)?.name),
             Self::Snapshot(id) => {
                 let info = store.snapshot_info_by_id(id)?;
+                // One that was removed and is held has its row still, without a name.
+                if info.name.is_empty() {
+                    return Err(Error::not_found(format!("snapshot {id} was removed")));
+                }
                 Ok(format!("{}@{}", info.disk, info.name))
+            }
+        }
+    }
+
+    /// Tells whether it is there and has its data.
+    pub(super) fn is_readable(self, store: &Store) -> bool {
+        match self {
+            Self::Disk(id) => store.disk_info_by_id(id).is_ok(),
+            Self::Snapshot(id) => {
+                let info = store.snapshot_info_by_id(id);
+                info.is_ok_and(|info| info.state == SnapshotState::Live && !info.name.is_empty())
             }
         }
     }
@@ -140,14 +155,21 @@ fn check_address(row: &ExportRow, request: &Request) -> Result<()> {
             Err(Error::usage("TLS is for --listen").hint("who opens the socket is decided by its mode and owner"))
         }
         (Some(_), None) => Ok(()),
-        (None, Some(listen)) => check_listen(listen, row, matches!(request, Request::Attach { unprotected: true, .. })),
+        (None, Some(listen)) => check_listen(listen, row, request),
         _ => Err(Error::usage("an export has one address").hint("give either --socket PATH or --listen ADDRESS:PORT")),
     }
 }
 
-fn check_listen(listen: &str, row: &ExportRow, unprotected: bool) -> Result<()> {
+fn check_listen(listen: &str, row: &ExportRow, request: &Request) -> Result<()> {
     let address = parse_listen(listen)?;
-    if address.ip().is_loopback() || row.tls_ca.is_some() || unprotected {
+    if address.port() == 0 && matches!(request, Request::Attach { persist: true, .. }) {
+        return Err(Error::usage("port 0 is another port at each start, and clients would not find it again")
+            .hint("name the port of an export that persists"));
+    }
+    if address.ip().is_loopback()
+        || row.tls_ca.is_some()
+        || matches!(request, Request::Attach { unprotected: true, .. })
+    {
         return Ok(());
     }
     Err(Error::usage(format!("whoever reaches {address} could read and write what is served there"))

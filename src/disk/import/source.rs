@@ -10,7 +10,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 
 /// Bytes looked at to tell the format.
 const HEAD: u64 = 512;
@@ -72,7 +72,16 @@ impl Source {
     }
 
     fn open_flags(path: &Path, flags: i32) -> Result<Self> {
-        let fail = |error| Error::io("cannot open it", error);
+        let fail = |error| {
+            let error = Error::io("cannot open it", error);
+            let user = rustix::process::geteuid().as_raw();
+            match error.kind() {
+                Kind::Denied => error.hint(format!(
+                    "it is read by the process that has the pool open, which is user {user}: let that user read it"
+                )),
+                _ => error,
+            }
+        };
         // Without O_NONBLOCK the opening of a pipe waits for a writer.
         let how = libc::O_NONBLOCK | libc::O_NOCTTY | flags;
         let mut file = fs::OpenOptions::new().read(true).custom_flags(how).open(path).map_err(fail)?;

@@ -76,7 +76,7 @@ impl std::fmt::Display for StateName {
             Self::Nothing => f.write_str("-"),
             Self::Disk(disk) => f.write_str(disk),
             Self::Snapshot(disk, snapshot) => write!(f, "{disk}@{snapshot}"),
-            Self::Hidden(id) => write!(f, "snapshot {id}"),
+            Self::Hidden(_) => f.write_str("a hidden snapshot"),
         }
     }
 }
@@ -118,7 +118,8 @@ pub fn open(store: &Arc<Store>, from: &StateName, to: &StateName) -> Result<Diff
     let mut heads: Vec<Arc<Head>> = Vec::new();
     for name in [from, to] {
         if let StateName::Disk(disk) = name {
-            let head = store.head(store.tables.read().disk_id(disk)?)?;
+            let id = store.tables.read().disk_id(disk)?;
+            let head = store.head(id)?;
             // What is unsaved is copied while writers wait: keep it little.
             if store.health().is_none() {
                 store.flush(&head)?;

@@ -245,6 +245,12 @@ impl Store {
         self.recovery.lock().lost(id)
     }
 
+    /// Tells whether the last process that had the pool open closed it.
+    #[must_use]
+    pub fn was_closed(&self) -> bool {
+        self.recovery.lock().was_closed()
+    }
+
     /// Tells whether the host was restarted since the last opening, as far as a log of it was found that says so.
     #[must_use]
     pub fn restarted(&self) -> bool {

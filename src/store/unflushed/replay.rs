@@ -51,6 +51,10 @@ impl Recovery {
         Some(format!("the pool was not closed in order, and {why}"))
     }
 
+    pub(super) fn was_closed(&self) -> bool {
+        !self.unclean
+    }
+
     pub(super) fn restarted(&self) -> bool {
         self.restarted
     }
@@ -192,7 +196,8 @@ impl Store {
         if count > 0 {
             // It syncs what the killed process has written (`Head::earlier`).
             self.flush(&head)?;
-            tracing::info!("{count} changes of disk {id} that were not flushed are there again");
+            let name = self.tables.read().called(id);
+            tracing::info!("{count} changes of disk {name} that were not flushed are there again");
         }
         Ok(stopped)
     }
