@@ -349,8 +349,11 @@ impl<T: Send + 'static> Engine<T> {
     pub fn sleep(&mut self, readable: Option<BorrowedFd<'_>>) -> Result<()> {
         self.watch(readable)?;
         match &mut self.ring {
-            Some(ring) if ring.is_ready() => ring.wait().map_err(ring_failed)?,
-            Some(ring) => self.patience.sleep(|| ring.wait()).map_err(ring_failed)?,
+            Some(ring) => {
+                let ready = ring.is_ready();
+                let waited = if ready { ring.wait() } else { self.patience.sleep(|| ring.wait()) };
+                waited.map_err(ring_failed)?;
+            }
             None => self.poll(readable)?,
         }
         self.harvest();
