@@ -31,6 +31,7 @@ use std::sync::Arc;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags};
 
+use super::patience::Patience;
 use super::{BlockDevice, Writing};
 use crate::error::{Error, Result};
 use crate::store::{Extent, Located};
@@ -127,6 +128,7 @@ pub struct Engine<T: Send + 'static> {
     /// Requests that the other threads have.
     aside: usize,
     done: VecDeque<Done<T>>,
+    patience: Patience,
 }
 
 impl<T> Request<T> {
@@ -188,6 +190,7 @@ impl<T: Send + 'static> Engine<T> {
             returned: Arc::new(Returned { done: Mutex::default(), bell }),
             aside: 0,
             done: VecDeque::new(),
+            patience: Patience::default(),
         })
     }
 
@@ -313,23 +316,59 @@ impl<T: Send + 'static> Engine<T> {
     /// # Errors
     /// As [`Self::submit`].
     pub fn wait(&mut self, readable: Option<BorrowedFd<'_>>) -> Result<()> {
+        self.watch(readable)?;
+        let ready = self.ring.as_mut().is_some_and(Ring::is_ready);
+        if !ready {
+            self.look(|| false)?;
+        }
+        if self.done.is_empty() { self.sleep(readable) } else { Ok(()) }
+    }
+
+    /// Gives the host what was begun and looks for something finished, or what `other` finds, as long as that was quicker
+    /// than [`Self::sleep`] lately; tells whether there is something.
+    ///
+    /// # Errors
+    /// As [`Self::submit`].
+    pub fn look(&mut self, mut other: impl FnMut() -> bool) -> Result<bool> {
+        self.watch(None)?;
+        if let Some(ring) = &mut self.ring {
+            ring.submit().map_err(ring_failed)?;
+        }
         self.harvest();
         if !self.done.is_empty() {
-            return self.submit();
+            return Ok(true);
         }
+        let Some(ring) = &mut self.ring else { return Ok(false) };
+        Ok(self.patience.look(|| ring.has_completions() || other()))
+    }
+
+    /// Waits as [`Self::wait`] does, without looking first.
+    ///
+    /// # Errors
+    /// As [`Self::submit`].
+    pub fn sleep(&mut self, readable: Option<BorrowedFd<'_>>) -> Result<()> {
+        self.watch(readable)?;
         match &mut self.ring {
             Some(ring) => {
-                if self.aside > 0 {
-                    ring.watch(RETURNED, self.returned.bell.as_fd()).map_err(ring_failed)?;
-                }
-                if let Some(fd) = readable {
-                    ring.watch(CALLER, fd).map_err(ring_failed)?;
-                }
-                ring.wait().map_err(ring_failed)?;
+                let ready = ring.is_ready();
+                let waited = if ready { ring.wait() } else { self.patience.sleep(|| ring.wait()) };
+                waited.map_err(ring_failed)?;
             }
             None => self.poll(readable)?,
         }
         self.harvest();
+        Ok(())
+    }
+
+    /// Makes the ring tell of `readable` and of the other threads.
+    fn watch(&mut self, readable: Option<BorrowedFd<'_>>) -> Result<()> {
+        let Some(ring) = &mut self.ring else { return Ok(()) };
+        if self.aside > 0 {
+            ring.watch(RETURNED, self.returned.bell.as_fd()).map_err(ring_failed)?;
+        }
+        if let Some(fd) = readable {
+            ring.watch(CALLER, fd).map_err(ring_failed)?;
+        }
         Ok(())
     }
 

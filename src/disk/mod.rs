@@ -16,6 +16,7 @@ pub mod engine;
 pub mod import;
 mod lease;
 mod manage;
+pub(crate) mod patience;
 mod read_only;
 mod scrub;
 mod write;

@@ -98,8 +98,11 @@ impl<T> std::fmt::Debug for Ring<T> {
 impl<T> Ring<T> {
     /// Makes a ring; fails where the host does not allow it.
     pub fn new(entries: u32) -> io::Result<Self> {
-        // Completions are then worked off in our own system calls, not as interruptions of whatever runs.
-        let best = IoUring::builder().setup_single_issuer().setup_defer_taskrun().setup_submit_all().build(entries);
+        // Completions are then worked off in our own system calls, not as interruptions of whatever runs, and a flag in
+        // memory says when there are some.
+        let mut builder = IoUring::builder();
+        builder.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag().setup_submit_all();
+        let best = builder.build(entries);
         let ring = best.or_else(|_| IoUring::new(entries))?;
         Ok(Self {
             ring,
@@ -235,10 +238,24 @@ impl<T> Ring<T> {
         Ok(())
     }
 
-    /// Gives the kernel what is queued.
+    /// Gives the kernel what is queued, and takes what it has finished.
     pub fn submit(&mut self) -> io::Result<()> {
         self.enqueue_jobs()?;
-        self.enter(0)
+        self.enter(0)?;
+        self.reap();
+        Ok(())
+    }
+
+    /// Tells whether [`Self::wait`] would not wait now. Costs no system call.
+    #[must_use]
+    pub fn is_ready(&mut self) -> bool {
+        self.woken || self.has_completions()
+    }
+
+    /// Tells whether the kernel has finished something. Costs no system call.
+    #[must_use]
+    pub fn has_completions(&mut self) -> bool {
+        !self.done.is_empty() || self.ring.submission().taskrun() || !self.ring.completion().is_empty()
     }
 
     /// Gives the kernel what is queued and waits for a completion or the watched descriptor.

@@ -33,6 +33,7 @@ use super::inflight::Track;
 use super::request::{Bounds, Request, SERIAL};
 use crate::clock;
 use crate::disk::BlockDevice;
+use crate::disk::patience::Patience;
 
 /// The memory of a guest.
 pub(crate) trait Memory {
@@ -47,10 +48,6 @@ pub(crate) trait Memory {
 const IN_FLIGHT_MAX: usize = 256;
 /// Bytes of their data at most, or of one request.
 const BYTES_MAX: usize = 32 << 20;
-/// How long it looks for a request before sleeping, at most: what QEMU takes.
-const PATIENCE_MAX: Duration = Duration::from_micros(32);
-/// Looks between two looks at the clock.
-const LOOKS: u32 = 16;
 /// So many bells in a row for nothing are a mistake of whoever rings; ...
 const FALSE_BELLS: u32 = 64;
 /// ... each of those to come is answered after a rest.
@@ -145,21 +142,19 @@ impl<'a> Service<'a> {
             }
             if full(flights) {
                 flights.engine().wait(None).map_err(text)?;
-            } else if flights.count() == 0 && self.look(&patience) {
+            } else if self.look(flights, &patience)? {
                 // It came before it was worth sleeping.
             } else if self.queue.enable_notification(self.memory.map()).map_err(text)? {
                 // There is more already.
             } else if flights.count() > 0 {
-                flights.engine().wait(Some(kick)).map_err(text)?;
+                flights.engine().sleep(Some(kick)).map_err(text)?;
                 self.silence()?;
             } else {
                 // What has just been looked at may be gone, and nobody may ever kick again.
                 self.look_at_memory()?;
-                let begun = clock::now();
-                if bell::wait(kick, wake).map_err(text)? {
+                if patience.sleep(|| bell::wait(kick, wake)).map_err(text)? {
                     self.silence()?;
                 }
-                patience.slept(clock::now().duration_since(begun));
             }
             if flights.collect(self.memory) {
                 self.false_bells = 0;
@@ -191,20 +186,15 @@ impl<'a> Service<'a> {
         if self.has_lost_memory() { Err("memory that was shared is gone".into()) } else { Ok(()) }
     }
 
-    /// Looks for the next request without sleeping, for a while; tells whether there is one. The guest need not notify
+    /// Looks for something to do without sleeping, for a while; tells whether there is. The guest need not notify
     /// meanwhile.
-    fn look(&self, patience: &Patience) -> bool {
-        let until = clock::now() + patience.0;
-        while clock::now() < until && !self.wires.stop.load(Ordering::Relaxed) {
-            for _ in 0..LOOKS {
-                let index = self.queue.avail_idx(self.memory.map(), Ordering::Acquire);
-                if index.is_ok_and(|index| index.0 != self.queue.next_avail()) {
-                    return true;
-                }
-                std::hint::spin_loop();
-            }
-        }
-        false
+    fn look(&self, flights: &mut Flights, patience: &Patience) -> Result<bool, String> {
+        let asked = || {
+            let index = self.queue.avail_idx(self.memory.map(), Ordering::Acquire);
+            let stop = self.wires.stop.load(Ordering::Relaxed);
+            stop || index.is_ok_and(|index| index.0 != self.queue.next_avail())
+        };
+        if flights.count() > 0 { flights.engine().look(asked).map_err(text) } else { Ok(patience.look(asked)) }
     }
 
     /// Takes what is available, as far as there is room; tells whether there was anything.
@@ -263,18 +253,6 @@ impl<'a> Service<'a> {
             (self.wires.call)();
         }
         Ok(())
-    }
-}
-
-/// How long it is worth looking for the next request before sleeping: as long as it would have found one lately, so that
-/// a guest that rests costs nothing.
-#[derive(Debug, Default)]
-struct Patience(Duration);
-
-impl Patience {
-    /// Learns from a sleep that came after it had looked.
-    fn slept(&mut self, slept: Duration) {
-        self.0 = if self.0 + slept > PATIENCE_MAX { Duration::ZERO } else { PATIENCE_MAX.min((self.0 + slept) * 2) };
     }
 }
 
