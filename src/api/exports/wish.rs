@@ -54,7 +54,7 @@ impl What {
                 let info = store.snapshot_info_by_id(id)?;
                 // One that was removed and is held has its row still, without a name.
                 if info.name.is_empty() {
-                    return Err(Error::not_found(format!("snapshot {id} was removed")));
+                    return Err(Error::not_found(format!("a snapshot of disk {} was removed", info.disk)));
                 }
                 Ok(format!("{}@{}", info.disk, info.name))
             }
