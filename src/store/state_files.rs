@@ -183,11 +183,12 @@ impl Store {
         }
     }
 
-    /// Reads the seal of every state to its end; returns what is wrong, by epoch.
+    /// Reads the seal of every state to its end; returns what is wrong, by epoch, and how many states wait for a first seal.
+    /// That is no fault: a pool of an older version has none, and the next opening makes what a lost one held again.
     ///
     /// # Errors
     /// Any error of the host.
-    pub(super) fn faulty_state_seals(&self) -> Result<BTreeMap<Epoch, String>> {
+    pub(super) fn faulty_state_seals(&self) -> Result<(BTreeMap<Epoch, String>, usize)> {
         let _turn = self.tidying.lock();
         let mut faults = BTreeMap::new();
         let mut bases: BTreeMap<Epoch, Option<Epoch>> = BTreeMap::new();
@@ -215,12 +216,17 @@ impl Store {
             let tables = self.tables.read();
             tables.states().filter(|(_, row)| row.sealed && row.status.readable()).map(|(key, _)| key).collect()
         };
-        for key in sealed.into_iter().filter(|key| !bases.contains_key(&key.1)) {
+        let written = self.state_files.with(&*self.media, |known| known.keys().copied().collect::<BTreeSet<_>>())?;
+        let absent = sealed.into_iter().filter(|key| !bases.contains_key(&key.1) && !faults.contains_key(&key.1));
+        let (lost, waiting): (Vec<_>, Vec<_>) = absent.partition(|key| written.contains(&key.1));
+        for key in lost {
             let path = state_path(key.1, false);
-            let missing = || format!("the seal {path} of {} is missing: a rebuild would lose it", self.describe(key));
-            faults.entry(key.1).or_insert_with(missing);
+            faults.insert(
+                key.1,
+                format!("the seal {path} of {} is missing: a rebuild would lose it", self.describe(key)),
+            );
         }
-        Ok(faults)
+        Ok((faults, waiting.len()))
     }
 
     /// Makes seals of states again, and those that are based on what cannot be made again.

@@ -13,7 +13,7 @@ fn a_pool_is_made_once() {
     assert_eq!((made["answer"].as_str(), made["uuid"].as_str().unwrap().len()), (Some("pool"), 36));
     let (code, error) = it.error(&["init"]);
     assert_eq!((code, error["kind"].as_str()), (1, Some("exists")));
-    let list = json!({ "answer": "disks", "disks": [], "health": null, "damage": null, "full": null });
+    let list = json!({ "answer": "disks", "disks": [], "health": null, "damage": null, "full": null, "records": null });
     assert_eq!(it.json(&["ls"]), list);
 }
 

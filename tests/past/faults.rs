@@ -166,6 +166,21 @@ fn a_lost_or_damaged_seal_of_a_state_is_named_and_made_again() {
     pool.sound();
 }
 
+/// As in a pool of a version that made none: nothing is lost, and they are made.
+#[test]
+fn a_map_that_waits_for_its_seal_is_no_fault() {
+    let mut pool = sealed();
+    pool.store.close().unwrap();
+    damage(&pool, &paths(&pool, "states/", ".seal").remove(0), "gone");
+    pool.store = Pool::open(&pool.media);
+    let report = check(&pool, false);
+    assert_eq!((report.problems.len(), report.notes.len()), (0, 1), "{report:?}");
+    assert!(report.notes[0].contains("not sealed yet"), "{report:?}");
+    tidy(&pool);
+    assert_eq!(paths(&pool, "states/", ".seal").len(), 1);
+    assert_eq!(check(&pool, false).notes.len(), 0);
+}
+
 #[test]
 fn a_record_that_is_gone_or_damaged_is_told_before_a_diff_needs_it() {
     let mut pool = sealed();

@@ -83,7 +83,11 @@ pub(super) fn check(checker: &Checker<'_>, due: &SealsDue, report: &mut CheckRep
         });
         add(report, &what, mended.as_ref());
     }
-    let faults = store.faulty_state_seals()?;
+    let (faults, waiting) = store.faulty_state_seals()?;
+    if waiting > 0 {
+        let what = if waiting == 1 { "the map of one snapshot is" } else { "the maps of some snapshots are" };
+        report.notes.push(format!("{what} not sealed yet; that is done while a server runs"));
+    }
     let mended = (checker.repair && !faults.is_empty())
         .then(|| store.rewrite_state_seals(faults.keys().copied().collect()).map(|()| "made again from the catalog"));
     faults.values().for_each(|what| add(report, what, mended.as_ref()));
