@@ -313,7 +313,10 @@ fn log(global: &Global) {
         (false, 2) => "debug",
         (false, _) => "trace",
     };
-    let filter = EnvFilter::try_from_env(LOG_VARIABLE).unwrap_or_else(|_| EnvFilter::new(level));
+    // With --json an error is all there is on stderr, so nobody is told there that a server takes its time.
+    let client = if global.json { ",afterimage::api::client=error" } else { "" };
+    let usual = || EnvFilter::new(format!("{level}{client}"));
+    let filter = EnvFilter::try_from_env(LOG_VARIABLE).unwrap_or_else(|_| usual());
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
