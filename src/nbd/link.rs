@@ -30,6 +30,8 @@ pub(super) struct Link {
     tls: Option<Box<ServerConnection>>,
     /// Decrypted bytes that were not taken yet.
     decrypted: usize,
+    /// How long a call waits for bytes at most.
+    patience: Option<Duration>,
 }
 
 /// The socket as rustls wants it.
@@ -59,11 +61,12 @@ impl Write for Raw<'_> {
 impl Link {
     /// Takes a connected socket.
     pub(super) fn new(socket: Arc<OwnedFd>) -> Self {
-        Self { socket, tls: None, decrypted: 0 }
+        Self { socket, tls: None, decrypted: 0, patience: None }
     }
 
     /// Lets a call that waits for bytes return now and then, as if there were none to come.
-    pub(super) fn wait_at_most(&self, time: Duration) -> io::Result<()> {
+    pub(super) fn wait_at_most(&mut self, time: Duration) -> io::Result<()> {
+        self.patience = Some(time);
         Ok(sockopt::set_socket_timeout(&self.socket, sockopt::Timeout::Recv, Some(time))?)
     }
 
@@ -105,11 +108,16 @@ impl Link {
 
     fn receive_secret(&mut self, parts: &mut [IoSliceMut<'_>], wait: bool) -> io::Result<Option<usize>> {
         let Some(tls) = &mut self.tls else { return Ok(Some(0)) };
+        let deadline = self.patience.filter(|_| wait).map(|patience| clock::now() + patience);
         loop {
             let (got, ended) = take_decrypted(tls, parts)?;
             if got > 0 || ended {
                 self.decrypted = self.decrypted.saturating_sub(got);
                 return Ok(Some(got));
+            }
+            // Nothing can be decrypted before its record is there in full, and bytes of that may come one at a time.
+            if deadline.is_some_and(|deadline| clock::now() >= deadline) {
+                return Ok(None);
             }
             match tls.read_tls(&mut Raw { socket: self.socket.as_fd(), wait }) {
                 Ok(_) => {}
