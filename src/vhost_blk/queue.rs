@@ -25,7 +25,7 @@ use super::config::QUEUE_SIZE_MAX;
 use super::inflight::Track;
 use super::memory::Memory;
 use super::server::Line;
-use super::service::{Memory as _, Service, Target, Wires};
+use super::service::{Service, Target, Wires, look_at, text};
 
 /// All there is to say about a queue before it can work.
 pub(super) struct Setup {
@@ -103,10 +103,13 @@ impl Worker {
     }
 
     /// Finishes what was taken and returns where the ring of available requests goes on.
-    pub(super) fn stop(self) -> u16 {
+    ///
+    /// # Errors
+    /// When the thread has ended on a mistake in this program: nobody knows then.
+    pub(super) fn stop(self) -> io::Result<u16> {
         self.stop.asked.store(true, Ordering::Release);
         bell::ring(&self.stop.event);
-        self.thread.join().expect("requests that panic are caught")
+        self.thread.join().map_err(|_| io::Error::other("the thread of a queue failed on a mistake in this program"))
     }
 }
 
@@ -138,12 +141,6 @@ fn prepare(
         queue.set_next_avail(used.wrapping_add(taken));
         again = heads.into();
     }
-    if memory.is_lost() || track.as_ref().is_some_and(Track::is_lost) {
-        return Err("memory that was shared is gone".into());
-    }
+    look_at(memory, track.as_ref())?;
     Ok((queue, again, track))
-}
-
-fn text(error: impl std::fmt::Display) -> String {
-    error.to_string()
 }

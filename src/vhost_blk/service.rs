@@ -89,8 +89,18 @@ pub(crate) struct Service<'a> {
     false_bells: u32,
 }
 
-fn text(error: impl std::fmt::Display) -> String {
+/// Tells why a queue cannot be served.
+pub(super) fn text(error: impl std::fmt::Display) -> String {
     error.to_string()
+}
+
+fn is_lost(memory: &dyn Memory, track: Option<&Track>) -> bool {
+    memory.is_lost() || track.is_some_and(Track::is_lost)
+}
+
+/// Fails when what was read is no memory any more.
+pub(super) fn look_at(memory: &dyn Memory, track: Option<&Track>) -> Result<(), String> {
+    if is_lost(memory, track) { Err("memory that was shared is gone".into()) } else { Ok(()) }
 }
 
 impl<'a> Service<'a> {
@@ -179,11 +189,11 @@ impl<'a> Service<'a> {
 
     /// Tells whether what was read is no memory any more.
     pub(crate) fn has_lost_memory(&self) -> bool {
-        self.memory.is_lost() || self.track.as_ref().is_some_and(Track::is_lost)
+        is_lost(self.memory, self.track.as_ref())
     }
 
     fn look_at_memory(&self) -> Result<(), String> {
-        if self.has_lost_memory() { Err("memory that was shared is gone".into()) } else { Ok(()) }
+        look_at(self.memory, self.track.as_ref())
     }
 
     /// Looks for something to do without sleeping, for a while; tells whether there is. The guest need not notify

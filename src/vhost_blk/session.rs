@@ -70,7 +70,9 @@ impl Session {
 
     /// Stops the queues, having finished what they had taken.
     pub(super) fn end(&self) {
-        self.state.lock().stop_all();
+        if let Err(error) = self.state.lock().stop_all() {
+            tracing::error!("a queue of a guest did not end as it should: {error}");
+        }
     }
 
     fn offered(&self) -> u64 {
@@ -88,7 +90,7 @@ impl Session {
     /// Changes something of all queues while none works.
     fn change_all(&self, change: impl FnOnce(&mut State) -> Result<()>) -> Result<()> {
         let mut state = self.state.lock();
-        state.stop_all();
+        state.stop_all()?;
         let changed = change(&mut state);
         for index in 0..state.rings.len() {
             state.start(index, self)?;
@@ -105,15 +107,15 @@ impl State {
     fn stop(&mut self, index: usize) -> Result<()> {
         let ring = self.ring(index)?;
         if let Some(worker) = ring.worker.take() {
-            ring.base = worker.stop();
+            ring.base = worker.stop().map_err(failed)?;
         }
         Ok(())
     }
 
-    fn stop_all(&mut self) {
-        for index in 0..self.rings.len() {
-            self.stop(index).expect("there is such a queue");
-        }
+    fn stop_all(&mut self) -> Result<()> {
+        // All of them, whatever becomes of one.
+        let stopped: Vec<_> = (0..self.rings.len()).map(|index| self.stop(index)).collect();
+        stopped.into_iter().collect()
     }
 
     /// Lets a queue work if all is said.
