@@ -211,3 +211,57 @@ fn segments_that_nobody_uses_make_room_for_those_that_are_needed() {
     media.plenty();
     store.close().unwrap();
 }
+
+/// As after a kill: what was open is let go, and nothing is closed in order.
+fn killed(store: Arc<Store>, disks: Vec<Arc<Disk>>) {
+    drop(disks);
+    drop(store);
+}
+
+#[test]
+fn the_first_flush_after_a_kill_may_find_no_descriptor_and_the_next_one_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let media = Scarce::new(&dir);
+    let store = pool(&media);
+    let make = |name: &str| {
+        drop(disk::create(&store, name, 16 * MIB).unwrap());
+        disk::open(&store, name).unwrap()
+    };
+    let disks = vec![make("a"), make("b")];
+    for disk in &disks {
+        disk.write(&data(1), 0).unwrap();
+        disk.flush().unwrap();
+        // In place, and not synced.
+        disk.write(&data(2), 0).unwrap();
+    }
+    killed(store, disks);
+
+    let options = OpenOptions { background: false, ..OpenOptions::default() };
+    let store = Store::open(Arc::clone(&media) as _, options).unwrap();
+    let (a, b) = (disk::open(&store, "a").unwrap(), disk::open(&store, "b").unwrap());
+    // Its new segment is open, and the one it had before is not.
+    a.write(&data(3), MIB).unwrap();
+    for (name, disk) in [("a", &a), ("b", &b)] {
+        // At first there are segments that can be closed, and that is not enough.
+        for leave in [None, Some(0), Some(1)] {
+            leave.map_or_else(|| media.most.store(0, Ordering::SeqCst), |more| media.leave(more));
+            let error = disk.flush().unwrap_err();
+            assert!(error.to_string().contains("Too many open files"), "{error}");
+            assert!(snapshot::take(&store, &[(name.into(), "s".into())]).unwrap_err().lacks_descriptors());
+            assert_eq!(store.health(), None, "the pool goes on");
+        }
+        media.plenty();
+        disk.flush().unwrap();
+        is_as_written(disk, 2);
+    }
+    let mut bytes = vec![0; 256 << 10];
+    a.read(&mut bytes, MIB).unwrap();
+    assert!(bytes == data(3), "no change was lost with the flush that failed");
+    drop((a, b));
+    store.close().unwrap();
+    drop(store);
+    let store = Store::open(Arc::clone(&media) as _, OpenOptions::default()).unwrap();
+    disk::open(&store, "a").unwrap().read(&mut bytes, MIB).unwrap();
+    assert!(bytes == data(3), "nor in the catalog");
+    store.close().unwrap();
+}

@@ -162,6 +162,13 @@ impl Link {
         self.tls.as_ref().is_some_and(|tls| tls.wants_write())
     }
 
+    /// Tells whether the peer has sent all it will send, or the connection broke; it may not be received yet.
+    pub(super) fn is_gone(&self) -> bool {
+        let mut fds = [PollFd::new(&self.socket, PollFlags::RDHUP)];
+        // What cannot be asked is found out when something is received.
+        rustix::event::poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
+    }
+
     /// Waits until the socket can be read or, with `send`, written.
     pub(super) fn wait(&self, receive: bool, send: bool, deadline: Option<Instant>) -> io::Result<()> {
         let mut flags = PollFlags::empty();
@@ -291,14 +298,15 @@ impl Watch {
         Ok(Self { epoll, socket, set })
     }
 
-    /// Says what is watched for; `None` when that is nothing.
-    pub(super) fn on(&mut self, receive: bool, send: bool) -> io::Result<Option<BorrowedFd<'_>>> {
-        if !receive && !send {
+    /// Says what is watched for, `end` being that the peer has sent all; `None` when that is nothing.
+    pub(super) fn on(&mut self, receive: bool, send: bool, end: bool) -> io::Result<Option<BorrowedFd<'_>>> {
+        if !receive && !send && !end {
             return Ok(None);
         }
         let mut set = epoll::EventFlags::empty();
         set.set(epoll::EventFlags::IN, receive);
         set.set(epoll::EventFlags::OUT, send);
+        set.set(epoll::EventFlags::RDHUP, end);
         if set != self.set {
             epoll::modify(&self.epoll, &self.socket, epoll::EventData::new_u64(0), set)?;
             self.set = set;

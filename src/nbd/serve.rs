@@ -13,11 +13,13 @@
 //!    A request for which there is none waits in its socket. Who waits has nothing under way; who has, gives up what it
 //!    keeps when somebody waits, and if its client then takes no whole reply, or does not send the rest of a request, for
 //!    [`Limits::stall`], it ends, also when some bytes of it come now and then. So small requests always go on, and large
-//!    ones do after a while, whatever other clients do. A client that goes while it waits is not waited for.
+//!    ones do after a while, whatever other clients do; but what waits on purpose keeps its memory as long as it waits. A
+//!    client that goes while it waits for memory is not waited for.
 //! 4. Everything about a request is checked before it is begun ([`check`]); what is refused is answered, and the
 //!    connection goes on.
 //! 5. Whatever ends the connection, what was begun is finished first. A client that says goodbye, or whose server ends,
-//!    gets the replies to what was begun.
+//!    gets the replies to what was begun. What waits on purpose, for room or for a limit, is not waited for: it is answered
+//!    with ESHUTDOWN, and was not done.
 //!
 //! # Order
 //! Replies come as requests are finished. A flush, or FUA, covers every write that was answered before it was sent, on any
@@ -102,6 +104,8 @@ pub(super) struct Session<'a> {
     taken: u64,
     /// No more requests are taken.
     ended: bool,
+    /// The client sends nothing any more; there may be requests that were not taken yet.
+    gone: bool,
     read_only: bool,
     /// Last: what the export keeps is let go when nothing is under way any more.
     terms: Terms,
@@ -121,7 +125,7 @@ impl<'a> Session<'a> {
             link,
             stopping,
             watch,
-            engine: Engine::new("nbd-work", THREADS_MAX)?,
+            engine: Engine::new("nbd-work", THREADS_MAX, Arc::default())?,
             receiver: Receiver::new(),
             outbox: Outbox::default(),
             buffers: Buffers::default(),
@@ -133,6 +137,7 @@ impl<'a> Session<'a> {
             moved: clock::now(),
             taken: 0,
             ended: false,
+            gone: false,
             read_only: terms.export.device.read_only(),
             terms,
         })
@@ -157,8 +162,10 @@ impl<'a> Session<'a> {
                 self.engine.submit()?;
             } else if self.engine.in_flight() > 0 {
                 let takes = self.takes();
-                let watched = self.watch.on(takes, self.outbox.len() > 0 || self.link.must_send()).map_err(broke)?;
+                let sends = self.outbox.len() > 0 || self.link.must_send();
+                let watched = self.watch.on(takes, sends, !self.gone).map_err(broke)?;
                 self.engine.wait(watched)?;
+                self.look_whether_gone(takes);
             }
             while let Some(done) = self.engine.finished() {
                 self.finish(done);
@@ -175,11 +182,19 @@ impl<'a> Session<'a> {
                 self.wait_for_client().map_err(broke)?;
             } else if let Some(need) = self.blocked {
                 // Nothing is under way, so nobody is held up by this.
-                if !self.share.wait(need, clock::now() + LOOK) && self.link.gone()() {
+                if !self.share.wait(need, clock::now() + LOOK) && self.link.is_gone() {
                     self.ended = true;
                 }
                 self.moved = clock::now();
             }
+        }
+    }
+
+    /// Finds out that the client has gone although no request can be taken: they may all wait, for room for instance.
+    fn look_whether_gone(&mut self, takes: bool) {
+        if !takes && !self.gone && self.link.is_gone() {
+            self.gone = true;
+            self.engine.cancel();
         }
     }
 
@@ -313,6 +328,9 @@ impl<'a> Session<'a> {
                     break;
                 }
             }
+        }
+        if self.ended && !std::mem::replace(&mut self.gone, true) {
+            self.engine.cancel();
         }
         Ok(taken)
     }
@@ -490,6 +508,7 @@ fn errno_of(error: &Error) -> Errno {
         Kind::NoSpace => Errno::NoSpc,
         Kind::ReadOnly | Kind::Denied | Kind::Busy => Errno::Perm,
         Kind::Unsupported => Errno::NotSup,
+        Kind::Cancelled => Errno::Shutdown,
         _ => Errno::Io,
     }
 }

@@ -1,16 +1,17 @@
 //! Flush: from changed chunks to rows in a durable frame.
 //!
 //! # Order of a flush
-//! 1. Copy the changed entries. Every block in the copies has had its pwrite return.
-//! 2. Sync the segments that were written (this covers at least those blocks).
-//! 3. Submit map, index, disk, segment and free rows; wait for their frame. No changed entries: no frame.
+//! 1. The first flush of a disk after a kill: sync the segments that the killed process may have written to.
+//! 2. Copy the changed entries. Every block in the copies has had its pwrite return.
+//! 3. Sync the segments that were written (this covers at least those blocks).
+//! 4. Submit map, index, disk, segment and free rows; wait for their frame. No changed entries: no frame.
 //!
 //! # Rules
 //! 1. Requests that come while a flush runs share the next one.
 //! 2. An address that an entry lost is queued for punching in the same frame, if no other state holds it.
-//! 3. What was written down of the changes (`unflushed`) goes to a new generation before step 1 and is dropped after step 3.
-//! 4. A failed sync poisons the pool: which writes it lost is unknown. No flush opens a file, so that one never fails for
-//!    want of a descriptor.
+//! 3. What was written down of the changes (`unflushed`) goes to a new generation before step 2 and is dropped after step 4.
+//! 4. A failed sync poisons the pool: which writes it lost is unknown. Want of a descriptor does not: files are opened in
+//!    step 1 only, when nothing has been taken yet that the next flush would miss.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
@@ -139,6 +140,7 @@ impl Store {
     pub fn flush_ordered(&self, head: &Head, order: &mut Order) -> Result<()> {
         self.ledger.writable()?;
         head.refuse_gone()?;
+        self.sync_earlier(head)?;
         let closed = self.switch_log(head);
         let covered = head.requested.load(Ordering::Acquire);
         let row = *head.owed_row.lock();
@@ -149,9 +151,7 @@ impl Store {
             captures.push(Capture::take(line.branch, chunk, &mut cached.lock()));
         }
         // All copies are one submit, and leave room for the rows that name them.
-        let may_log = captures.len() <= LOG_CHUNKS_MAX
-            && head.earlier.lock().is_empty()
-            && super::logged::COPIES_MAX <= self.ledger.submit_max() / 2;
+        let may_log = captures.len() <= LOG_CHUNKS_MAX && super::logged::COPIES_MAX <= self.ledger.submit_max() / 2;
         let copies = match head.small.take(!captures.is_empty(), may_log) {
             Plan::Log(copies) => copies,
             Plan::Sync(stale) => {
@@ -183,27 +183,36 @@ impl Store {
         Ok(ticket)
     }
 
-    /// Syncs what a disk wrote, and submits that copies in the journal are out of date.
+    /// Syncs what a disk wrote since a flush of it, and submits that copies in the journal are out of date.
     ///
     /// # Errors
-    /// As [`Store::sync_owed`] and [`Ledger::submit`].
+    /// Any error of the host; the pool refuses writes then. As [`Ledger::submit`].
+    ///
+    /// # Panics
+    /// When the disk was not flushed before.
     pub fn sync_and_settle(&self, head: &Head) -> Result<()> {
+        assert!(head.earlier.lock().is_empty(), "the first flush synced what an earlier process left");
         let (Plan::Sync(stale) | Plan::Log(stale)) = head.small.take(false, false);
         self.sync_owed(head)?;
         self.submit_changes(head, &head.line(), Vec::new(), stale).map(drop)
     }
 
-    /// Syncs the segments a disk wrote to, in this process or in one before it that was killed.
+    /// Syncs the segments that a process before this one, that was killed, may have written to and not synced. It opens
+    /// them, one after the other, so it comes before anything is taken: what finds no descriptor is to be tried again.
     ///
     /// # Errors
-    /// Any error of the host; the pool refuses writes then.
-    pub fn sync_owed(&self, head: &Head) -> Result<()> {
+    /// Any error of the host; the pool refuses writes then, except after want of a descriptor.
+    fn sync_earlier(&self, head: &Head) -> Result<()> {
         let mut earlier = head.earlier.lock();
         while let Some(id) = earlier.last() {
             // One that was removed since had nothing mapped; it may go at this very moment.
             let is_there = || self.tables.read().segment(*id).is_ok_and(|row| !row.removed);
-            if is_there()
-                && let Err(error) = self.segment(*id).and_then(|segment| segment.sync_punches())
+            let synced = match is_there().then(|| self.segment(*id)) {
+                None => Ok(()),
+                Some(Err(error)) if error.lacks_descriptors() => return Err(error),
+                Some(opened) => opened.and_then(|segment| segment.sync_punches()),
+            };
+            if let Err(error) = synced
                 && is_there()
             {
                 self.ledger.poison(&error);
@@ -211,7 +220,14 @@ impl Store {
             }
             earlier.pop();
         }
-        drop(earlier);
+        Ok(())
+    }
+
+    /// Syncs the segments a disk wrote to in this process; they are open.
+    ///
+    /// # Errors
+    /// Any error of the host; the pool refuses writes then.
+    fn sync_owed(&self, head: &Head) -> Result<()> {
         for segment in head.take_owed() {
             if let Err(error) = segment.sync() {
                 self.ledger.poison(&error);

@@ -12,8 +12,8 @@
 //! 1. What a guest or a front end says is checked before it is used: a bad request ends that request, a bad ring that queue,
 //!    a bad message that connection; none ends the server.
 //! 2. A flush is answered when every write answered before it is durable.
-//! 3. Before a queue stops, what it took is finished. What could not be, because the server was killed, is done again by the
-//!    next one (see `inflight`).
+//! 3. Before a queue stops, what it took is finished. What could not be, because the server was killed or the request waits
+//!    on purpose (for room, for a limit), is done again by the next one (see `inflight`).
 //! 4. Guest memory is only ever copied from and to.
 //! 5. The end of a server waits for what is under way, but not for ever: what the host does not end within [`STOP_TIME`]
 //!    can still write, so it keeps its lease until it cannot, and the log says so.

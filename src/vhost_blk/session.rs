@@ -36,6 +36,8 @@ use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandler};
 struct Ring {
     size: u16,
     base: u16,
+    /// What was taken before `base` and is not answered; forgotten when the front end says another base.
+    left: Vec<u16>,
     /// Descriptors, available, used: addresses of the front end.
     addresses: Option<[u64; 3]>,
     enabled: bool,
@@ -107,7 +109,8 @@ impl State {
     fn stop(&mut self, index: usize) -> Result<()> {
         let ring = self.ring(index)?;
         if let Some(worker) = ring.worker.take() {
-            ring.base = worker.stop().map_err(failed)?;
+            let stopped = worker.stop().map_err(failed)?;
+            (ring.base, ring.left) = (stopped.base, stopped.left);
         }
         Ok(())
     }
@@ -133,6 +136,7 @@ impl State {
             Some(region) => Some(region.track(index, ring.size).map_err(|what| failed(io::Error::other(what)))?),
             None => None,
         };
+        let left = ring.left.clone();
         let setup = Setup {
             memory: Arc::clone(memory),
             size: ring.size,
@@ -140,6 +144,7 @@ impl State {
             available: available?,
             used: used?,
             base: ring.base,
+            left,
             event_index: config::event_index(self.features),
             flushes: config::flushes(self.features),
             kick: Arc::clone(kick),
@@ -232,6 +237,9 @@ impl VhostUserBackendReqHandler for Session {
     fn set_vring_base(&self, queue: u32, base: u32) -> Result<()> {
         let base = u16::try_from(base).map_err(|_| Error::InvalidParam)?;
         self.change(index(queue), |ring| {
+            if ring.base != base {
+                ring.left.clear();
+            }
             ring.base = base;
             Ok(())
         })
