@@ -74,8 +74,8 @@ impl Shared {
     /// Maps `len` bytes of a file from `offset` on, for reading and writing, and enters that.
     ///
     /// # Errors
-    /// `InvalidInput` when the file is of huge pages and the range is not of whole ones; as [`Shared::new`]; any error of
-    /// the host.
+    /// `InvalidInput` when the file is of huge pages and the range is not of whole ones; when there are too many mappings,
+    /// or the host does not let the signal be handled; any other error of the host.
     pub fn of(file: File, offset: u64, len: usize) -> io::Result<Self> {
         let page = page_of(&file)?;
         if !offset.is_multiple_of(page) || !(len as u64).is_multiple_of(page) {

@@ -15,7 +15,7 @@
 //! 3. Before a queue stops, what it took is finished. What could not be, because the server was killed or the request waits
 //!    on purpose (for room, for a limit), is done again by the next one (see `inflight`).
 //! 4. Guest memory is only ever copied from and to.
-//! 5. The end of a server waits for what is under way, but not for ever: what the host does not end within [`STOP_TIME`]
+//! 5. The end of a server waits for what is under way, but not for ever: what the host does not end within ten seconds
 //!    can still write, so it keeps its lease until it cannot, and the log says so.
 //!
 //! # After a crash
