@@ -281,6 +281,9 @@ fn checked(report: &CheckReport) -> String {
     for problem in &report.problems {
         text.push_str(&format!("{}: {}\n", if problem.fixed { "mended" } else { "problem" }, problem.what));
     }
+    if report.more() > 0 {
+        text.push_str(&format!("and {} more\n", report.more()));
+    }
     for note in &report.notes {
         text.push_str(&format!("note: {note}\n"));
     }
@@ -290,7 +293,6 @@ fn checked(report: &CheckReport) -> String {
             show_size(report.kept)
         ));
     }
-    let open = report.problems.iter().filter(|problem| !problem.fixed).count();
     text.push_str(&format!(
         "{}, {}, {}, {}; {} leaked; {}\n",
         count(report.disks, "disk"),
@@ -298,7 +300,7 @@ fn checked(report: &CheckReport) -> String {
         count(report.segments, "segment"),
         count(report.blocks, "block"),
         show_size(report.leaked),
-        if open == 0 { "sound".to_owned() } else { count(open as u64, "problem") },
+        if report.open() == 0 { "sound".to_owned() } else { count(report.open(), "problem") },
     ));
     text
 }
