@@ -232,10 +232,11 @@ fn snapshot_line(snapshot: &Snapshot) -> String {
 }
 
 fn reverted(report: &Reverted) -> String {
-    let Reverted { disk, snapshot, dropped, kept } = report;
+    let Reverted { disk, snapshot, dropped, at_most, kept } = report;
+    let most = if *at_most { "at most " } else { "" };
     let rest = match kept {
         Some(kept) => format!("what was written since is kept as {disk}@{kept}"),
-        None => format!("{} written since the last snapshot were dropped", show_size(*dropped)),
+        None => format!("{most}{} written since the last snapshot were dropped", show_size(*dropped)),
     };
     format!("disk {disk} is as in {disk}@{snapshot}; {rest}\n")
 }
