@@ -264,6 +264,7 @@ pub struct Snapshot {
 
 /// What a revert did.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct Reverted {
     /// The disk.
     pub disk: String,
@@ -271,6 +272,9 @@ pub struct Reverted {
     pub snapshot: String,
     /// Bytes written since the last snapshot that are gone.
     pub dropped: u64,
+    /// It may have been less than that: a snapshot in between was removed or retired.
+    #[serde(default)]
+    pub at_most: bool,
     /// The snapshot that keeps them instead.
     pub kept: Option<String>,
 }

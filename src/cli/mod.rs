@@ -294,7 +294,7 @@ fn rebuild(global: &Global, screen: &Screen) -> Result<u8> {
 /// An answer that says "this pool is damaged" is no success.
 fn verdict(response: &Response) -> u8 {
     let sound = match response {
-        Response::Checked(report) => report.problems.iter().all(|problem| problem.fixed),
+        Response::Checked(report) => report.open() == 0,
         Response::Scrubbed(report) => report.damaged.is_empty(),
         Response::Verified(verified) => verified.report.first_wrong.is_none(),
         _ => true,
@@ -323,4 +323,38 @@ fn log(global: &Global) {
         .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
         .init();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::{CheckReport, LISTED_MAX};
+
+    /// A check that mended a thousand leaks said "sound" while what came after them was not mended.
+    #[test]
+    fn one_fault_that_is_not_mended_behind_a_thousand_that_are_is_told() {
+        let mut report = CheckReport::default();
+        for n in 0..LISTED_MAX + 5 {
+            report.add(format!("leak {n}"), true);
+        }
+        assert_eq!(verdict(&Response::Checked(report.clone())), 0);
+        let text = show::show(&Response::Checked(report.clone()), Style::Full);
+        assert!(text.contains("\nand 5 more\n") && text.ends_with("; sound\n"), "{text}");
+
+        report.wrong("the index lacks chunk 7".to_owned());
+        report.add("one more leak".to_owned(), true);
+        assert_eq!(report.problems.len(), LISTED_MAX);
+        assert_eq!((report.found, report.unmended, report.more()), (LISTED_MAX as u64 + 7, 1, 7));
+        let text = show::show(&Response::Checked(report.clone()), Style::Full);
+        assert!(text.contains("problem: the index lacks chunk 7\n") && text.contains("\nand 7 more\n"), "{text}");
+        assert!(text.ends_with("; 1 problem\n"), "{text}");
+        assert_eq!(verdict(&Response::Checked(report.clone())), crate::error::Kind::Corrupt.exit_code());
+
+        // What an older server says has no counts.
+        report.unmended = 0;
+        assert_ne!(verdict(&Response::Checked(report.clone())), 0);
+        // No more than is listed, also when nothing of it is mended.
+        (0..LISTED_MAX * 2).for_each(|n| report.wrong(format!("fault {n}")));
+        assert!(report.problems.len() == LISTED_MAX && report.problems.iter().all(|problem| !problem.fixed));
+    }
 }

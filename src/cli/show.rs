@@ -242,10 +242,11 @@ fn snapshot_line(snapshot: &Snapshot) -> String {
 }
 
 fn reverted(report: &Reverted) -> String {
-    let Reverted { disk, snapshot, dropped, kept } = report;
+    let Reverted { disk, snapshot, dropped, at_most, kept } = report;
+    let most = if *at_most { "at most " } else { "" };
     let rest = match kept {
         Some(kept) => format!("what was written since is kept as {disk}@{kept}"),
-        None => format!("{} written since the last snapshot were dropped", show_size(*dropped)),
+        None => format!("{most}{} written since the last snapshot were dropped", show_size(*dropped)),
     };
     format!("disk {disk} is as in {disk}@{snapshot}; {rest}\n")
 }
@@ -291,6 +292,9 @@ fn checked(report: &CheckReport) -> String {
     for problem in &report.problems {
         text.push_str(&format!("{}: {}\n", if problem.fixed { "mended" } else { "problem" }, problem.what));
     }
+    if report.more() > 0 {
+        text.push_str(&format!("and {} more\n", report.more()));
+    }
     for note in &report.notes {
         text.push_str(&format!("note: {note}\n"));
     }
@@ -300,7 +304,6 @@ fn checked(report: &CheckReport) -> String {
             show_size(report.kept)
         ));
     }
-    let open = report.problems.iter().filter(|problem| !problem.fixed).count();
     text.push_str(&format!(
         "{}, {}, {}, {}; {} leaked; {}\n",
         count(report.disks, "disk"),
@@ -308,7 +311,7 @@ fn checked(report: &CheckReport) -> String {
         count(report.segments, "segment"),
         count(report.blocks, "block"),
         show_size(report.leaked),
-        if open == 0 { "sound".to_owned() } else { count(open as u64, "problem") },
+        if report.open() == 0 { "sound".to_owned() } else { count(report.open(), "problem") },
     ));
     text
 }

@@ -42,8 +42,9 @@ impl Clone {
 
 /// Take a disk back to one of its snapshots
 ///
-/// All snapshots stay, newer ones too. What was written since the last one is dropped unless --keep is given. Refused
-/// while something has the disk open for writing.
+/// All snapshots stay, newer ones too. What was written since the last one is dropped unless --keep is given, and the
+/// answer says how much that was: exactly, or "at most" so much when a snapshot in between was removed or retired, for a
+/// block that was written before and after it then counts twice. Refused while something has the disk open for writing.
 #[derive(Debug, Args)]
 pub(super) struct Revert {
     /// The snapshot

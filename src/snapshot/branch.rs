@@ -13,8 +13,11 @@ use crate::units::{BLOCK_SIZE, BlockAddress, BranchId, DiskId, Epoch};
 /// What a revert did.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RevertReport {
-    /// Bytes written since the last snapshot with data that are gone; a block that several epochs wrote may count twice.
+    /// Bytes written since the last snapshot with data that are gone.
     pub dropped: u64,
+    /// It may have been less: a snapshot in between was removed or retired, and a block written before and after it counts
+    /// twice.
+    pub at_most: bool,
     /// Name of the snapshot that keeps them instead.
     pub kept: Option<String>,
 }
@@ -170,13 +173,14 @@ pub fn revert(store: &Arc<Store>, disk: &str, snapshot: &str, keep: Option<&str>
     let result = switch_branch(store, disk, snapshot, id, &head);
     drop(gate);
     drop(order);
-    let (ticket, owner, dropped) = result?;
+    let (ticket, owner, (blocks, exact)) = result?;
     store.ledger.wait(ticket)?;
     store.cache.forget(owner);
     let name = disk.to_owned();
     store.tell(&Change::Disk { id, name, was: None, gone: false, resized: true, data: true });
     store.wake_keeper();
-    Ok(RevertReport { dropped: if keep.is_some() { 0 } else { dropped }, kept: keep.map(str::to_owned) })
+    let dropped = if keep.is_some() { 0 } else { blocks * BLOCK_SIZE };
+    Ok(RevertReport { dropped, at_most: dropped > 0 && !exact, kept: keep.map(str::to_owned) })
 }
 
 fn switch_branch(
@@ -185,7 +189,7 @@ fn switch_branch(
     snapshot: &str,
     id: DiskId,
     head: &crate::store::Head,
-) -> Result<(crate::store::ledger::Ticket, u64, u64)> {
+) -> Result<(crate::store::ledger::Ticket, u64, (u64, bool))> {
     store.refuse_leased(head)?;
     if head.dirty_chunks() > 0 {
         return Err(Error::busy(format!("disk '{disk}' is being written to")));
@@ -197,7 +201,7 @@ fn switch_branch(
     store.ledger.writable()?;
     let mut edit = Edit::new(&mut tables);
     let old = edit.tables.disk(id)?.clone();
-    let dropped = edit.tables.unsaved_since(id)? * BLOCK_SIZE;
+    let dropped = edit.tables.unsaved_since(id)?;
     let (branch, epoch) = start_branch(&mut edit, key)?;
     let row = DiskRow {
         branch,

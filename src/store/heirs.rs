@@ -5,8 +5,8 @@
 //!    the next listed ones after it on every way down - snapshots, retired ones too, and disks.
 //! 2. Retiring passes nothing: the snapshot is listed as before. What of it would be lost with a disk is added up only
 //!    where that is asked ([`Tables::unsaved_since`]).
-//! 3. A block that several of the epochs wrote counts in each. So the figure is never less than what a revert drops; it is
-//!    shown as no more than what is mapped.
+//! 3. A block that several of the epochs wrote counts in each. So the figure is never less than what a revert drops, which
+//!    says then that it is the most it can be; it is shown as no more than what is mapped.
 //!
 //! # After a crash
 //! The counts change in the frame that deletes the snapshot. A rebuild from seals has them as they were when each state
@@ -77,11 +77,12 @@ impl Tables {
     }
 
     /// Returns the blocks of a disk that may be in no snapshot with data: those written since the nearest one above it,
-    /// in epochs of retired snapshots too. Never less than what would be lost if the disk became another state now.
+    /// in epochs of retired snapshots too. Never less than what would be lost if the disk became another state now; and
+    /// whether it is just that: no other epoch lies in between, so no block counts twice.
     ///
     /// # Errors
     /// `NotFound` when the disk was removed.
-    pub fn unsaved_since(&self, disk: DiskId) -> Result<u64> {
+    pub fn unsaved_since(&self, disk: DiskId) -> Result<(u64, bool)> {
         let row = self.disk(disk)?;
         let lineage = self.branch(row.branch)?.lineage;
         let mut blocks = row.written;
@@ -99,7 +100,8 @@ impl Tables {
             }
             at = parent;
         }
-        Ok(blocks.min(row.referenced))
+        let exact = row.base.is_none_or(|base| self.state(base).is_some_and(|state| state.status == Status::Live));
+        Ok((blocks.min(row.referenced), exact))
     }
 }
 

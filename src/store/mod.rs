@@ -81,7 +81,7 @@ use std::sync::atomic::AtomicU64;
 
 pub use backup::{backup_name, backups};
 pub use catalog::panic_is_guarded;
-pub use check::{CheckReport, Problem, SealDue, SealsDue, check};
+pub use check::{CheckReport, LISTED_MAX, Problem, SealDue, SealsDue, check};
 pub use commit::Capture;
 pub use frozen::Frozen;
 pub use head::{Head, Line, Slab};

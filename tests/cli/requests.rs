@@ -156,6 +156,8 @@ fn reports_are_written_as_ever() {
         (
             Response::Checked(CheckReport {
                 problems: vec![Problem { what: "w".into(), fixed: true }],
+                found: 7,
+                unmended: 8,
                 disks: 1,
                 snapshots: 2,
                 segments: 3,
@@ -164,7 +166,7 @@ fn reports_are_written_as_ever() {
                 kept: 6,
                 notes: vec!["n".into()],
             }),
-            r#"{"answer":"checked","problems":[{"what":"w","fixed":true}],"disks":1,"snapshots":2,"segments":3,"blocks":4,"leaked":5,"kept":6,"notes":["n"]}"#,
+            r#"{"answer":"checked","problems":[{"what":"w","fixed":true}],"found":7,"unmended":8,"disks":1,"snapshots":2,"segments":3,"blocks":4,"leaked":5,"kept":6,"notes":["n"]}"#,
         ),
         (
             Response::Scrubbed(ScrubReport { blocks: 1, bytes: 2, unverified: 3, damaged: vec![damage], more: 4 }),

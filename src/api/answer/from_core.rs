@@ -69,7 +69,7 @@ impl From<SnapshotInfo> for Snapshot {
 
 impl Reverted {
     pub(in crate::api) fn new(disk: String, snapshot: String, report: RevertReport) -> Self {
-        Self { disk, snapshot, dropped: report.dropped, kept: report.kept }
+        Self { disk, snapshot, dropped: report.dropped, at_most: report.at_most, kept: report.kept }
     }
 }
 

@@ -149,15 +149,16 @@ impl Book {
         self.inner.lock().change(&*self.media, |list| list.exports.push(row))
     }
 
-    /// Keeps an export no longer, nor any claim of its holder.
-    pub(super) fn remove(&self, id: u64, holder: &str) -> Result<()> {
+    /// Keeps exports no longer, nor any claim of their holders: all of them, or none.
+    pub(super) fn remove(&self, gone: &[(u64, String)]) -> Result<()> {
+        let has = |holder: &str| gone.iter().any(|(_, other)| other == holder);
         let mut inner = self.inner.lock();
         inner.change(&*self.media, |list| {
-            list.exports.retain(|row| row.id != id);
-            list.leases.retain(|lease| lease.holder != holder);
+            list.exports.retain(|row| gone.iter().all(|(id, _)| row.id != *id));
+            list.leases.retain(|lease| !has(&lease.holder));
         })?;
-        inner.awaited.retain(|(_, other), _| other != holder);
-        inner.writing.retain(|(_, other), _| other != holder);
+        inner.awaited.retain(|(_, holder), _| !has(holder));
+        inner.writing.retain(|(_, holder), _| !has(holder));
         Ok(())
     }
 
@@ -356,8 +357,7 @@ mod tests {
         let book = restored(&media);
         assert_eq!(book.next_id(), 3);
         book.came(DiskId(8), "b");
-        book.remove(1, "a").unwrap();
-        book.remove(2, "b").unwrap();
+        book.remove(&[(1, "a".to_owned()), (2, "b".to_owned())]).unwrap();
         assert_eq!(claims(&media), []);
         book.went(DiskId(8), "b");
         book.purge();

@@ -15,7 +15,8 @@
 //! 3. What persists is started again before anybody else is let in, and who was writing when the server ended has its
 //!    disk reserved for a minute. One that cannot be started is kept and shown with the reason. A command that opens the
 //!    pool itself keeps all this for the next server ([`back`]).
-//! 4. Nothing is started, stopped or asked for a lease under the lock of the table: all that may wait.
+//! 4. Nothing is started, stopped, written or asked for a lease under the lock of the table: all that may wait, and a change
+//!    of a disk is noticed under it, on the way of who writes.
 //! 5. All exports end at once, and what did not end in order in its time has the lease as long as its I/O is under way.
 //!
 //! # After a crash
@@ -150,7 +151,7 @@ impl Exports {
             drop(table);
             running.end();
             if persist {
-                self.book.remove(row.id, &holder(&row))?;
+                self.book.remove(&[(row.id, holder(&row))])?;
             }
             return Err(Error::busy("the server is ending"));
         }
@@ -221,18 +222,28 @@ impl Exports {
         if !self.table.lock().serves {
             return self.forget(name);
         }
-        let (gone, left) = {
-            let mut table = self.table.lock();
+        let (ids, kept) = {
+            let table = self.table.lock();
             let names =
                 |running: &Running| -> Vec<String> { running.served.iter().map(|one| one.name(&self.store)).collect() };
             let rows: Vec<_> = table.running.values().map(|running| (running.row.id, names(running))).collect();
             let ids = named(&rows, name)?;
-            for running in ids.iter().map(|id| &table.running[id]).filter(|running| running.persist) {
-                self.book.remove(running.row.id, &holder(&running.row))?;
-            }
+            let kept = ids.iter().map(|id| &table.running[id]).filter(|running| running.persist);
+            let kept: Vec<_> = kept.map(|running| (running.row.id, holder(&running.row))).collect();
+            (ids, kept)
+        };
+        if !kept.is_empty() {
+            self.book.remove(&kept)?;
+        }
+        let (gone, left) = {
+            let mut table = self.table.lock();
             let gone: Vec<Running> = ids.iter().filter_map(|id| table.running.remove(id)).collect();
             (gone, table.running.len())
         };
+        if gone.is_empty() {
+            // Somebody else was faster, or the server has ended.
+            return Err(not_attached(name));
+        }
         let answer = gone.iter().map(|running| self.show(running)).collect();
         // Whom a disk was reserved for does not come back.
         let rows: Vec<ExportRow> = gone.iter().map(|running| running.row.clone()).collect();
@@ -254,10 +265,8 @@ impl Exports {
         };
         let ids = named(&rows.iter().map(|row| (row.id, names(row))).collect::<Vec<_>>(), name)?;
         let gone: Vec<ExportRow> = rows.into_iter().filter(|row| ids.contains(&row.id)).collect();
-        for row in &gone {
-            self.book.remove(row.id, &holder(row))?;
-            self.keep_no_more(row);
-        }
+        self.book.remove(&gone.iter().map(|row| (row.id, holder(row))).collect::<Vec<_>>())?;
+        gone.iter().for_each(|row| self.keep_no_more(row));
         Ok(gone.iter().map(|row| self.show_off(row)).collect())
     }
 
@@ -388,6 +397,10 @@ fn begin_nbd(row: &ExportRow, shown: nbd::Shown, budget: &Budget) -> Result<crat
     crate::nbd::start(Options { listen, tls, limits }, Arc::new(shown))
 }
 
+fn not_attached(name: &str) -> Error {
+    Error::not_found(format!("'{name}' is not attached")).hint("'afterimage exports' lists what is")
+}
+
 /// Finds the numbers of the exports that a name stands for, among all with what they serve.
 fn named(rows: &[(u64, Vec<String>)], name: &str) -> Result<Vec<u64>> {
     let by_id = rows.iter().map(|(id, _)| *id).find(|id| id.to_string() == name);
@@ -400,7 +413,7 @@ fn named(rows: &[(u64, Vec<String>)], name: &str) -> Result<Vec<u64>> {
         (Some(id), _) => Ok(vec![id]),
         (None, []) => {
             Target::parse(name)?;
-            Err(Error::not_found(format!("'{name}' is not attached")).hint("'afterimage exports' lists what is"))
+            Err(not_attached(name))
         }
         (None, of) => match of.iter().find(|(_, names)| names.len() > 1) {
             Some((id, _)) => Err(Error::failed(format!("export {id} serves '{name}' together with others"))
@@ -453,5 +466,81 @@ impl Running {
 impl std::fmt::Debug for Exports {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Exports").finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::sync::Weak;
+
+    use super::*;
+    use crate::media::{File, HostMedia, Media, Open, Space};
+    use crate::store::{InitOptions, OpenOptions};
+
+    /// Files of the host; looks whether the table is locked when the list is written.
+    #[derive(Debug)]
+    struct Watched {
+        inner: HostMedia,
+        exports: Mutex<Weak<Exports>>,
+        free: Mutex<Vec<bool>>,
+    }
+
+    impl Media for Watched {
+        fn open(&self, path: &str, how: Open) -> io::Result<Arc<dyn File>> {
+            self.inner.open(path, how)
+        }
+        fn make_dir(&self, path: &str) -> io::Result<()> {
+            self.inner.make_dir(path)
+        }
+        fn remove(&self, path: &str) -> io::Result<()> {
+            self.inner.remove(path)
+        }
+        fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+            if let Some(exports) = self.exports.lock().upgrade().filter(|_| to.contains("exports")) {
+                self.free.lock().push(exports.table.try_lock().is_some());
+            }
+            self.inner.rename(from, to)
+        }
+        fn list(&self, path: &str) -> io::Result<Vec<String>> {
+            self.inner.list(path)
+        }
+        fn sync_dir(&self, path: &str) -> io::Result<()> {
+            self.inner.sync_dir(path)
+        }
+        fn space(&self) -> io::Result<Space> {
+            self.inner.space()
+        }
+        fn boot(&self) -> io::Result<u128> {
+            self.inner.boot()
+        }
+    }
+
+    /// Who writes to a disk waited for the list to be written, and so for the host.
+    #[test]
+    fn the_list_is_written_once_and_not_under_the_lock_of_the_table() {
+        let dir = tempfile::tempdir().unwrap();
+        let inner = HostMedia::new(dir.path()).unwrap();
+        let watched = Arc::new(Watched { inner, exports: Mutex::new(Weak::new()), free: Mutex::default() });
+        let media: Arc<dyn Media> = Arc::clone(&watched) as _;
+        Store::init(&media, InitOptions { journal: 4 << 20, ballast: 4096, probe: false }).unwrap();
+        let store = Store::open(media, OpenOptions { background: false, ..OpenOptions::default() }).unwrap();
+        drop(disk::create(&store, "web", 1 << 20).unwrap());
+        let exports = Exports::new(&store);
+        *watched.exports.lock() = Arc::downgrade(&exports);
+        exports.start();
+        for n in 0..2 {
+            let socket = dir.path().join(format!("{n}.sock"));
+            let request = serde_json::json!({
+                "command": "attach", "kind": "nbd", "disks": ["web"], "socket": socket, "read_only": true, "persist": true
+            });
+            exports.attach(&serde_json::from_value(request).unwrap()).unwrap();
+        }
+        watched.free.lock().clear();
+        assert_eq!(exports.detach("web").unwrap().len(), 2);
+        assert_eq!(*watched.free.lock(), [true]);
+        assert_eq!(exports.detach("web").unwrap_err().kind(), crate::error::Kind::NotFound);
+        exports.end();
+        store.close().unwrap();
     }
 }

@@ -149,6 +149,8 @@ impl<'a> Addresses<'a> {
         let store = self.checker.store;
         let segment = match store.segment(id) {
             Ok(segment) => segment,
+            // That says nothing about the segment.
+            Err(error) if error.lacks_descriptors() => return Err(error),
             Err(error) => {
                 report.wrong(format!("{error}; {} blocks of disks or snapshots were in it", row.mapped));
                 return Ok(());

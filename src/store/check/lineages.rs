@@ -294,19 +294,22 @@ fn compare_counts(tables: &Tables, nodes: &BTreeMap<BranchId, Nodes>, report: &m
         let mut blocks = 0;
         for (who, step) in of.who.iter().zip(&of.steps) {
             blocks += step;
-            let (what, name, said) = match who {
+            let (what, said) = match who {
                 Who::Dying => continue,
                 Who::Disk(id) => match tables.disk(*id) {
-                    Ok(disk) => ("disk", &disk.name, disk.referenced),
+                    Ok(disk) => (format!("disk '{}'", disk.name), disk.referenced),
                     Err(_) => continue,
                 },
                 Who::Snapshot(id) => match tables.snapshot_by_id(*id) {
-                    Ok((_, row)) => ("snapshot", &row.name, row.referenced),
+                    Ok((_, row)) => {
+                        let disk = tables.disk(row.disk).map_or("?", |disk| &disk.name);
+                        (format!("snapshot '{disk}@{}'", row.name), row.referenced)
+                    }
                     Err(_) => continue,
                 },
             };
             if i64::try_from(said) != Ok(blocks) {
-                report.wrong(format!("{what} '{name}' maps {blocks} blocks, and its row says {said}"));
+                report.wrong(format!("{what} maps {blocks} blocks, and its row says {said}"));
             }
         }
     }

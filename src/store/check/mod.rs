@@ -54,8 +54,14 @@ pub struct Problem {
 /// What a check found.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CheckReport {
-    /// What is wrong.
+    /// What is wrong, the first [`LISTED_MAX`] of it; what is not mended takes the place of what is.
     pub problems: Vec<Problem>,
+    /// How much was found to be wrong, listed or not.
+    #[serde(default)]
+    pub found: u64,
+    /// How much of it is not mended: 0 when the pool is sound now.
+    #[serde(default)]
+    pub unmended: u64,
     /// Disks looked at.
     pub disks: u64,
     /// Snapshots looked at.
@@ -75,19 +81,36 @@ pub struct CheckReport {
 }
 
 /// Problems that are listed at most.
-const LISTED_MAX: usize = 1000;
+pub const LISTED_MAX: usize = 1000;
 
 impl CheckReport {
-    /// Adds something that is wrong, unless very much is.
+    /// Adds something that is wrong; it is listed unless very much is.
     pub fn wrong(&mut self, what: String) {
         self.add(what, false);
     }
 
     /// As [`CheckReport::wrong`], of something that may have been mended.
     pub fn add(&mut self, what: String, fixed: bool) {
-        if self.problems.len() < LISTED_MAX {
-            self.problems.push(Problem { what, fixed });
+        self.found += 1;
+        self.unmended += u64::from(!fixed);
+        if self.problems.len() >= LISTED_MAX {
+            let mended = self.problems.iter().rposition(|problem| problem.fixed).filter(|_| !fixed);
+            let Some(place) = mended else { return };
+            self.problems.remove(place);
         }
+        self.problems.push(Problem { what, fixed });
+    }
+
+    /// Returns how much is wrong now; a server of an older version counts only what it lists.
+    #[must_use]
+    pub fn open(&self) -> u64 {
+        self.unmended.max(self.problems.iter().filter(|problem| !problem.fixed).count() as u64)
+    }
+
+    /// Returns how much was found to be wrong and is not listed.
+    #[must_use]
+    pub fn more(&self) -> u64 {
+        self.found.saturating_sub(self.problems.len() as u64)
     }
 }
 
