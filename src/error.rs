@@ -34,11 +34,13 @@ pub enum Kind {
     Denied,
     /// An I/O error of the host (exit 1).
     Io,
+    /// The request was called back while it waited (exit 1).
+    Cancelled,
 }
 
 impl Kind {
     /// Every kind, for tables and tests.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Failed,
         Self::Usage,
         Self::NotFound,
@@ -50,6 +52,7 @@ impl Kind {
         Self::Unsupported,
         Self::Denied,
         Self::Io,
+        Self::Cancelled,
     ];
 
     /// Returns the exit code of the command line.
@@ -80,6 +83,7 @@ impl Kind {
             Self::Unsupported => "unsupported",
             Self::Denied => "denied",
             Self::Io => "io",
+            Self::Cancelled => "cancelled",
         }
     }
 
@@ -243,7 +247,7 @@ mod tests {
     #[test]
     fn exit_codes_are_stable() {
         let codes: Vec<u8> = Kind::ALL.iter().map(|k| k.exit_code()).collect();
-        assert_eq!(codes, [1, 2, 3, 1, 4, 5, 6, 1, 1, 1, 1]);
+        assert_eq!(codes, [1, 2, 3, 1, 4, 5, 6, 1, 1, 1, 1, 1]);
     }
 
     #[test]

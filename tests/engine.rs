@@ -5,6 +5,7 @@ use std::sync::mpsc::RecvTimeoutError;
 
 use afterimage::disk::engine::{Op, Request};
 use afterimage::disk::{self, BlockDevice, Buffers, Engine};
+use afterimage::error::Kind;
 use afterimage::media::{HostMedia, Media};
 use afterimage::snapshot;
 use afterimage::store::{InitOptions, OpenOptions, Store};
@@ -30,7 +31,7 @@ struct Load {
 
 impl Load {
     fn new(device: Arc<dyn BlockDevice>) -> Self {
-        let engine = Engine::new("test", 4).unwrap();
+        let engine = Engine::new("test", 4, Arc::default()).unwrap();
         let (twin, busy) = (vec![0; BLOCKS * BLOCK], vec![false; BLOCKS]);
         Self { device, engine, buffers: Buffers::default(), twin, busy, finished: 0 }
     }
@@ -150,7 +151,7 @@ fn a_request_that_is_wrong_fails_by_itself() {
     let store = new_pool(&dir);
     drop(disk::create(&store, "a", (BLOCKS * BLOCK) as u64).unwrap());
     let device: Arc<dyn BlockDevice> = disk::open(&store, "a").unwrap();
-    let mut engine: Engine<u64> = Engine::new("test", 2).unwrap();
+    let mut engine: Engine<u64> = Engine::new("test", 2, Arc::default()).unwrap();
     let end = device.size();
     for offset in [0, end - 4096, end, u64::MAX - 100] {
         for op in [Op::Read, Op::Write { durable: false }, Op::Discard, Op::WriteZeroes { durable: true }] {
@@ -175,7 +176,7 @@ fn an_engine_that_is_dropped_holds_nothing_of_the_disk() {
     let store = new_pool(&dir);
     drop(disk::create(&store, "a", (BLOCKS * BLOCK) as u64).unwrap());
     let device: Arc<dyn BlockDevice> = disk::open(&store, "a").unwrap();
-    let mut engine: Engine<usize> = Engine::new("test", 2).unwrap();
+    let mut engine: Engine<usize> = Engine::new("test", 2, Arc::default()).unwrap();
     for tag in 0..32 {
         let mut pages = afterimage::sys::pages::Pages::new(BLOCK).unwrap();
         pages.fill(tag as u8);
@@ -194,7 +195,7 @@ fn an_engine_that_is_dropped_holds_nothing_of_the_disk() {
 
 #[test]
 fn a_watched_descriptor_ends_the_wait() {
-    let mut engine: Engine<()> = Engine::new("test", 1).unwrap();
+    let mut engine: Engine<()> = Engine::new("test", 1, Arc::default()).unwrap();
     let (reader, writer) = rustix::pipe::pipe().unwrap();
     let waiting = std::thread::spawn(move || {
         std::thread::sleep(std::time::Duration::from_millis(20));
@@ -211,6 +212,84 @@ fn a_watched_descriptor_ends_the_wait() {
     }
     assert_eq!(rustix::io::read(&reader, &mut byte).unwrap(), 1);
     drop(waiting.join().unwrap());
+}
+
+/// Returns how many threads of this process have a name.
+fn threads(name: &str) -> usize {
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap().flatten();
+    tasks.filter(|task| std::fs::read_to_string(task.path().join("comm")).is_ok_and(|is| is.trim() == name)).count()
+}
+
+#[test]
+fn what_waits_takes_no_thread_holds_nothing_up_and_can_be_called_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = new_pool(&dir);
+    drop(disk::create(&store, "a", (BLOCKS * BLOCK) as u64).unwrap());
+    let device: Arc<dyn BlockDevice> = disk::open(&store, "a").unwrap();
+    for (cause, value, lift) in [("quota", "4K", "none"), ("iops", "1", "none"), ("bandwidth", "4K", "none")] {
+        disk::set(&store, "a", "enospc", "wait").unwrap();
+        device.discard(0, (BLOCKS * BLOCK) as u64).unwrap();
+        device.flush().unwrap();
+        disk::set(&store, "a", cause, value).unwrap();
+        let mut engine: Engine<usize> = Engine::new("waits", 2, Arc::default()).unwrap();
+        let begin = |engine: &mut Engine<usize>, op, tag: usize| {
+            let pages = Some(afterimage::sys::pages::Pages::new(BLOCK).unwrap());
+            let (offset, len) = ((tag % BLOCKS * BLOCK) as u64, if op == Op::Flush { 0 } else { BLOCK as u64 });
+            engine.begin(Request { op, device: Arc::clone(&device), offset, len, pages, at: 0, tag });
+        };
+        let next = |engine: &mut Engine<usize>| loop {
+            if let Some(done) = engine.finished() {
+                return (done.request.tag, done.result.map_err(|error| error.kind()));
+            }
+            engine.wait(None).unwrap();
+        };
+        for tag in 0..1000 {
+            begin(&mut engine, Op::Write { durable: false }, tag);
+        }
+        begin(&mut engine, Op::Flush, 5000);
+        let mut written = 0;
+        loop {
+            match next(&mut engine) {
+                (5000, Ok(())) => break,
+                (_, Ok(())) => written += 1,
+                other => panic!("{cause}: {other:?}"),
+            }
+        }
+        assert!((0..100).contains(&written), "{cause}: {written} did not wait");
+        assert!(threads("waits") <= 2, "{cause}");
+        // All of them hold nothing.
+        drop(snapshot::take(&store, &[("a".into(), cause.into())]).unwrap());
+        if cause == "quota" {
+            // The flush may have been quicker than the first attempts, and than the one write that fits.
+            while store.disk_info("a").unwrap().waiting < 900 {
+                std::thread::yield_now();
+            }
+            begin(&mut engine, Op::Read, 6000);
+            loop {
+                match next(&mut engine) {
+                    (6000, Ok(())) => break,
+                    (_, Ok(())) => written += 1,
+                    other => panic!("{cause}: {other:?}"),
+                }
+            }
+            assert!(written <= 1, "{written} did not wait");
+            device.flush().unwrap();
+        }
+        engine.cancel();
+        let mut back = 0;
+        while written + back < 1000 {
+            match next(&mut engine) {
+                (_, Ok(())) => written += 1,
+                (_, Err(kind)) => {
+                    assert_eq!(kind, Kind::Cancelled, "{cause}");
+                    back += 1;
+                }
+            }
+        }
+        assert_eq!((engine.in_flight(), store.disk_info("a").unwrap().waiting), (0, 0));
+        disk::set(&store, "a", cause, lift).unwrap();
+        snapshot::remove(&store, "a", cause).unwrap();
+    }
 }
 
 /// Where no log of unflushed changes can be made, a write is durable when it is finished: for whoever opens the pool next.

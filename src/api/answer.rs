@@ -172,6 +172,9 @@ pub struct Disk {
     /// Who had it open for writing before a restart, and nobody else gets it for a minute.
     #[serde(default)]
     pub reserved: Option<String>,
+    /// Writes that wait for room on the host or in the quota.
+    #[serde(default)]
+    pub waiting: u64,
     /// Its settings.
     pub settings: Settings,
 }

@@ -91,6 +91,10 @@ fn origin(disk: &Disk) -> Option<String> {
     Some(format!("{}{gone}", disk.origin.as_ref()?))
 }
 
+fn waiting(writes: u64) -> String {
+    if writes == 1 { "1 write waits".to_owned() } else { format!("{writes} writes wait") }
+}
+
 /// What to do about damaged records.
 const CHECK: &str = "; 'afterimage check' names each";
 
@@ -123,7 +127,10 @@ fn disk_table(disks: &[Disk]) -> String {
             origin(disk).unwrap_or_else(|| "-".to_owned()),
         ]);
     }
-    table.render()
+    let waits =
+        |disk: &Disk| (disk.waiting > 0).then(|| format!("disk '{}': {} for room\n", disk.name, waiting(disk.waiting)));
+    let waiting_for_room: String = disks.iter().filter_map(waits).collect();
+    table.render() + &waiting_for_room
 }
 
 /// The state of a snapshot, and what is wrong with its record.
@@ -196,6 +203,9 @@ fn disk_sheet(disk: &Disk) -> String {
     }
     if let Some(holder) = &disk.reserved {
         lines.push(("kept for", holder.clone()));
+    }
+    if disk.waiting > 0 {
+        lines.push(("for room", waiting(disk.waiting)));
     }
     for key in KEYS {
         let value = setting(&disk.settings, key).expect("the key is from the list");

@@ -6,13 +6,17 @@
 //!    wait, is not whole blocks or is best left to the page cache is written by [`BlockDevice::write`] instead.
 //! 2. So a thread may have many writes begun: none of them can wait for another.
 //! 3. What was begun must be ended, whatever became of it: claims and the gate are held until then.
+//!
+//! [`BlockDevice::begin_write`]: super::BlockDevice::begin_write
+//! [`BlockDevice::end_write`]: super::BlockDevice::end_write
+//! [`BlockDevice::write`]: super::BlockDevice::write
 
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use super::Disk;
 use super::write::{FLUSH_AT, Part, Plan, Stretch, checksums};
-use super::{BlockDevice, Disk};
 use crate::error::{Error, Result};
 use crate::map::BlockSet;
 use crate::store::{Extent, Line};
@@ -36,7 +40,7 @@ impl Disk {
         let whole = offset.is_multiple_of(BLOCK_SIZE) && (len as u64).is_multiple_of(BLOCK_SIZE) && len > 0;
         // What the mount has cached has to be forgotten after the write, and that takes a while.
         // So has what has to be flushed before it is answered.
-        let waits = self.may_wait() || self.head.tenancy.is_watched() || self.head.unflushed.is_strict();
+        let waits = self.head.tenancy.is_watched() || self.head.unflushed.is_strict();
         if !whole || self.store.ledger.writable().is_err() || waits {
             return None;
         }
@@ -108,7 +112,7 @@ impl Disk {
         slab.segment.direct().is_some()
     }
 
-    /// Maps what was written, if all of it was; see [`BlockDevice::end_write`].
+    /// Maps what was written, if all of it was; see [`super::BlockDevice::end_write`].
     pub(super) fn finish_write(
         &self,
         mut writing: Writing,

@@ -3,17 +3,21 @@
 //!
 //! ```text
 //!   request -> Engine::begin --ring------> host files --\
-//!                            \--may wait-> workers ------> Engine::finished -> answer
+//!               |      ^     \--may block-> workers -----> Engine::finished -> answer
+//!               |      |                     |
+//!               \-----waiting room <--------/  no room, and the disk waits for it
 //! ```
 //!
 //! # Rules
 //! 1. Whoever uses an engine never waits for one request: reads and writes of whole blocks go to an io_uring
-//!    ([`BlockDevice::begin_read`], [`BlockDevice::begin_write`]), whatever may have to wait goes to other threads.
+//!    ([`BlockDevice::begin_read`], [`BlockDevice::begin_write`]), whatever may block goes to other threads, of which there
+//!    are few. What waits on purpose, for room or for a limit, takes no thread; all that comes after it goes on.
 //! 2. What the fast way finds unusual or wrong it does not answer: it is done again in the ordinary way, which knows.
 //! 3. A request has been done when it is finished, in no particular order, and a write is durable after a flush that was
 //!    begun after the write was finished.
 //! 4. The thread does nothing beside that waits for writes to end (a snapshot, a resize, a flush): its own would have to.
-//! 5. An engine that is dropped, for whatever reason, ends what is under way first.
+//! 5. An engine that is dropped, for whatever reason, ends what is under way first, and calls back what waits on purpose.
+//!    Its user can do that earlier, and gets those requests back as [`crate::error::Kind::Cancelled`]: they were not done.
 //! 6. A mistake of ours (a panic) fails its request and nothing else.
 //!
 //! # Why
@@ -34,7 +38,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags};
 use super::patience::Patience;
 use super::{BlockDevice, Writing};
 use crate::error::{Error, Result};
-use crate::store::{Extent, Located};
+use crate::store::{Cancel, Extent, Located, Need};
 use crate::sync::Mutex;
 use crate::sys::pages::Pages;
 use crate::sys::ring::{Job, Piece, Ring};
@@ -111,11 +115,21 @@ enum What {
     Write(Writing),
 }
 
-/// What the other threads have finished.
+/// What comes back from other threads.
 #[derive(Debug)]
-struct Returned<T> {
-    done: Mutex<Vec<Done<T>>>,
+struct Back<T> {
+    done: Vec<Done<T>>,
+    /// What has waited, and is to be attempted.
+    again: Vec<Request<T>>,
+}
+
+/// What the engine shares with the other threads.
+#[derive(Debug)]
+struct Shared<T> {
+    workers: Workers,
+    back: Mutex<Back<T>>,
     bell: OwnedFd,
+    cancel: Arc<Cancel>,
 }
 
 /// The engine; used by the thread that made it.
@@ -123,9 +137,8 @@ struct Returned<T> {
 pub struct Engine<T: Send + 'static> {
     /// `None` where the host allows none: then the other threads do everything.
     ring: Option<Ring<Flight<T>>>,
-    workers: Workers,
-    returned: Arc<Returned<T>>,
-    /// Requests that the other threads have.
+    shared: Arc<Shared<T>>,
+    /// Requests that the other threads have, or that wait.
     aside: usize,
     done: VecDeque<Done<T>>,
     patience: Patience,
@@ -175,19 +188,24 @@ fn guarded<R>(work: impl FnOnce() -> Result<R>) -> Result<R> {
 }
 
 impl<T: Send + 'static> Engine<T> {
-    /// Makes an engine with at most `threads` other threads for what may wait; all but one are started when they are needed.
+    /// Makes an engine with at most `threads` other threads for what may block; all but one are started when they are needed.
+    /// `cancel` calls back what waits on purpose.
     ///
     /// # Errors
     /// When the host has no more descriptors or threads.
-    pub fn new(name: &'static str, threads: usize) -> Result<Self> {
+    pub fn new(name: &'static str, threads: usize, cancel: Arc<Cancel>) -> Result<Self> {
         let fail = |e: rustix::io::Errno| Error::io("cannot make an eventfd", e.into());
         let bell = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(fail)?;
         let ring =
             Ring::new(RING_ENTRIES).inspect_err(|e| tracing::info!("no io_uring ({e}): threads do its work")).ok();
         Ok(Self {
             ring,
-            workers: Workers::new(name, threads, |_| (), 0).map_err(|e| Error::io("cannot start a thread", e))?,
-            returned: Arc::new(Returned { done: Mutex::default(), bell }),
+            shared: Arc::new(Shared {
+                workers: Workers::new(name, threads, |_| (), 0).map_err(|e| Error::io("cannot start a thread", e))?,
+                back: Mutex::new(Back { done: Vec::new(), again: Vec::new() }),
+                bell,
+                cancel,
+            }),
             aside: 0,
             done: VecDeque::new(),
             patience: Patience::default(),
@@ -211,6 +229,20 @@ impl<T: Send + 'static> Engine<T> {
                 .is_ok_and(|len| request.at.checked_add(len).is_some_and(|end| end <= pages.len()))
         });
         assert!(!moves || enough, "a read or write has memory for its data");
+        if moves && let Some(need) = request.device.take_turn(request.len) {
+            self.aside += 1;
+            return self.shared.wait(request, need);
+        }
+        self.start(request);
+    }
+
+    /// Calls back what waits on purpose, now and later; it comes back as `Cancelled`.
+    pub fn cancel(&self) {
+        self.shared.cancel.cancel();
+    }
+
+    /// Begins a request that has had its turn.
+    fn start(&mut self, request: Request<T>) {
         let refused = match request.op {
             Op::Read => self.begin_read(request),
             Op::Write { durable: false } => self.begin_write(request),
@@ -219,6 +251,15 @@ impl<T: Send + 'static> Engine<T> {
         if let Some(request) = refused {
             self.run_aside(request);
         }
+    }
+
+    /// Gives a request to another thread.
+    fn run_aside(&mut self, mut request: Request<T>) {
+        self.aside += 1;
+        self.shared.run(move |shared| {
+            let result = guarded(|| request.run());
+            shared.end(request, result);
+        });
     }
 
     /// Begins a read in the ring, or gives it back.
@@ -262,38 +303,10 @@ impl<T: Send + 'static> Engine<T> {
     /// Has another thread do `work` instead of what the request says; what it finds goes into the tag.
     pub fn call(&mut self, mut request: Request<T>, work: impl FnOnce(&mut Request<T>) -> Result<()> + Send + 'static) {
         self.aside += 1;
-        let returned = Arc::clone(&self.returned);
-        self.workers.run(move || {
+        self.shared.run(move |shared| {
             let result = guarded(|| work(&mut request));
-            returned.put(Done { request, result });
+            shared.put(Done { request, result });
         });
-    }
-
-    /// Gives a request to another thread.
-    fn run_aside(&mut self, mut request: Request<T>) {
-        self.aside += 1;
-        let returned = Arc::clone(&self.returned);
-        let may_wait = request.device.may_wait();
-        let work = move || {
-            let result = guarded(|| request.run());
-            returned.put(Done { request, result });
-        };
-        if !may_wait {
-            return self.workers.run(work);
-        }
-        // It may wait for room or a limit: on a thread of its own, so that others find one free.
-        let work = Arc::new(Mutex::new(Some(work)));
-        let alone = Arc::clone(&work);
-        let run = move || {
-            if let Some(work) = alone.lock().take() {
-                work();
-            }
-        };
-        if std::thread::Builder::new().name("engine-wait".into()).spawn(run).is_err()
-            && let Some(work) = work.lock().take()
-        {
-            self.workers.run(work);
-        }
     }
 
     /// Gives the host what was begun. A small request that is alone is done here and now: that is the quickest.
@@ -364,7 +377,7 @@ impl<T: Send + 'static> Engine<T> {
     fn watch(&mut self, readable: Option<BorrowedFd<'_>>) -> Result<()> {
         let Some(ring) = &mut self.ring else { return Ok(()) };
         if self.aside > 0 {
-            ring.watch(RETURNED, self.returned.bell.as_fd()).map_err(ring_failed)?;
+            ring.watch(RETURNED, self.shared.bell.as_fd()).map_err(ring_failed)?;
         }
         if let Some(fd) = readable {
             ring.watch(CALLER, fd).map_err(ring_failed)?;
@@ -374,7 +387,7 @@ impl<T: Send + 'static> Engine<T> {
 
     /// As [`Self::wait`], without a ring.
     fn poll(&self, readable: Option<BorrowedFd<'_>>) -> Result<()> {
-        let bell = PollFd::new(&self.returned.bell, PollFlags::IN);
+        let bell = PollFd::new(&self.shared.bell, PollFlags::IN);
         let mut fds: Vec<_> =
             std::iter::once(bell).chain(readable.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN))).collect();
         match rustix::event::poll(&mut fds, None) {
@@ -394,9 +407,10 @@ impl<T: Send + 'static> Engine<T> {
             self.end(job);
         }
         if self.aside > 0 {
-            let returned = self.returned.take();
-            self.aside -= returned.len();
-            self.done.extend(returned);
+            let Back { done, again } = self.shared.take();
+            self.aside -= done.len() + again.len();
+            self.done.extend(done);
+            again.into_iter().for_each(|request| self.start(request));
         }
     }
 
@@ -425,10 +439,9 @@ impl<T: Send + 'static> Engine<T> {
     /// Flushes a disk that has too many changes before the write is finished.
     fn settle(&mut self, request: Request<T>) {
         self.aside += 1;
-        let returned = Arc::clone(&self.returned);
-        self.workers.run(move || {
+        self.shared.run(move |shared| {
             let result = guarded(|| request.device.flush());
-            returned.put(Done { request, result });
+            shared.put(Done { request, result });
         });
     }
 }
@@ -436,6 +449,7 @@ impl<T: Send + 'static> Engine<T> {
 impl<T: Send + 'static> Drop for Engine<T> {
     /// Ends what is under way: claims and gates of the disks are held by it.
     fn drop(&mut self) {
+        self.cancel();
         while self.in_flight() > 0 {
             if let Err(error) = self.wait(None) {
                 tracing::error!("requests to a disk cannot be ended: {error}");
@@ -446,17 +460,49 @@ impl<T: Send + 'static> Drop for Engine<T> {
     }
 }
 
-impl<T> Returned<T> {
+impl<T: Send + 'static> Shared<T> {
+    /// Has another thread do something.
+    fn run(self: &Arc<Self>, work: impl FnOnce(&Arc<Self>) + Send + 'static) {
+        let shared = Arc::clone(self);
+        self.workers.run(move || work(&shared));
+    }
+
+    /// Ends an attempt: a write that found no room may have to wait for it.
+    fn end(self: &Arc<Self>, request: Request<T>, result: Result<()>) {
+        match result.as_ref().err().and_then(|error| request.device.waits_for(error)) {
+            Some(need) => self.wait(request, need),
+            None => self.put(Done { request, result }),
+        }
+    }
+
+    /// Lets a request wait and come back to the engine then.
+    fn wait(self: &Arc<Self>, request: Request<T>, need: Need) {
+        let (shared, device) = (Arc::clone(self), Arc::clone(&request.device));
+        let go = move |turn: Result<()>| match turn {
+            Ok(()) => {
+                shared.back.lock().again.push(request);
+                shared.ring_bell();
+            }
+            Err(error) => shared.put(Done { request, result: Err(error) }),
+        };
+        device.wait(need, &self.cancel, Box::new(go));
+    }
+
     fn put(&self, done: Done<T>) {
-        self.done.lock().push(done);
+        self.back.lock().done.push(done);
+        self.ring_bell();
+    }
+
+    fn ring_bell(&self) {
         // It fails only when it counts to 2^64: then it is readable anyway.
         rustix::io::write(&self.bell, &1u64.to_le_bytes()).ok();
     }
 
-    fn take(&self) -> Vec<Done<T>> {
+    fn take(&self) -> Back<T> {
         // In this order: what is put in between rings again.
         rustix::io::read(&self.bell, &mut [0; 8]).ok();
-        std::mem::take(&mut *self.done.lock())
+        let mut back = self.back.lock();
+        Back { done: std::mem::take(&mut back.done), again: std::mem::take(&mut back.again) }
     }
 }
 

@@ -226,7 +226,7 @@ fn keep_last_stamp(edit: &mut Edit<'_>, id: DiskId, row: &DiskRow) -> Result<()>
 /// # Errors
 /// `NotFound`, `Usage` for an unknown key or a value that makes no sense.
 pub fn set(store: &Arc<Store>, name: &str, key: &str, value: &str) -> Result<Settings> {
-    let (settings, ticket) = {
+    let (id, settings, ticket) = {
         let mut tables = store.tables.write();
         let id = tables.disk_id(name)?;
         let row = tables.disk(id)?;
@@ -239,8 +239,9 @@ pub fn set(store: &Arc<Store>, name: &str, key: &str, value: &str) -> Result<Set
         store.ledger.writable()?;
         let mut edit = Edit::new(&mut tables);
         edit.change_disk(id, |row| row.settings = settings.clone())?;
-        (settings, store.ledger.submit(edit.finish())?)
+        (id, settings, store.ledger.submit(edit.finish())?)
     };
+    store.settings_changed(id);
     store.ledger.wait(ticket)?;
     Ok(settings)
 }

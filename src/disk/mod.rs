@@ -6,6 +6,8 @@
 //!    covers only a part. A slot that is not mapped is never trusted to be zero.
 //! 3. Blocks born in the current epoch are overwritten in place; all others are left alone and get a new address.
 //! 4. Writers of one block take turns; writers of different blocks do not wait for each other.
+//! 5. Nothing here waits on purpose, for room or for a limit: front ends do, with [`BlockDevice::take_turn`],
+//!    [`BlockDevice::waits_for`] and [`BlockDevice::wait`].
 //!
 //! # After a crash
 //! Every flushed write is there. A write that was not flushed is there, or not, block by block.
@@ -36,7 +38,7 @@ pub use read_only::ReadOnly;
 pub use scrub::{Damage, LISTED_MAX, ScrubReport, scrub};
 
 use crate::error::{Error, Result};
-use crate::store::{DiskRow, Edit, EnospcPolicy, Head, Line, Located, Store};
+use crate::store::{Cancel, Edit, EnospcPolicy, Go, Head, Line, Located, Need, Store};
 use crate::units::{BLOCK_SIZE, CHUNK_SIZE, DISK_SIZE_MAX, DiskId, to_usize};
 
 /// Something that is read and written in bytes and keeps blocks.
@@ -77,9 +79,18 @@ pub trait BlockDevice: Send + Sync + std::fmt::Debug {
     fn end_write(&self, _writing: Writing, _data: &[u8], _written: &[std::io::Result<usize>]) -> Result<bool> {
         Err(Error::failed("a write was ended that this device has not begun"))
     }
-    /// Tells whether a write may wait on purpose: for room, or because the disk has a limit.
-    fn may_wait(&self) -> bool {
-        false
+    /// Takes the turn of a read or write of so many bytes, by the limits of the disk. If it has to wait for it, returns what
+    /// for: the caller reads or writes after it has waited ([`BlockDevice::wait`]), without asking again.
+    fn take_turn(&self, _bytes: u64) -> Option<Need> {
+        None
+    }
+    /// Returns what a write that failed is to wait for, to be attempted again then.
+    fn waits_for(&self, _error: &Error) -> Option<Need> {
+        None
+    }
+    /// Lets a request wait, and calls `go` when that is over.
+    fn wait(&self, _need: Need, _cancel: &Arc<Cancel>, go: Go) {
+        go(Ok(()));
     }
     /// Makes every write that returned before durable.
     ///
@@ -158,10 +169,13 @@ impl Disk {
         !row_touched && self.head.dirty_chunks() == 0
     }
 
-    /// Tells whether the disk has a limit of operations or bytes a second.
-    fn limited(&self) -> bool {
-        let limited = |row: &DiskRow| row.settings.iops.is_some() || row.settings.bandwidth.is_some();
-        self.store.tables.read().disk(self.head.id).is_ok_and(limited)
+    /// Tells whether requests to the disk may have to wait on purpose: for room, or for a limit.
+    #[must_use]
+    pub fn may_wait(&self) -> bool {
+        self.store.tables.read().disk(self.head.id).is_ok_and(|row| {
+            let settings = &row.settings;
+            settings.enospc == EnospcPolicy::Wait || settings.iops.is_some() || settings.bandwidth.is_some()
+        })
     }
 
     fn inside(&self, line: &Line, what: &str, offset: u64, len: u64) -> Result<()> {
@@ -326,20 +340,15 @@ impl BlockDevice for Disk {
 
     fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         self.head.refuse_gone()?;
-        self.head.limits.take(&self.store, self.head.id, buf.len() as u64);
         self.store.read(&self.head.line().source(), buf, offset).map_err(|error| self.name(error))
     }
 
     fn begin_read(&self, len: usize, offset: u64) -> Result<Option<Located>> {
         self.head.refuse_gone()?;
-        if self.limited() {
-            return Ok(None);
-        }
         self.store.locate(&self.head.line().source(), len, offset)
     }
 
     fn write(&self, data: &[u8], offset: u64) -> Result<()> {
-        self.head.limits.take(&self.store, self.head.id, data.len() as u64);
         let written = self.write_upto(data, offset, self.size());
         // Also after a failure: some of it may be there.
         self.announce();
@@ -354,11 +363,16 @@ impl BlockDevice for Disk {
         self.finish_write(writing, data, written)
     }
 
-    fn may_wait(&self) -> bool {
-        self.store.tables.read().disk(self.head.id).is_ok_and(|row| {
-            let settings = &row.settings;
-            settings.enospc == EnospcPolicy::Wait || settings.iops.is_some() || settings.bandwidth.is_some()
-        })
+    fn take_turn(&self, bytes: u64) -> Option<Need> {
+        (!self.store.has_turn(&self.head, bytes)).then_some(Need::Turn { bytes })
+    }
+
+    fn waits_for(&self, error: &Error) -> Option<Need> {
+        self.store.lacks_room(self.head.id, error).map(|bytes| Need::Room { bytes })
+    }
+
+    fn wait(&self, need: Need, cancel: &Arc<Cancel>, go: Go) {
+        self.store.wait(&self.head, need, cancel, go);
     }
 
     fn flush(&self) -> Result<()> {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::{BlockDevice, Disk};
 use crate::error::{Error, Result};
-use crate::store::Located;
+use crate::store::{Cancel, Go, Located, Need};
 
 /// A disk that is not written through this; others may write to it.
 #[derive(Debug)]
@@ -33,6 +33,14 @@ impl BlockDevice for ReadOnly {
 
     fn begin_read(&self, len: usize, offset: u64) -> Result<Option<Located>> {
         self.0.begin_read(len, offset)
+    }
+
+    fn take_turn(&self, bytes: u64) -> Option<Need> {
+        self.0.take_turn(bytes)
+    }
+
+    fn wait(&self, need: Need, cancel: &Arc<Cancel>, go: Go) {
+        self.0.wait(need, cancel, go);
     }
 
     fn write(&self, _data: &[u8], _offset: u64) -> Result<()> {

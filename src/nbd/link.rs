@@ -30,6 +30,8 @@ pub(super) struct Link {
     tls: Option<Box<ServerConnection>>,
     /// Decrypted bytes that were not taken yet.
     decrypted: usize,
+    /// How long a call waits for bytes at most.
+    patience: Option<Duration>,
 }
 
 /// The socket as rustls wants it.
@@ -59,11 +61,12 @@ impl Write for Raw<'_> {
 impl Link {
     /// Takes a connected socket.
     pub(super) fn new(socket: Arc<OwnedFd>) -> Self {
-        Self { socket, tls: None, decrypted: 0 }
+        Self { socket, tls: None, decrypted: 0, patience: None }
     }
 
     /// Lets a call that waits for bytes return now and then, as if there were none to come.
-    pub(super) fn wait_at_most(&self, time: Duration) -> io::Result<()> {
+    pub(super) fn wait_at_most(&mut self, time: Duration) -> io::Result<()> {
+        self.patience = Some(time);
         Ok(sockopt::set_socket_timeout(&self.socket, sockopt::Timeout::Recv, Some(time))?)
     }
 
@@ -105,11 +108,16 @@ impl Link {
 
     fn receive_secret(&mut self, parts: &mut [IoSliceMut<'_>], wait: bool) -> io::Result<Option<usize>> {
         let Some(tls) = &mut self.tls else { return Ok(Some(0)) };
+        let deadline = self.patience.filter(|_| wait).map(|patience| clock::now() + patience);
         loop {
             let (got, ended) = take_decrypted(tls, parts)?;
             if got > 0 || ended {
                 self.decrypted = self.decrypted.saturating_sub(got);
                 return Ok(Some(got));
+            }
+            // Nothing can be decrypted before its record is there in full, and bytes of that may come one at a time.
+            if deadline.is_some_and(|deadline| clock::now() >= deadline) {
+                return Ok(None);
             }
             match tls.read_tls(&mut Raw { socket: self.socket.as_fd(), wait }) {
                 Ok(_) => {}
@@ -152,6 +160,13 @@ impl Link {
     /// Tells whether bytes were taken that are not sent.
     pub(super) fn must_send(&self) -> bool {
         self.tls.as_ref().is_some_and(|tls| tls.wants_write())
+    }
+
+    /// Tells whether the peer has sent all it will send, or the connection broke; it may not be received yet.
+    pub(super) fn is_gone(&self) -> bool {
+        let mut fds = [PollFd::new(&self.socket, PollFlags::RDHUP)];
+        // What cannot be asked is found out when something is received.
+        rustix::event::poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
     }
 
     /// Waits until the socket can be read or, with `send`, written.
@@ -283,14 +298,15 @@ impl Watch {
         Ok(Self { epoll, socket, set })
     }
 
-    /// Says what is watched for; `None` when that is nothing.
-    pub(super) fn on(&mut self, receive: bool, send: bool) -> io::Result<Option<BorrowedFd<'_>>> {
-        if !receive && !send {
+    /// Says what is watched for, `end` being that the peer has sent all; `None` when that is nothing.
+    pub(super) fn on(&mut self, receive: bool, send: bool, end: bool) -> io::Result<Option<BorrowedFd<'_>>> {
+        if !receive && !send && !end {
             return Ok(None);
         }
         let mut set = epoll::EventFlags::empty();
         set.set(epoll::EventFlags::IN, receive);
         set.set(epoll::EventFlags::OUT, send);
+        set.set(epoll::EventFlags::RDHUP, end);
         if set != self.set {
             epoll::modify(&self.epoll, &self.socket, epoll::EventData::new_u64(0), set)?;
             self.set = set;

@@ -11,12 +11,15 @@
 //!    no request is taken.
 //! 3. All memory beyond [`OWN`] comes out of a pot that all connections share, also what is only kept for the next request.
 //!    A request for which there is none waits in its socket. Who waits has nothing under way; who has, gives up what it
-//!    keeps when somebody waits, and if its client then takes no reply, or sends no rest of a request, for
-//!    [`Limits::stall`], it ends. So small requests always go on, and large ones do after a while, whatever other clients do.
+//!    keeps when somebody waits, and if its client then takes no whole reply, or does not send the rest of a request, for
+//!    [`Limits::stall`], it ends, also when some bytes of it come now and then. So small requests always go on, and large
+//!    ones do after a while, whatever other clients do; but what waits on purpose keeps its memory as long as it waits. A
+//!    client that goes while it waits for memory is not waited for.
 //! 4. Everything about a request is checked before it is begun ([`check`]); what is refused is answered, and the
 //!    connection goes on.
 //! 5. Whatever ends the connection, what was begun is finished first. A client that says goodbye, or whose server ends,
-//!    gets the replies to what was begun.
+//!    gets the replies to what was begun. What waits on purpose, for room or for a limit, is not waited for: it is answered
+//!    with ESHUTDOWN, and was not done.
 //!
 //! # Order
 //! Replies come as requests are finished. A flush, or FUA, covers every write that was answered before it was sent, on any
@@ -39,7 +42,7 @@ use crate::clock::{self, Instant};
 use crate::disk::engine::{self, Done, Engine, Op};
 use crate::disk::{BlockDevice, Buffers};
 use crate::error::{Error, Kind, Result};
-use crate::sys::pages::{PAGE, Pages};
+use crate::sys::pages::Pages;
 use crate::units::to_usize;
 
 /// Requests under way at most, with the replies that are not sent.
@@ -50,7 +53,7 @@ const BYTES_MAX: usize = 64 << 20;
 const OWN: usize = 512 << 10;
 /// Bytes of the shared memory that a connection keeps although it does not need them now.
 const SLACK: usize = 4 << 20;
-/// How often that is looked at, and whether a connection rests.
+/// How often that is looked at, and whether a connection rests or its client has gone.
 const LOOK: Duration = Duration::from_secs(1);
 /// Threads for what may wait, at most.
 const THREADS_MAX: usize = 8;
@@ -95,11 +98,14 @@ pub(super) struct Session<'a> {
     stall: Duration,
     /// What the next request needs of it and could not have.
     blocked: Option<usize>,
-    /// When the client last took a reply, or sent the whole of a request, and how many it had taken by then.
+    /// Since when it is the client's turn: to take the rest of a reply, or to send that of a request. How many replies it
+    /// had taken by then.
     moved: Instant,
     taken: u64,
     /// No more requests are taken.
     ended: bool,
+    /// The client sends nothing any more; there may be requests that were not taken yet.
+    gone: bool,
     read_only: bool,
     /// Last: what the export keeps is let go when nothing is under way any more.
     terms: Terms,
@@ -119,7 +125,7 @@ impl<'a> Session<'a> {
             link,
             stopping,
             watch,
-            engine: Engine::new("nbd-work", THREADS_MAX)?,
+            engine: Engine::new("nbd-work", THREADS_MAX, Arc::default())?,
             receiver: Receiver::new(),
             outbox: Outbox::default(),
             buffers: Buffers::default(),
@@ -131,6 +137,7 @@ impl<'a> Session<'a> {
             moved: clock::now(),
             taken: 0,
             ended: false,
+            gone: false,
             read_only: terms.export.device.read_only(),
             terms,
         })
@@ -148,20 +155,23 @@ impl<'a> Session<'a> {
     fn serve(&mut self) -> Result<()> {
         let broke = |e: io::Error| Error::io("the connection broke", e);
         loop {
+            let quiet = self.outbox.len() == 0;
             let taken = self.take().map_err(broke)?;
             if taken == 1 && self.engine.in_flight() == 1 {
                 // A small request that is alone is done then.
                 self.engine.submit()?;
             } else if self.engine.in_flight() > 0 {
                 let takes = self.takes();
-                let watched = self.watch.on(takes, self.outbox.len() > 0 || self.link.must_send()).map_err(broke)?;
+                let sends = self.outbox.len() > 0 || self.link.must_send();
+                let watched = self.watch.on(takes, sends, !self.gone).map_err(broke)?;
                 self.engine.wait(watched)?;
+                self.look_whether_gone(takes);
             }
             while let Some(done) = self.engine.finished() {
                 self.finish(done);
             }
             let sent = self.outbox.send(self.link, &mut self.buffers).map_err(broke)?;
-            self.settle(taken);
+            self.settle(taken, quiet);
             if self.engine.in_flight() > 0 {
                 continue;
             }
@@ -172,8 +182,19 @@ impl<'a> Session<'a> {
                 self.wait_for_client().map_err(broke)?;
             } else if let Some(need) = self.blocked {
                 // Nothing is under way, so nobody is held up by this.
-                let _either_way = self.share.wait(need, clock::now() + LOOK);
+                if !self.share.wait(need, clock::now() + LOOK) && self.link.is_gone() {
+                    self.ended = true;
+                }
+                self.moved = clock::now();
             }
+        }
+    }
+
+    /// Finds out that the client has gone although no request can be taken: they may all wait, for room for instance.
+    fn look_whether_gone(&mut self, takes: bool) {
+        if !takes && !self.gone && self.link.is_gone() {
+            self.gone = true;
+            self.engine.cancel();
         }
     }
 
@@ -192,15 +213,29 @@ impl<'a> Session<'a> {
         (self.buffers.total() + self.outbox.heads() + self.promised + more).saturating_sub(OWN)
     }
 
+    /// Returns how much memory a request needs beyond what there is.
+    fn need(&self, request: &Request) -> usize {
+        let length = request.length as usize;
+        match request.command() {
+            Some(Command::Read | Command::Write) if request.length <= PAYLOAD_MAX => self.buffers.cost(length),
+            Some(Command::WriteZeroes) if request.flags & command::NO_HOLE != 0 => {
+                self.buffers.cost(length.min(to_usize(ZEROS)))
+            }
+            Some(Command::BlockStatus) => promise(request, self.terms.contexts.len()),
+            _ => 0,
+        }
+    }
+
     /// Sees to it that there is memory for a request; false when it has to wait for that.
     fn make_room(&mut self, request: &Request) -> bool {
-        let more = need(request, self.terms.contexts.len());
         self.blocked = None;
-        if self.share.grow(self.shared(more)) {
+        self.buffers.save(false);
+        if self.share.grow(self.shared(self.need(request))) {
             return true;
         }
         self.buffers.trim();
-        let needed = self.shared(more);
+        self.buffers.save(true);
+        let needed = self.shared(self.need(request));
         if self.share.grow(needed) {
             return true;
         }
@@ -208,9 +243,11 @@ impl<'a> Session<'a> {
         false
     }
 
-    /// Gives back what is not needed, and notes whether the client goes on.
-    fn settle(&mut self, taken: usize) {
-        if taken > 0 || self.outbox.taken() != self.taken || self.outbox.len() == 0 && !self.receiver.has_part() {
+    /// Gives back what is not needed, and notes whether the client goes on; `quiet` says that it had all replies before.
+    fn settle(&mut self, taken: usize, quiet: bool) {
+        let idle = || taken > 0 || self.engine.in_flight() > 0 || !self.receiver.has_part();
+        let begins = if self.outbox.len() > 0 { quiet } else { idle() };
+        if begins || self.outbox.taken() != self.taken {
             (self.moved, self.taken) = (clock::now(), self.outbox.taken());
         }
         let slack = if self.share.units() > 0 && self.requests.is_wanted() {
@@ -228,9 +265,10 @@ impl<'a> Session<'a> {
     /// Waits until the client takes more of its replies, or sends more where that is wanted.
     fn wait_for_client(&mut self) -> io::Result<()> {
         match self.link.wait(self.takes(), true, Some(clock::now() + LOOK)) {
-            Err(error) if error.kind() == io::ErrorKind::TimedOut => self.refuse_stall(),
-            other => other,
+            Err(error) if error.kind() == io::ErrorKind::TimedOut => {}
+            other => other?,
         }
+        self.refuse_stall()
     }
 
     /// Fails when the client has kept memory too long for which others wait.
@@ -240,7 +278,7 @@ impl<'a> Session<'a> {
             return Ok(());
         }
         tracing::warn!(
-            "a client of NBD export '{}' is disconnected: it has not moved for {} s while others wait for memory",
+            "a client of NBD export '{}' is disconnected: it has not gone on for {} s while others wait for memory",
             self.terms.export.name,
             self.stall.as_secs()
         );
@@ -281,7 +319,7 @@ impl<'a> Session<'a> {
             }
             let idle = self.engine.in_flight() == 0 && self.outbox.len() == 0 && !self.link.must_send();
             match self.receiver.fill(self.link, idle)? {
-                Some(true) => {}
+                Some(true) => self.refuse_stall()?,
                 Some(false) => self.ended = true,
                 None => {
                     if idle {
@@ -290,6 +328,9 @@ impl<'a> Session<'a> {
                     break;
                 }
             }
+        }
+        if self.ended && !std::mem::replace(&mut self.gone, true) {
+            self.engine.cancel();
         }
         Ok(taken)
     }
@@ -378,7 +419,7 @@ impl<'a> Session<'a> {
     /// Begins to write zeros that are not to become a hole.
     fn begin_zeros(&mut self, request: Request) {
         let whole = u64::from(request.length);
-        let Ok(mut pages) = self.buffers.take(request.length.min(1 << 20) as usize) else {
+        let Ok(mut pages) = self.buffers.take((request.length as usize).min(to_usize(ZEROS))) else {
             return self.fail(&request, Errno::NoMem);
         };
         pages.fill(0);
@@ -389,7 +430,7 @@ impl<'a> Session<'a> {
     }
 
     fn begin_status(&mut self, request: Request) {
-        self.promised += need(&request, self.terms.contexts.len());
+        self.promised += promise(&request, self.terms.contexts.len());
         let contexts = self.terms.contexts.clone();
         let device = Arc::clone(&self.terms.export.device);
         let tag = Tag { request, command: Command::BlockStatus, step: Step::Only, extents: Vec::new() };
@@ -410,7 +451,7 @@ impl<'a> Session<'a> {
         let Done { request: engine::Request { offset, len, pages, tag, .. }, result } = done;
         let request = tag.request;
         if tag.command == Command::BlockStatus {
-            self.promised -= need(&request, self.terms.contexts.len());
+            self.promised -= promise(&request, self.terms.contexts.len());
         }
         if let Err(error) = result {
             pages.into_iter().for_each(|pages| self.buffers.give_back(pages));
@@ -448,15 +489,9 @@ impl<'a> Session<'a> {
     }
 }
 
-/// Returns how much memory a request needs at most.
-fn need(request: &Request, contexts: usize) -> usize {
-    let length = request.length as usize;
-    match request.command() {
-        Some(Command::Read | Command::Write) if request.length <= PAYLOAD_MAX => length.next_power_of_two().max(PAGE),
-        Some(Command::WriteZeroes) if request.flags & command::NO_HOLE != 0 => length.min(to_usize(ZEROS)),
-        Some(Command::BlockStatus) => contexts * extents_bytes(request.length),
-        _ => 0,
-    }
+/// Returns how much memory the extents that a request asks for have at most.
+fn promise(request: &Request, contexts: usize) -> usize {
+    contexts * extents_bytes(request.length)
 }
 
 /// Finds the extents of all contexts.
@@ -473,6 +508,7 @@ fn errno_of(error: &Error) -> Errno {
         Kind::NoSpace => Errno::NoSpc,
         Kind::ReadOnly | Kind::Denied | Kind::Busy => Errno::Perm,
         Kind::Unsupported => Errno::NotSup,
+        Kind::Cancelled => Errno::Shutdown,
         _ => Errno::Io,
     }
 }

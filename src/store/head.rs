@@ -106,7 +106,9 @@ pub struct Head {
     /// Changes of the content that have been made, whatever they were. Counted before they are acknowledged.
     changes: AtomicU64,
     /// How fast users of the disk may be.
-    pub limits: super::limits::Limits,
+    pub(super) limits: super::limits::Limits,
+    /// How many requests wait on purpose.
+    pub waiters: super::waiting::Waiters,
 }
 
 /// How long the writes that are under way are waited for when a pool is closed.
@@ -138,7 +140,8 @@ impl Head {
             owed_row: Mutex::default(),
             small: super::logged::SmallWrites::default(),
             changes: AtomicU64::new(0),
-            limits: super::limits::Limits::default(),
+            limits: super::limits::Limits::new(&row.settings),
+            waiters: super::waiting::Waiters::default(),
         }
     }
 

@@ -9,7 +9,8 @@
 //! # After a crash
 //! Replay starts at the position that the catalog names and ends at the first frame that is not the expected one. A
 //! valid frame with a later number further on means that the medium lost a frame it had acknowledged: corruption, not
-//! a crash, and the pool refuses to open.
+//! a crash, and the pool refuses to open. Of a process that was killed the last frame may be in the page cache alone; it is
+//! written again and synced before another one follows, or a loss of power could keep the second and not the first.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -20,6 +21,7 @@ use super::rows::{Key, Row};
 use crate::codec::{Reader, Writer, crc32, unseal};
 use crate::error::{Error, Result};
 use crate::media::File;
+use crate::units::to_usize;
 
 const MAGIC: [u8; 8] = *b"\x89AFTJN\r\n";
 const FRAME_MAGIC: [u8; 8] = *b"\x89AFTJF\r\n";
@@ -104,10 +106,24 @@ impl Journal {
         }
         let mut journal = Self { file, salt, capacity, head: mark, tail: mark.at, used: 0, folded: mark.lsn };
         let mut frames = Vec::new();
-        while let Some(rows) = journal.replay_one()? {
+        let mut last = None;
+        while let Some((at, rows)) = journal.replay_one()? {
             frames.push(rows);
+            last = Some(at);
+        }
+        if let Some(at) = last {
+            journal.make_durable(at)?;
         }
         Ok((journal, frames))
+    }
+
+    /// Writes the last frame, which begins at `at`, once more and syncs. Where a sync of it failed in the process before, the
+    /// next one would not say so; what is written again is dirty in any case.
+    fn make_durable(&self, at: u64) -> Result<()> {
+        let mut bytes = vec![0; to_usize(self.head.at - at)];
+        self.file.read_exact_at(&mut bytes, at).map_err(fail("read"))?;
+        self.file.write_at(&bytes, at).map_err(fail("write"))?;
+        self.file.sync().map_err(fail("sync"))
     }
 
     /// Returns salt and capacity.
@@ -137,8 +153,8 @@ impl Journal {
         Ok((salt, capacity))
     }
 
-    /// Reads the frame after `head`, if it is there, and moves on.
-    fn replay_one(&mut self) -> Result<Option<Vec<Row>>> {
+    /// Reads the frame after `head`, if it is there, and moves on; returns where it begins, too.
+    fn replay_one(&mut self) -> Result<Option<(u64, Vec<Row>)>> {
         let lsn = self.head.lsn + 1;
         for (at, waste) in [(self.head.at, 0), (ALIGN, self.capacity - self.head.at)] {
             let len = self.frame_at(at)?.filter(|frame| frame.lsn == lsn).map(|frame| frame.len());
@@ -149,7 +165,7 @@ impl Journal {
             let Some(rows) = self.read_frame(at)? else { continue };
             self.used += waste + len;
             self.head = Mark { lsn, at: at + len };
-            return Ok(Some(rows));
+            return Ok(Some((at, rows)));
         }
         Ok(None)
     }

@@ -131,7 +131,13 @@ impl Store {
             return Ok(false);
         }
         let fold = |store: &Self| Ok(store.ledger.journal_percent() >= FOLD_AT && store.fold()?);
-        let punch = |store: &Self| Ok(store.punch_step(true)? > 0);
+        let punch = |store: &Self| {
+            let punched = store.punch_step(true)? > 0;
+            if punched {
+                store.waiting.look();
+            }
+            Ok(punched)
+        };
         // What gives room comes first, and one that fails does not keep the others from their turn: on a full host file
         // system neither a fold nor a seal can be written, and punching must go on all the same.
         let steps: [fn(&Self) -> Result<bool>; 10] = [
@@ -159,7 +165,9 @@ impl Store {
         }
         if !more {
             let _turn = self.tidying.lock();
-            self.remove_empty_segments()?;
+            if self.remove_empty_segments()? > 0 {
+                self.waiting.look();
+            }
             self.restore_ballast();
             self.back_up_if_due();
         }

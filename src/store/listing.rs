@@ -39,6 +39,8 @@ pub struct DiskInfo {
     pub holder: Option<String>,
     /// Whom the lease is kept for after a restart.
     pub reserved: Option<String>,
+    /// Writes that wait for room.
+    pub waiting: usize,
 }
 
 /// Whether a snapshot has its data.
@@ -117,6 +119,7 @@ impl Store {
             origin: row.origin.as_deref().map(|text| origin::find(tables, text)),
             settings: row.settings.clone(),
             reserved: head.as_ref().and_then(|head| head.tenancy.reserved()),
+            waiting: head.as_ref().map_or(0, |head| head.waiters.for_room()),
             holder: head.as_ref().and_then(|head| head.tenancy.holder()),
         })
     }
@@ -230,11 +233,12 @@ impl Store {
 
     fn disk_metrics(&self, out: &mut Text) {
         type Column = (&'static str, &'static str, fn(&DiskInfo) -> u64);
-        let columns: [Column; 4] = [
+        let columns: [Column; 5] = [
             ("disk_size_bytes", "Size of the disk.", |d| d.size),
             ("disk_referenced_bytes", "Bytes mapped.", |d| d.referenced),
             ("disk_written_bytes", "Bytes written since the previous snapshot.", |d| d.written),
             ("disk_snapshots", "Snapshots, retired ones included.", |d| d.snapshots as u64),
+            ("disk_waiting_writes", "Writes that wait for room.", |d| d.waiting as u64),
         ];
         let disks = self.disks();
         for (name, help, value) in columns {

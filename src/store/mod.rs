@@ -24,6 +24,7 @@
 //! | those of `Tenancy` (its `taking_over` and `announcement`: until the kernel was told, with no other lock) | who writes | no |
 //! | that of `Head::unflushed` | the log of a disk | a write to the page cache |
 //! | `Head::earlier` | what an earlier process may have left unsynced | yes |
+//! | that of the waiting room, with no other | who waits on purpose | no, but asks the host for its room |
 //! | leaves: `Head::line`, `dirty`, `frozen`, `slabs`, `owed`, `crcs` | single fields | no |
 //!
 //! A thread that has begun writes and not ended them (`disk::begin`) holds gates and claims, and takes none by waiting:
@@ -72,6 +73,7 @@ mod tree;
 pub mod unflushed;
 mod unmap;
 mod view;
+mod waiting;
 mod walk;
 
 use std::sync::Arc;
@@ -98,6 +100,7 @@ pub use states::{DiskRow, StateRow, Status};
 pub use tables::{Edit, StateKey, Tables};
 pub use tree::Stretch;
 pub use view::{Resolved, Source};
+pub use waiting::{Cancel, Go, Need};
 pub use walk::{Found, MapView, MapWalk, Unsaved};
 
 use std::collections::{BTreeMap, HashMap};
@@ -189,6 +192,7 @@ pub struct Store {
     /// Records of retired snapshots that were found to be missing or damaged.
     record_faults: Mutex<BTreeMap<SnapshotId, RecordFault>>,
     space: space::SpaceGuard,
+    waiting: waiting::WaitingRoom,
     opening: u64,
     /// The last opening was not closed in order.
     unclean: bool,

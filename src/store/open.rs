@@ -189,6 +189,7 @@ impl Store {
             unsealable: Mutex::default(),
             record_faults: Mutex::default(),
             space: space::SpaceGuard::default(),
+            waiting: super::waiting::WaitingRoom::default(),
             opening,
             unclean: !clean,
             recovery: Mutex::default(),
@@ -294,6 +295,7 @@ impl Store {
     /// # Errors
     /// Any error of the host; the pool then opens by replay.
     pub fn close(&self) -> Result<()> {
+        self.waiting.close();
         self.keeper.stop();
         if self.ledger.writable().is_err() {
             return Ok(());

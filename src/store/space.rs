@@ -8,13 +8,12 @@
 //!    in exactly one of them, from the moment at which it is allowed.
 //! 4. A preallocated ballast file is given up when even metadata finds no room, and made again when there is room.
 
+use std::fmt;
 use std::sync::atomic::{AtomicI64, Ordering};
-use std::time::Duration;
 
 use super::Store;
 use super::settings::EnospcPolicy;
-use crate::clock;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::media::{Media, Open, Space};
 use crate::pool::BALLAST;
 use crate::units::{BLOCK_SIZE, DiskId, show_size};
@@ -53,6 +52,20 @@ impl Room {
         })
     }
 }
+
+/// Why a write failed: so many bytes were not granted.
+#[derive(Debug)]
+struct NoRoom {
+    bytes: u64,
+}
+
+impl fmt::Display for NoRoom {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "there is no room for {} bytes", self.bytes)
+    }
+}
+
+impl std::error::Error for NoRoom {}
 
 /// Credit for new blocks.
 #[derive(Debug, Default)]
@@ -131,31 +144,22 @@ impl Store {
         }
     }
 
-    /// Takes room for new blocks of a disk, by its own policy: fails, or waits until there is some. Whoever is allowed it
-    /// settles with [`super::Head::settle`] what it really wrote.
+    /// Takes room for new blocks of a disk. Never waits: whoever may, asks [`Store::lacks_room`] about the failure. Whoever is
+    /// allowed it settles with [`super::Head::settle`] what it really wrote.
     ///
     /// # Errors
-    /// `NoSpace` when the disk says so; `ReadOnly` when the pool stops taking writes meanwhile.
+    /// `NoSpace` when the host is full or the quota of the disk used up.
     pub fn room_for(&self, id: DiskId, bytes: u64) -> Result<()> {
-        let mut told = false;
-        loop {
-            let policy = self.tables.read().disk(id)?.settings.enospc;
-            let room = self
-                .take_quota(id, bytes)
-                .and_then(|()| self.take_room(bytes).inspect_err(|_| self.not_used(id, bytes)));
-            let Err(error) = room else { return Ok(()) };
-            if policy == EnospcPolicy::Fail || error.kind() != crate::error::Kind::NoSpace {
-                return Err(error);
-            }
-            if !told {
-                let name = self.tables.read().called(id);
-                tracing::warn!("writes of disk {name} wait: {error}");
-                told = true;
-            }
-            self.ledger.writable()?;
-            self.keeper.wake();
-            clock::sleep(Duration::from_millis(200));
-        }
+        let room =
+            self.take_quota(id, bytes).and_then(|()| self.take_room(bytes).inspect_err(|_| self.not_used(id, bytes)));
+        room.map_err(|error| if error.kind() == Kind::NoSpace { error.because(NoRoom { bytes }) } else { error })
+    }
+
+    /// Returns for how much room a write that failed is to wait, if it failed for want of room and the disk says so.
+    pub fn lacks_room(&self, id: DiskId, error: &Error) -> Option<u64> {
+        let bytes = std::error::Error::source(error)?.downcast_ref::<NoRoom>()?.bytes;
+        let waits = self.tables.read().disk(id).is_ok_and(|row| row.settings.enospc == EnospcPolicy::Wait);
+        waits.then_some(bytes)
     }
 
     /// Folds, giving up the ballast if the catalog finds no room.
@@ -164,7 +168,7 @@ impl Store {
     /// `NoSpace` when that was not enough; other errors have poisoned the pool.
     pub fn fold(&self) -> Result<bool> {
         match self.ledger.fold() {
-            Err(error) if error.kind() == crate::error::Kind::NoSpace => {
+            Err(error) if error.kind() == Kind::NoSpace => {
                 if self.give_up_ballast(&error) {
                     self.ledger.fold()
                 } else {

@@ -233,9 +233,9 @@ impl Tenancy {
         self.state.lock().loss = Some((holder.to_owned(), why));
     }
 
-    /// Tells whether the holder has not been told yet.
+    /// Tells whether anybody has still to be told of a loss, whether it has the lease, is awaited or has let go.
     pub fn owes_loss(&self) -> bool {
-        self.owes_loss.load(Ordering::SeqCst)
+        self.state.lock().loss.is_some()
     }
 
     /// Tells whether `holder` has still to be told of a loss.
@@ -245,7 +245,7 @@ impl Tenancy {
 
     /// Returns what the holder has to be told, once.
     pub fn tell_loss(&self) -> Option<String> {
-        if !self.owes_loss() {
+        if !self.owes_loss.load(Ordering::SeqCst) {
             return None;
         }
         let mut state = self.state.lock();

@@ -44,6 +44,25 @@ pub fn limit_arenas(parts: libc::c_int) {
     }
 }
 
+/// Lets go of the pages of this program and its libraries that are mapped; what runs from here on maps what it needs again.
+/// Most of what a process has executed it needed to begin with.
+pub fn let_go_of_code() -> io::Result<()> {
+    for line in std::fs::read_to_string("/proc/self/maps")?.lines() {
+        let mut words = line.split_ascii_whitespace();
+        let (Some(range), Some("r-xp"), Some(path)) = (words.next(), words.next(), words.nth(3)) else { continue };
+        let ends = range
+            .split_once('-')
+            .map(|(start, end)| (usize::from_str_radix(start, 16), usize::from_str_radix(end, 16)));
+        let Some((Ok(start), Ok(end))) = ends else { continue };
+        if path.starts_with('/') {
+            let at = ptr::without_provenance_mut(start);
+            // SAFETY: code of a file, which nobody writes to: a page that is let go is read from the file again.
+            unsafe { rustix::mm::madvise(at, end - start, rustix::mm::Advice::LinuxDontNeed) }?;
+        }
+    }
+    Ok(())
+}
+
 /// A user of the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct User {

@@ -269,7 +269,11 @@ impl<T> Ring<T> {
         Ok(())
     }
 
+    /// Gives the kernel what is queued, and waits for `want` completions; also with 0 it does what it has deferred.
     fn enter(&mut self, want: usize) -> io::Result<()> {
+        // The kernel does deferred work only when it is asked for events (IORING_ENTER_GETEVENTS). The crate sees to that
+        // when the flag in memory says that there is some, from version 0.7.16 on: an older one never would with 0, and
+        // what is finished would stay unseen until somebody waits.
         match self.ring.submit_and_wait(want) {
             Ok(_) => Ok(()),
             Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)) => {
@@ -366,5 +370,29 @@ mod tests {
         assert!(ring.watching == 0 && ring.finished().is_none());
         number = ring.push(Job { pages: done.pages, write: false, pieces: vec![piece(0)], tag: "dropped" });
         assert_eq!(number, 0);
+    }
+
+    #[test]
+    fn what_the_kernel_has_finished_is_taken_up_without_waiting() {
+        let Ok(mut ring) = Ring::new(4) else {
+            println!("skipped: this host allows no io_uring");
+            return;
+        };
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        let file = Arc::new(fs::File::from(reader));
+        for n in 0..10 {
+            let pieces = vec![Piece { file: Arc::clone(&file), offset: u64::MAX, at: 0, len: 1, result: 0 }];
+            ring.push(Job { pages: Pages::new(4096).unwrap(), write: false, pieces, tag: n });
+            ring.submit().unwrap();
+            assert!(ring.finished().is_none() && !ring.has_completions(), "there is nothing to read");
+            rustix::io::write(&writer, &[n]).unwrap();
+            // The work is deferred now, and the flag says so: nobody is there to do it but this thread.
+            while !ring.has_completions() {
+                std::thread::yield_now();
+            }
+            ring.submit().unwrap();
+            let done = ring.finished().expect("it is finished, and was asked for");
+            assert_eq!((done.pages[0], done.pieces[0].result, done.tag), (n, 1, n));
+        }
     }
 }

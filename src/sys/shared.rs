@@ -9,14 +9,19 @@
 //! 1. The handler makes one system call (mmap) and touches atomics; it takes no lock and allocates nothing.
 //! 2. A mapping lives as long as its entry in the table: nothing else can be where the handler puts zeros.
 //! 3. A SIGBUS of any other kind goes to who handled it before, or ends the process as ever.
+//! 4. Of huge pages only whole ones are mapped: the kernel maps them whole in any case, and replaces or unmaps no part of
+//!    one, so the zeros would have no place.
+//! 5. An entry is read between two looks at its generation: who is in the handler may meet one that changes hands.
 
 #![expect(unsafe_code, reason = "handlers of signals and mappings at given addresses")]
 
+use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use vm_memory::FileOffset;
 use vm_memory::mmap::MmapRegion;
 
 use crate::sync::Mutex;
@@ -24,15 +29,23 @@ use crate::sync::Mutex;
 /// Mappings at a time at most.
 const SLOTS: usize = 8192;
 
-/// An entry of the table; `end` is 0 while nobody has it.
+/// An entry of the table.
 struct Slot {
+    /// Odd while somebody has it; `start` and `end` change only while it is even.
+    generation: AtomicUsize,
     start: AtomicUsize,
     end: AtomicUsize,
     lost: AtomicBool,
 }
 
-static TABLE: [Slot; SLOTS] =
-    [const { Slot { start: AtomicUsize::new(0), end: AtomicUsize::new(0), lost: AtomicBool::new(false) } }; SLOTS];
+static TABLE: [Slot; SLOTS] = [const {
+    Slot {
+        generation: AtomicUsize::new(0),
+        start: AtomicUsize::new(0),
+        end: AtomicUsize::new(0),
+        lost: AtomicBool::new(false),
+    }
+}; SLOTS];
 /// Entries behind this many were never used.
 static USED: AtomicUsize = AtomicUsize::new(0);
 /// Free entries before that.
@@ -47,12 +60,36 @@ pub struct Shared {
     slot: usize,
 }
 
+impl Slot {
+    /// Returns where its mapping begins and ends; `None` when nobody has it, or not all the time.
+    fn range(&self) -> Option<(usize, usize)> {
+        let generation = self.generation.load(Ordering::SeqCst);
+        let range = (self.start.load(Ordering::SeqCst), self.end.load(Ordering::SeqCst));
+        let same = self.generation.load(Ordering::SeqCst) == generation;
+        (same && generation % 2 == 1).then_some(range)
+    }
+}
+
 impl Shared {
+    /// Maps `len` bytes of a file from `offset` on, for reading and writing, and enters that.
+    ///
+    /// # Errors
+    /// `InvalidInput` when the file is of huge pages and the range is not of whole ones; when there are too many mappings,
+    /// or the host does not let the signal be handled; any other error of the host.
+    pub fn of(file: File, offset: u64, len: usize) -> io::Result<Self> {
+        let page = page_of(&file)?;
+        if !offset.is_multiple_of(page) || !(len as u64).is_multiple_of(page) {
+            let what = format!("{len} bytes at {offset} are no whole huge pages, which their file has of {page} bytes");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
+        }
+        Self::new(MmapRegion::from_file(FileOffset::new(file, offset), len).map_err(io::Error::other)?)
+    }
+
     /// Enters a mapping, which may be touched from then on as long as this lives.
     ///
     /// # Errors
     /// When there are too many, or the host does not let the signal be handled.
-    pub fn new(map: MmapRegion<()>) -> io::Result<Self> {
+    fn new(map: MmapRegion<()>) -> io::Result<Self> {
         let mut free = FREE.lock();
         install()?;
         let slot = match free.pop() {
@@ -64,6 +101,7 @@ impl Shared {
         TABLE[slot].lost.store(false, Ordering::SeqCst);
         TABLE[slot].start.store(start, Ordering::SeqCst);
         TABLE[slot].end.store(start + map.size(), Ordering::SeqCst);
+        TABLE[slot].generation.fetch_add(1, Ordering::SeqCst);
         Ok(Self { map: Arc::new(map), slot })
     }
 
@@ -82,9 +120,16 @@ impl Shared {
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        TABLE[self.slot].end.store(0, Ordering::SeqCst);
+        TABLE[self.slot].generation.fetch_add(1, Ordering::SeqCst);
         FREE.lock().push(self.slot);
     }
+}
+
+/// Returns the size of the huge pages of a file, or 1 if it has none: any range of it can be replaced then.
+fn page_of(file: &File) -> io::Result<u64> {
+    let system = rustix::fs::fstatfs(file)?;
+    let huge = system.f_type == libc::HUGETLBFS_MAGIC;
+    Ok(if huge { u64::try_from(system.f_bsize).map_err(io::Error::other)?.max(1) } else { 1 })
 }
 
 /// Installs the handler, once; the caller has the lock of the table.
@@ -121,7 +166,7 @@ extern "C" fn on_bus_error(signal: libc::c_int, info: *mut libc::siginfo_t, cont
 /// Puts zeros in the place of the mapping that an address lies in; tells whether there is one.
 fn replace(address: usize) -> bool {
     for slot in &TABLE[..USED.load(Ordering::SeqCst).min(SLOTS)] {
-        let (end, start) = (slot.end.load(Ordering::SeqCst), slot.start.load(Ordering::SeqCst));
+        let Some((start, end)) = slot.range() else { continue };
         if address < start || address >= end {
             continue;
         }
@@ -169,14 +214,14 @@ fn pass_on(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::
 
 #[cfg(test)]
 mod tests {
-    use std::fs::File;
     use std::process::Command;
 
     use rustix::fs::MemfdFlags;
+    use vm_memory::Bytes;
     use vm_memory::volatile_memory::VolatileMemory;
-    use vm_memory::{Bytes, FileOffset};
 
     use super::*;
+    use crate::sys::pages::{PAGE, Pages};
 
     fn mapped(len: usize) -> (File, MmapRegion<()>) {
         let file = File::from(rustix::fs::memfd_create("shared", MemfdFlags::CLOEXEC).unwrap());
@@ -217,6 +262,54 @@ mod tests {
         other_file.set_len(0).unwrap();
         other.map().as_volatile_slice().write_slice(&[1; 10], 100).unwrap();
         assert!(other.is_lost());
+    }
+
+    #[test]
+    fn of_huge_pages_only_whole_ones_are_mapped() {
+        const HUGE: usize = 2 << 20;
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+        let file = File::from(rustix::fs::memfd_create("huge", flags).unwrap());
+        file.set_len(2 * HUGE as u64).unwrap();
+        let map = |offset, len| Shared::of(file.try_clone().unwrap(), offset, len);
+        for (offset, len) in [(0, HUGE / 2), (0, HUGE + 4096), (4096, HUGE), (HUGE as u64 / 2, HUGE)] {
+            assert_eq!(map(offset, len).unwrap_err().kind(), io::ErrorKind::InvalidInput, "{len} at {offset}");
+        }
+        // Of a file that has none any more, as on a host that has set none aside, a touch is told.
+        let shared = map(0, HUGE).unwrap();
+        file.set_len(0).unwrap();
+        shared.map().as_volatile_slice().write_slice(&[1; 10], HUGE / 2).unwrap();
+        assert!(shared.is_lost());
+    }
+
+    #[test]
+    fn an_entry_that_changes_hands_is_not_taken_for_what_lies_between_the_two() {
+        // Two mappings of a page and a page between them, which is in none.
+        let mut pages = Pages::new(3 * PAGE).unwrap();
+        let start = pages.as_mut_ptr();
+        let entered = |page: usize| {
+            let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+            // SAFETY: it is a page of `pages`, which outlives the mapping and is not touched meanwhile.
+            let map = unsafe { MmapRegion::build_raw(start.wrapping_add(page * PAGE), PAGE, protection, flags) };
+            Shared::new(map.unwrap()).unwrap()
+        };
+        let (between, over) = (start.expose_provenance() + PAGE, AtomicBool::new(false));
+        let found = std::thread::scope(|scope| {
+            let looking = scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    if replace(between) {
+                        return true;
+                    }
+                }
+                false
+            });
+            for _ in 0..300_000 {
+                drop(entered(2));
+                drop(entered(0));
+            }
+            over.store(true, Ordering::Relaxed);
+            looking.join().unwrap()
+        });
+        assert!(!found, "it belongs to nobody");
     }
 
     /// Not run by itself: the test below runs it in a process of its own.

@@ -20,6 +20,7 @@ use super::errno::{Answer, Errno};
 use super::file::{DiskFile, Handle};
 use super::node::Node;
 use super::state::Tree;
+use super::waits::Halt;
 use crate::disk::BlockDevice;
 use crate::error::Result;
 use crate::snapshot;
@@ -88,8 +89,9 @@ impl Tree {
     /// Copies between two open files; returns how much, which may be less than `len` and is 0 at the source's end.
     ///
     /// # Errors
-    /// EROFS for a snapshot as the target, EFBIG, ENOSPC, EIO.
-    pub fn copy(&self, from: (u64, u64), to: (u64, u64), len: u64) -> Answer<u64> {
+    /// EROFS for a snapshot as the target, EFBIG, ENOSPC, EIO; `Waits` when a disk lets it wait and nothing was copied yet:
+    /// with `had_turn` it has waited.
+    pub fn copy(&self, from: (u64, u64), to: (u64, u64), len: u64, had_turn: bool) -> Result<u64, Halt> {
         let (source, offset) = (self.handle(from.0)?, from.1);
         let (handle, target) = (self.handle(to.0)?, to.1);
         let file = &handle.writable()?.file;
@@ -98,14 +100,14 @@ impl Tree {
             return Ok(0);
         }
         if target >= DISK_SIZE_MAX {
-            return Err(Errno::EFBIG);
+            return Err(Errno::EFBIG.into());
         }
         let len = len.min(DISK_SIZE_MAX - target);
         let done = if offset == target && self.clone_piece(&source, file, offset, len)? {
             len
         } else {
             file.settle()?;
-            copy_bytes(&source, offset, file, target, len)?
+            copy_bytes(&source, offset, (&handle, file), target, len, had_turn)?
         };
         if handle.sync_always() {
             file.disk().flush()?;
@@ -161,7 +163,14 @@ impl Tree {
 }
 
 /// Copies up to [`COPY_MAX`] bytes of data and the holes between them; returns how far it came.
-fn copy_bytes(source: &Handle, offset: u64, file: &DiskFile, target: u64, len: u64) -> Answer<u64> {
+fn copy_bytes(
+    source: &Handle,
+    offset: u64,
+    (handle, file): (&Handle, &DiskFile),
+    target: u64,
+    len: u64,
+    had_turn: bool,
+) -> Result<u64, Halt> {
     let device = source.device()?;
     let mut buf = Vec::new();
     let (mut done, mut copied) = (0, 0);
@@ -179,21 +188,26 @@ fn copy_bytes(source: &Handle, offset: u64, file: &DiskFile, target: u64, len: u
         };
         buf.resize(BUFFER, 0);
         let want = usize::try_from(piece).unwrap_or(BUFFER).min(BUFFER);
-        match source.read(&mut buf[..want], offset + done).and_then(|got| file.write(&buf[..got], target + done)) {
+        let turn = || match had_turn && copied == 0 {
+            true => Ok(()),
+            false => source.take_turn(piece).and_then(|()| handle.take_turn(piece)),
+        };
+        let read = turn().and_then(|()| Ok(source.read(&mut buf[..want], offset + done)?));
+        match read.and_then(|got| file.write(&buf[..got], target + done)) {
             Ok(0) => break, // The source was cut meanwhile.
             Ok(written) => {
                 done += written as u64;
                 copied += written as u64;
             }
             Err(_) if done > 0 => break,
-            Err(errno) => return Err(errno),
+            Err(halt) => return Err(halt),
         }
     }
     Ok(done)
 }
 
 /// Makes a hole of `len` bytes in the target, growing it if it lies beyond the end.
-fn hole(file: &DiskFile, target: u64, len: u64) -> Answer<u64> {
+fn hole(file: &DiskFile, target: u64, len: u64) -> Result<u64, Halt> {
     file.zero(target, len)?;
     file.grow(target + len)?;
     Ok(len)

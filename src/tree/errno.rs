@@ -25,6 +25,8 @@ impl Errno {
     pub const EPERM: Self = Self(libc::EPERM);
     /// No such file or directory.
     pub const ENOENT: Self = Self(libc::ENOENT);
+    /// A signal came while it waited.
+    pub const EINTR: Self = Self(libc::EINTR);
     /// I/O error.
     pub const EIO: Self = Self(libc::EIO);
     /// No such offset: nothing follows there.
@@ -70,6 +72,7 @@ impl Errno {
             Kind::ReadOnly => Self::EROFS,
             Kind::Unsupported => Self::EOPNOTSUPP,
             Kind::Denied => Self::EPERM,
+            Kind::Cancelled => Self::EINTR,
             Kind::Failed | Kind::Corrupt | Kind::Io => Self::EIO,
         }
     }
@@ -86,7 +89,7 @@ impl From<Error> for Errno {
         let errno = Self::of(error.kind());
         let hint = error.next_step().unwrap_or_default();
         match error.kind() {
-            Kind::NotFound | Kind::Exists | Kind::Usage => tracing::debug!(%errno, hint, "{error}"),
+            Kind::NotFound | Kind::Exists | Kind::Usage | Kind::Cancelled => tracing::debug!(%errno, hint, "{error}"),
             Kind::Busy | Kind::NoSpace | Kind::Unsupported | Kind::Denied => tracing::warn!(%errno, hint, "{error}"),
             _ => tracing::error!(%errno, hint, "{error}"),
         }

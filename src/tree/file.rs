@@ -25,6 +25,7 @@ use super::fixed::Fixed;
 use super::names::Listing;
 use super::node::{Node, Sort};
 use super::state::{HOLDER, Tree};
+use super::waits::Halt;
 use crate::disk::{BlockDevice, Disk, Lease};
 use crate::error::Kind;
 use crate::snapshot::SnapshotDevice;
@@ -81,6 +82,9 @@ pub struct Opened {
     pub keep_cache: bool,
     /// I/O goes past the kernel's cache: the program asked for it, or somebody else writes the disk.
     pub direct: bool,
+    /// Direct writes need not wait for each other in the kernel. One that waits on purpose would keep others from opening
+    /// the file, so this is not for disks that let writes wait.
+    pub parallel: bool,
     /// It has a lease, so its close is of interest ([`Tree::closing`]).
     pub writes: bool,
 }
@@ -113,9 +117,9 @@ impl DiskFile {
     }
 
     /// Makes the file at least `size` long; returns the length it had.
-    pub(super) fn grow(&self, size: u64) -> Answer<u64> {
+    pub(super) fn grow(&self, size: u64) -> Result<u64, Halt> {
         if size > DISK_SIZE_MAX {
-            return Err(Errno::EFBIG);
+            return Err(Errno::EFBIG.into());
         }
         let old = self.disk.size();
         if size <= old {
@@ -124,19 +128,22 @@ impl DiskFile {
         let _growing = self.growing.lock();
         let old = self.disk.size();
         if size > old {
-            self.disk.extend(size)?;
+            self.disk.extend(size).map_err(|error| Halt::of(&self.disk, error))?;
         }
         Ok(old)
     }
 
     /// Writes, growing the file if needed; returns how much of `data` lies below the largest size and was written.
-    pub(super) fn write(&self, data: &[u8], offset: u64) -> Answer<usize> {
+    ///
+    /// # Errors
+    /// `Waits` when there is no room and the disk waits for it; the file is as long as before then.
+    pub(super) fn write(&self, data: &[u8], offset: u64) -> Result<usize, Halt> {
         self.settle()?;
         if data.is_empty() {
             return Ok(0);
         }
         if offset >= DISK_SIZE_MAX {
-            return Err(Errno::EFBIG);
+            return Err(Errno::EFBIG.into());
         }
         let room = usize::try_from(DISK_SIZE_MAX - offset).unwrap_or(usize::MAX);
         let data = &data[..data.len().min(room)];
@@ -147,16 +154,16 @@ impl DiskFile {
             if end > old && self.disk.size() == end {
                 self.disk.resize(old, true)?;
             }
-            return Err(Errno::from(error).stale());
+            return Err(Halt::of(&self.disk, error));
         }
         Ok(data.len())
     }
 
     /// Makes `[offset, offset + len)` zero, as far as the file goes.
-    pub(super) fn zero(&self, offset: u64, len: u64) -> Answer<()> {
+    pub(super) fn zero(&self, offset: u64, len: u64) -> Result<(), Halt> {
         let end = offset.saturating_add(len).min(self.disk.size());
         if offset < end {
-            self.disk.write_zeroes(offset, end - offset)?;
+            self.disk.write_zeroes(offset, end - offset).map_err(|error| Halt::of(&self.disk, error))?;
         }
         Ok(())
     }
@@ -331,14 +338,15 @@ impl Tree {
                 let keep_cache = self.trust_cache(id) && file.direct_writers.load(Ordering::Acquire) == 0;
                 file.direct_writers.fetch_add(usize::from(direct && lease.is_some()), Ordering::AcqRel);
                 let writes = lease.is_some();
+                let parallel = !file.disk.may_wait();
                 let handle = self.enter(Handle::Disk(DiskHandle { file, lease, direct, flags }));
-                Ok(Opened { handle, keep_cache, direct, writes })
+                Ok(Opened { handle, keep_cache, direct, parallel, writes })
             }
             Node::Snapshot(_) if writes(flags) && !new => Err(Errno::EROFS),
             node @ Node::Snapshot(_) => {
                 let device = self.snapshot_device(node)?;
                 let handle = self.enter(Handle::Snapshot(SnapshotHandle { node, device }));
-                Ok(Opened { handle, keep_cache: true, direct, writes: false })
+                Ok(Opened { handle, keep_cache: true, direct, parallel: true, writes: false })
             }
             node => {
                 if node.sort() == Sort::File && writes(flags) {
@@ -346,7 +354,7 @@ impl Tree {
                 }
                 let (file, keep_cache) = self.open_fixed(node)?;
                 let handle = self.enter(Handle::Fixed(file));
-                Ok(Opened { handle, keep_cache, direct, writes: false })
+                Ok(Opened { handle, keep_cache, direct, parallel: true, writes: false })
             }
         }
     }
@@ -369,8 +377,8 @@ impl Tree {
     /// Writes, growing the disk if needed; `flags` are those of the file and the call (O_DSYNC).
     ///
     /// # Errors
-    /// EROFS for a snapshot, EFBIG beyond the largest disk, ENOSPC.
-    pub fn write(&self, handle: u64, data: &[u8], offset: u64, flags: i32) -> Answer<usize> {
+    /// EROFS for a snapshot, EFBIG beyond the largest disk, ENOSPC; `Waits` instead if the disk waits for room.
+    pub fn write(&self, handle: u64, data: &[u8], offset: u64, flags: i32) -> Result<usize, Halt> {
         let handle = self.handle(handle)?;
         let file = &handle.writable()?.file;
         let written = file.write(data, offset)?;
@@ -421,8 +429,8 @@ impl Tree {
     /// Punches, zeroes, or checks that there is room and grows (fallocate(2)). Nothing is ever reserved.
     ///
     /// # Errors
-    /// ENOSPC, EFBIG, and EOPNOTSUPP for collapse, insert and unshare.
-    pub fn fallocate(&self, handle: u64, offset: u64, len: u64, mode: i32) -> Answer<()> {
+    /// ENOSPC, EFBIG, and EOPNOTSUPP for collapse, insert and unshare; `Waits` as [`Tree::write`].
+    pub fn fallocate(&self, handle: u64, offset: u64, len: u64, mode: i32) -> Result<(), Halt> {
         let handle = self.handle(handle)?;
         let file = &handle.writable()?.file;
         let end = offset.checked_add(len).filter(|end| *end <= DISK_SIZE_MAX).ok_or(Errno::EFBIG)?;
@@ -432,7 +440,7 @@ impl Tree {
             0 => file.check_room(offset, len, self.store.room()?.available())?,
             libc::FALLOC_FL_PUNCH_HOLE if keep_size => file.zero(offset, len)?,
             libc::FALLOC_FL_ZERO_RANGE => file.zero(offset, len)?,
-            _ => return Err(Errno::EOPNOTSUPP),
+            _ => return Err(Errno::EOPNOTSUPP.into()),
         }
         if !keep_size {
             file.grow(end)?;

@@ -37,6 +37,7 @@ use super::names::RenameHow;
 use super::node::{FILE_NAME_MAX, Node, Sort};
 use super::stale;
 use super::state::{Attr, Tree};
+use super::waits::{Ask, Asker, Halt, Waits};
 use crate::units::BLOCK_SIZE;
 
 /// How long the kernel may keep what it is told to forget when it changes.
@@ -56,6 +57,7 @@ thread_local! {
 #[derive(Debug)]
 pub(super) struct Mount {
     pub(super) tree: Arc<Tree>,
+    pub(super) waits: Arc<Waits>,
     /// Marks the handler threads, see [`stale::enter_handler`].
     pub(super) number: u64,
     pub(super) queue: Arc<stale::Queue>,
@@ -70,8 +72,19 @@ impl Mount {
         }
     }
 
-    /// Runs a handler that may wait long (no room and `enospc=wait`, a limit, a record) on a thread of its own, so that requests
-    /// for other disks, and the `rm` that makes room, find the handler threads free.
+    /// Runs a handler that may have to wait on purpose.
+    fn patiently<T: 'static>(
+        &self,
+        request: &Request,
+        work: impl FnMut(&Tree, bool) -> Result<T, Halt> + Send + 'static,
+        answer: impl FnOnce(Answer<T>) + Send + 'static,
+    ) {
+        stale::enter_handler(self.number);
+        self.waits.here(asker(request), Ask { work, answer });
+    }
+
+    /// Runs a handler that may take long (a record, a lease that is about to fall) on a thread of its own, so that requests for
+    /// other disks, and the `rm` that makes room, find the handler threads free.
     fn run_aside(&self, operation: &'static str, handler: impl FnOnce(&Tree) + Send + 'static) {
         let (tree, number) = (Arc::clone(&self.tree), self.number);
         let work = move || {
@@ -122,6 +135,10 @@ impl Mount {
     }
 }
 
+fn asker(request: &Request) -> Asker {
+    Asker { unique: request.unique().0, thread: request.pid() }
+}
+
 fn kind(sort: Sort) -> FileType {
     match sort {
         Sort::Dir => FileType::Directory,
@@ -164,7 +181,8 @@ fn written(answer: Answer<u64>, reply: ReplyWrite) {
 
 fn open_flags(opened: &Opened) -> FopenFlags {
     let cache = if opened.direct {
-        FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES
+        let parallel = if opened.parallel { FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES } else { FopenFlags::empty() };
+        FopenFlags::FOPEN_DIRECT_IO | parallel
     } else if opened.keep_cache {
         FopenFlags::FOPEN_KEEP_CACHE
     } else {
@@ -325,7 +343,7 @@ impl Filesystem for Mount {
 
     fn read(
         &self,
-        _: &Request,
+        request: &Request,
         _: INodeNo,
         handle: FileHandle,
         offset: u64,
@@ -334,8 +352,21 @@ impl Filesystem for Mount {
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
+        let size = size.min(REQUEST_MAX) as usize;
+        if let Some(need) = self.tree.take_turn(handle.0, size as u64) {
+            let work = move |tree: &Tree, _| {
+                let mut data = vec![0; size];
+                let len = tree.read(handle.0, &mut data, offset)?;
+                data.truncate(len);
+                Ok(data)
+            };
+            let answer = move |answer: Answer<Vec<u8>>| match answer {
+                Ok(data) => reply.data(&data),
+                Err(errno) => reply.error(code(errno)),
+            };
+            return self.waits.after(asker(request), need, Ask { work, answer });
+        }
         self.run("read", |tree| {
-            let size = size.min(REQUEST_MAX) as usize;
             with_buffer(size, |buffer| match tree.read(handle.0, buffer, offset) {
                 Ok(length) => reply.data(&buffer[..length]),
                 Err(errno) => reply.error(code(errno)),
@@ -345,7 +376,7 @@ impl Filesystem for Mount {
 
     fn write(
         &self,
-        _: &Request,
+        request: &Request,
         _: INodeNo,
         handle: FileHandle,
         offset: u64,
@@ -355,15 +386,21 @@ impl Filesystem for Mount {
         _: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        if self.tree.may_wait(handle.0) {
-            let data = data.to_vec();
-            return self.run_aside("write", move |tree| {
-                written(tree.write(handle.0, &data, offset, flags.0).map(|length| length as u64), reply);
-            });
-        }
-        self.run("write", |tree| {
-            written(tree.write(handle.0, data, offset, flags.0).map(|length| length as u64), reply);
-        });
+        let need = match self.tree.take_turn(handle.0, data.len() as u64) {
+            Some(need) => need,
+            None => {
+                stale::enter_handler(self.number);
+                let attempt = || self.tree.write(handle.0, data, offset, flags.0);
+                match catch_unwind(AssertUnwindSafe(attempt)).unwrap_or(Err(Halt::Failed(Errno::EIO))) {
+                    Err(Halt::Waits(disk, need)) => (disk, need),
+                    Err(Halt::Failed(errno)) => return written(Err(errno), reply),
+                    Ok(length) => return written(Ok(length as u64), reply),
+                }
+            }
+        };
+        let data = data.to_vec();
+        let work = move |tree: &Tree, _| tree.write(handle.0, &data, offset, flags.0).map(|length| length as u64);
+        self.waits.after(asker(request), need, Ask { work, answer: |answer| written(answer, reply) });
     }
 
     fn flush(&self, _: &Request, _: INodeNo, handle: FileHandle, _: LockOwner, reply: ReplyEmpty) {
@@ -476,7 +513,7 @@ impl Filesystem for Mount {
 
     fn fallocate(
         &self,
-        _: &Request,
+        request: &Request,
         _: INodeNo,
         handle: FileHandle,
         offset: u64,
@@ -484,7 +521,8 @@ impl Filesystem for Mount {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        self.run("fallocate", |tree| empty(tree.fallocate(handle.0, offset, length, mode), reply));
+        let work = move |tree: &Tree, _| tree.fallocate(handle.0, offset, length, mode);
+        self.patiently(request, work, |answer| empty(answer, reply));
     }
 
     fn lseek(&self, _: &Request, _: INodeNo, handle: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
@@ -496,7 +534,7 @@ impl Filesystem for Mount {
 
     fn copy_file_range(
         &self,
-        _: &Request,
+        request: &Request,
         _: INodeNo,
         source: FileHandle,
         offset: u64,
@@ -507,9 +545,9 @@ impl Filesystem for Mount {
         _: CopyFileRangeFlags,
         reply: ReplyWrite,
     ) {
-        self.run("copy_file_range", |tree| {
-            written(tree.copy((source.0, offset), (target.0, target_offset), length), reply);
-        });
+        let work =
+            move |tree: &Tree, had_turn| tree.copy((source.0, offset), (target.0, target_offset), length, had_turn);
+        self.patiently(request, work, |answer| written(answer, reply));
     }
 
     fn ioctl(

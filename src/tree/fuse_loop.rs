@@ -1,9 +1,10 @@
 //! The fast way through a mount: one thread takes requests off the device, many at a time, and has their I/O done by an
-//! io_uring; what may have to wait goes to other threads, and what is neither read, write nor sync goes to fuser.
+//! io_uring; what may block goes to other threads, and what is neither read, write nor sync goes to fuser. What waits on
+//! purpose has no thread ([`super::waits`]).
 //!
 //! ```text
 //!   /dev/fuse --read--> loop --ring--> host files --> loop --answer--> /dev/fuse
-//!                        |  \--may wait--> workers -----answer-------> /dev/fuse
+//!                        |  \--may block-> workers -----answer-------> /dev/fuse
 //!                        \--all others--> socket -> fuser -> socket -> /dev/fuse
 //! ```
 //!
@@ -35,12 +36,12 @@ use super::fuse_device::{DATA, Device};
 use super::fuse_wire::{self as wire, Header, Transfer};
 use super::stale;
 use super::state::Tree;
+use super::waits::{Asker, Errand, Halt, Waits};
 use crate::clock;
 use crate::disk::pieces;
 use crate::store::Located;
 use crate::sys::pages::Pages;
 use crate::sys::ring::{Job, Piece, Ring};
-use crate::workers::Workers;
 
 /// Requests that are under way in the ring at most; more stay with the kernel until one is done.
 const IN_FLIGHT_MAX: usize = 64;
@@ -70,6 +71,61 @@ enum What {
     Ahead(u64, Located),
 }
 
+/// A read or write that is done by another thread.
+struct Move {
+    device: Arc<Device>,
+    unique: u64,
+    transfer: Transfer,
+    pages: Pages,
+}
+
+struct Reading(Move);
+
+struct Writing(Move);
+
+impl Errand for Reading {
+    type Done = usize;
+
+    fn attempt(&mut self, tree: &Tree, _had_turn: bool) -> Result<usize, Halt> {
+        let Move { transfer, pages, .. } = &mut self.0;
+        Ok(tree.read(transfer.handle, &mut pages[DATA..DATA + transfer.size as usize], transfer.offset)?)
+    }
+
+    fn answer(self, answer: Answer<usize>) {
+        let Move { device, unique, mut pages, .. } = self.0;
+        match answer {
+            Ok(len) => device.send_data(unique, &mut pages, len),
+            Err(errno) => device.fail(unique, errno.0),
+        }
+        device.give_back(pages);
+    }
+}
+
+impl Errand for Writing {
+    type Done = usize;
+
+    fn attempt(&mut self, tree: &Tree, _had_turn: bool) -> Result<usize, Halt> {
+        let Move { transfer, pages, .. } = &self.0;
+        let data = &pages[DATA..DATA + transfer.size as usize];
+        tree.write(transfer.handle, data, transfer.offset, transfer.flags)
+    }
+
+    fn answer(self, answer: Answer<usize>) {
+        let Move { device, unique, pages, .. } = self.0;
+        match answer {
+            Ok(len) => device.send(&wire::written(unique, u32::try_from(len).expect("no request is longer"))),
+            Err(errno) => device.fail(unique, errno.0),
+        }
+        device.give_back(pages);
+    }
+}
+
+impl Header {
+    fn asker(&self) -> Asker {
+        Asker { unique: self.unique, thread: self.thread }
+    }
+}
+
 /// How requests came lately.
 #[derive(Debug, Default)]
 struct Habit {
@@ -92,7 +148,7 @@ impl Habit {
 pub(super) struct Loop {
     pub(super) tree: Arc<Tree>,
     pub(super) device: Arc<Device>,
-    pub(super) workers: Workers,
+    pub(super) waits: Arc<Waits>,
     /// Where fuser reads requests.
     pub(super) fuser: Arc<OwnedFd>,
     /// Marks the thread, see [`stale::enter_handler`].
@@ -191,7 +247,7 @@ impl Loop {
                 };
                 self.device.give_back(pages);
                 let (tree, device) = (Arc::clone(&self.tree), Arc::clone(&self.device));
-                self.workers.run(move || answer_empty(&device, header.unique, || tree.sync(handle)));
+                self.waits.workers.run(move || answer_empty(&device, header.unique, || tree.sync(handle)));
                 Ok(())
             }
             wire::RELEASE => {
@@ -199,6 +255,13 @@ impl Loop {
                     self.ahead.borrow_mut().forget(handle);
                 }
                 self.pass_on(pages, len)
+            }
+            wire::INTERRUPT => {
+                if let Some(unique) = wire::handle(message) {
+                    self.waits.interrupt(unique);
+                }
+                self.device.give_back(pages);
+                Ok(())
             }
             wire::FORGET | wire::BATCH_FORGET => {
                 self.device.give_back(pages);
@@ -221,7 +284,7 @@ impl Loop {
             // All of fuser's threads are busy, and many requests wait already.
             Err(rustix::io::Errno::AGAIN) => {
                 let (fuser, device) = (Arc::clone(&self.fuser), Arc::clone(&self.device));
-                self.workers.run(move || {
+                self.waits.workers.run(move || {
                     if let Err(error) = rustix::net::send(&fuser, Device::message(&pages, len), SendFlags::empty()) {
                         tracing::debug!("a request was not passed on: {error}");
                     }
@@ -240,6 +303,11 @@ impl Loop {
     }
 
     fn read(&self, ring: &mut Ring<Flight>, header: Header, transfer: Transfer, mut pages: Pages) -> io::Result<()> {
+        let asker = header.asker();
+        if let Some(need) = self.tree.take_turn(transfer.handle, u64::from(transfer.size)) {
+            self.waits.after(asker, need, Reading(self.errand(asker.unique, transfer, pages)));
+            return Ok(());
+        }
         let stamp = if Ahead::worth_it(&transfer) { self.tree.stamp(transfer.handle) } else { None };
         // With more requests under way the host has enough to do.
         let alone = ring.in_flight() == 0;
@@ -261,7 +329,7 @@ impl Loop {
         };
         let begin = || self.tree.begin_read(transfer.handle, transfer.size as usize, transfer.offset);
         let Some((located, len)) = catch_unwind(AssertUnwindSafe(begin)).ok().flatten() else {
-            self.read_aside(header.unique, transfer, pages);
+            self.read_aside(asker, transfer, pages);
             return Ok(());
         };
         for hole in &located.holes {
@@ -316,7 +384,8 @@ impl Loop {
                 self.device.send_data(asked.unique, &mut pages, transfer.size as usize);
                 self.device.give_back(pages);
             }
-            Some(Some(asked)) => self.read_aside(asked.unique, *transfer, pages),
+            // Who asked is not known any more, and need not be: it has had its turn, and a read waits for nothing else.
+            Some(Some(asked)) => self.read_aside(Asker { unique: asked.unique, thread: 0 }, *transfer, pages),
             Some(None) if whole => {
                 let left = self.ahead.borrow_mut().keep(transfer.handle, pages);
                 left.into_iter().for_each(|pages| self.device.give_back(pages));
@@ -326,24 +395,23 @@ impl Loop {
         Ok(())
     }
 
-    fn read_aside(&self, unique: u64, transfer: Transfer, mut pages: Pages) {
-        let (tree, device) = (Arc::clone(&self.tree), Arc::clone(&self.device));
-        self.workers.run(move || {
-            let end = DATA + transfer.size as usize;
-            let read = || tree.read(transfer.handle, &mut pages[DATA..end], transfer.offset);
-            match guarded(read) {
-                Ok(len) => device.send_data(unique, &mut pages, len),
-                Err(errno) => device.fail(unique, errno.0),
-            }
-            device.give_back(pages);
-        });
+    fn errand(&self, unique: u64, transfer: Transfer, pages: Pages) -> Move {
+        Move { device: Arc::clone(&self.device), unique, transfer, pages }
+    }
+
+    fn read_aside(&self, asker: Asker, transfer: Transfer, pages: Pages) {
+        self.waits.aside(asker, Reading(self.errand(asker.unique, transfer, pages)));
     }
 
     fn write(&self, ring: &mut Ring<Flight>, header: Header, transfer: Transfer, pages: Pages) -> io::Result<()> {
-        let len = transfer.size as usize;
+        let (asker, len) = (header.asker(), transfer.size as usize);
+        if let Some(need) = self.tree.take_turn(transfer.handle, len as u64) {
+            self.waits.after(asker, need, Writing(self.errand(asker.unique, transfer, pages)));
+            return Ok(());
+        }
         let begin = || self.tree.begin_write(transfer.handle, len, transfer.offset, transfer.flags);
         let Some(begun) = catch_unwind(AssertUnwindSafe(begin)).ok().flatten() else {
-            self.write_aside(header.unique, transfer, pages);
+            self.waits.aside(asker, Writing(self.errand(asker.unique, transfer, pages)));
             return Ok(());
         };
         let pieces = pieces(&begun.writing.extents(), DATA);
@@ -360,31 +428,6 @@ impl Loop {
         Ok(())
     }
 
-    fn write_aside(&self, unique: u64, transfer: Transfer, pages: Pages) {
-        let (tree, device) = (Arc::clone(&self.tree), Arc::clone(&self.device));
-        let work = move || {
-            let data = &pages[DATA..DATA + transfer.size as usize];
-            match guarded(|| tree.write(transfer.handle, data, transfer.offset, transfer.flags)) {
-                Ok(len) => device.send(&wire::written(unique, u32::try_from(len).expect("no request is longer"))),
-                Err(errno) => device.fail(unique, errno.0),
-            }
-            device.give_back(pages);
-        };
-        if !self.tree.may_wait(transfer.handle) {
-            return self.workers.run(work);
-        }
-        // It may wait for room or a limit: on a thread of its own, so that the `rm` that makes room finds one free.
-        let number = self.number;
-        let alone = move || {
-            stale::enter_handler(number);
-            work();
-        };
-        if let Err(error) = std::thread::Builder::new().name("afterimage-wait".into()).spawn(alone) {
-            tracing::error!("the host has no thread for a write that may wait: {error}");
-            self.device.fail(unique, libc::EIO);
-        }
-    }
-
     fn end_finished(&self, ring: &mut Ring<Flight>) -> io::Result<()> {
         while let Some(Job { mut pages, pieces, tag, .. }) = ring.finished() {
             let Flight { unique, transfer, what } = tag;
@@ -396,7 +439,7 @@ impl Loop {
                         self.device.send_data(unique, &mut pages, len);
                         self.device.give_back(pages);
                     } else {
-                        self.read_aside(unique, transfer, pages);
+                        self.read_aside(Asker { unique, thread: 0 }, transfer, pages);
                     }
                 }
                 What::Write(begun) => {
@@ -419,7 +462,7 @@ impl Loop {
             Ok(None) => self.device.send(&wire::written(unique, len)),
             Ok(Some(handle)) => {
                 let device = Arc::clone(&self.device);
-                self.workers.run(move || match guarded(|| Tree::settle_write(&handle)) {
+                self.waits.workers.run(move || match guarded(|| Tree::settle_write(&handle)) {
                     Ok(()) => device.send(&wire::written(unique, len)),
                     Err(errno) => device.fail(unique, errno.0),
                 });

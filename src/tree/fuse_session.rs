@@ -29,11 +29,13 @@ use super::fuse::{Mount, tell};
 use super::fuse_split::Parts;
 use super::stale::{self, Queue};
 use super::state::{Owner, Tree};
+use super::waits::Waits;
 use crate::clock;
 use crate::error::{Error, Result};
 use crate::store::Store;
 use crate::sync::{Condvar, Mutex};
 use crate::units::SnapshotId;
+use crate::workers::Workers;
 
 /// Threads for requests that may wait ([`super::fuse_split`]): as many of fuser's, and as many workers if needed. Without
 /// io_uring fuser's serve all requests, and this is the queue depth the pool's file sees.
@@ -338,13 +340,15 @@ fn serve(store: &Arc<Store>, tree: Tree, mountpoint: &Path, options: &MountOptio
     let tree = Arc::new(tree);
     let queue = Arc::new(Queue::default());
     let number = NEXT_MOUNT.fetch_add(1, Ordering::Relaxed);
-    let mount = Mount { tree: Arc::clone(&tree), number, queue: Arc::clone(&queue) };
+    let cannot = |error| Error::io("cannot start a thread", error);
+    let workers = Workers::new("mount-work", threads(options), stale::enter_handler, number).map_err(cannot)?;
+    let waits = Waits::new(Arc::clone(&tree), workers);
+    let mount = Mount { tree: Arc::clone(&tree), waits: Arc::clone(&waits), number, queue: Arc::clone(&queue) };
     let mut session = Session::new(mount, &mountpoint, &configuration(options, source))
         .map_err(|error| mount_error(&mountpoint, error))?;
     let notifier = session.notifier();
     let unmounter = Mutex::new(session.unmount_callable());
     let shared = Arc::new(Shared { progress: Mutex::default(), changed: Condvar::new(), mountpoint, unmounter });
-    let cannot = |error| Error::io("cannot start a thread", error);
     let announce = {
         let queue = Arc::clone(&queue);
         thread::Builder::new().name("mount-notify".into()).spawn(move || announce(&queue, &notifier)).map_err(cannot)?
@@ -357,6 +361,7 @@ fn serve(store: &Arc<Store>, tree: Tree, mountpoint: &Path, options: &MountOptio
     let at_end = (Arc::clone(&shared), Arc::clone(&queue));
     let parts = Parts {
         tree: Arc::clone(&tree),
+        waits: Arc::clone(&waits),
         number,
         queue,
         threads: threads(options),
@@ -371,6 +376,7 @@ fn serve(store: &Arc<Store>, tree: Tree, mountpoint: &Path, options: &MountOptio
         let served = catch_unwind(AssertUnwindSafe(|| super::fuse_split::serve(session, parts)));
         let result = served.unwrap_or_else(|_| Err(std::io::Error::other("serving the mount panicked")));
         at_end.1.close();
+        waits.end();
         tree.release_all();
         drop(tree);
         at_end.0.end(result.err().map(|error| error.to_string()));

@@ -6,7 +6,8 @@
 //!
 //! # Rules
 //! 1. fuser keeps deciding what its requests mean and how they are answered; the loop does not look into them.
-//! 2. Without io_uring (old kernels, `kernel.io_uring_disabled`, seccomp) nothing is different but the speed.
+//! 2. Without io_uring (old kernels, `kernel.io_uring_disabled`, seccomp) nothing is different but the speed, and that
+//!    fuser knows of no signals: a program that is killed while it waits on purpose is found out a little later.
 
 use std::cell::RefCell;
 use std::fs;
@@ -21,10 +22,10 @@ use super::fuse::{Mount, REQUEST_MAX};
 use super::fuse_device::Device;
 use super::fuse_loop::{Flight, Loop, pass_answers};
 use super::fuse_wire as wire;
-use super::stale::{self, Queue};
+use super::stale::Queue;
 use super::state::Tree;
+use super::waits::Waits;
 use crate::sys::ring::Ring;
-use crate::workers::Workers;
 
 const RING_ENTRIES: u32 = 128;
 
@@ -32,6 +33,7 @@ const RING_ENTRIES: u32 = 128;
 #[derive(Debug)]
 pub(super) struct Parts {
     pub(super) tree: Arc<Tree>,
+    pub(super) waits: Arc<Waits>,
     pub(super) number: u64,
     pub(super) queue: Arc<Queue>,
     pub(super) threads: usize,
@@ -58,12 +60,11 @@ pub(super) fn serve(session: Session<Mount>, parts: Parts) -> io::Result<()> {
 }
 
 fn serve_split(session: Session<Mount>, parts: Parts, mut ring: Ring<Flight>) -> io::Result<()> {
-    let Parts { tree, number, queue, threads, acl, .. } = parts;
-    let workers = Workers::new("mount-work", threads, stale::enter_handler, number)?;
+    let Parts { tree, waits, number, queue, threads, acl, .. } = parts;
     let device = Device::new(fs::File::from(session.as_fd().try_clone_to_owned()?), REQUEST_MAX as usize)?;
     let (near, far) = rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
     let near = Arc::new(near);
-    let mount = Mount { tree: Arc::clone(&tree), number, queue };
+    let mount = Mount { tree: Arc::clone(&tree), waits: Arc::clone(&waits), number, queue };
     let mut config = Config::default();
     config.n_threads = Some(threads);
     let other = greet(mount, &near, far, acl, config)?;
@@ -72,8 +73,8 @@ fn serve_split(session: Session<Mount>, parts: Parts, mut ring: Ring<Flight>) ->
         let (device, near) = (Arc::clone(&device), Arc::clone(&near));
         std::thread::Builder::new().name("mount-answer".into()).spawn(move || pass_answers(&device, &near))?
     };
-    let served =
-        Loop { tree, device, workers, fuser: Arc::clone(&near), number, ahead: RefCell::default() }.run(&mut ring);
+    let fuser = Arc::clone(&near);
+    let served = Loop { tree, device, waits, fuser, number, ahead: RefCell::default() }.run(&mut ring);
     for _ in 0..threads {
         rustix::net::send(&near, &wire::farewell(), SendFlags::empty())?;
     }

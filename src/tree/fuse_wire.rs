@@ -16,6 +16,8 @@ pub(super) const WRITE: u32 = 16;
 pub(super) const RELEASE: u32 = 18;
 /// FSYNC.
 pub(super) const FSYNC: u32 = 20;
+/// INTERRUPT; has no answer, the request it is about has.
+pub(super) const INTERRUPT: u32 = 36;
 /// FORGET; has no answer.
 pub(super) const FORGET: u32 = 2;
 /// BATCH_FORGET; has no answer.
@@ -43,6 +45,8 @@ pub(super) struct Header {
     pub(super) opcode: u32,
     /// Its number, for the answer.
     pub(super) unique: u64,
+    /// The thread that asks; 0 when it cannot be seen from here.
+    pub(super) thread: u32,
 }
 
 /// A request to read or write.
@@ -60,9 +64,11 @@ pub(super) fn header(message: &[u8]) -> Option<Header> {
     let parse = || -> Result<(usize, Header)> {
         let mut from = Reader::new("a request", message);
         let len = from.u32()? as usize;
-        let header = Header { opcode: from.u32()?, unique: from.u64()? };
-        from.raw(HEADER - 16)?;
-        Ok((len, header))
+        let (opcode, unique) = (from.u32()?, from.u64()?);
+        from.raw(16)?;
+        let thread = from.u32()?;
+        from.raw(4)?;
+        Ok((len, Header { opcode, unique, thread }))
     };
     parse().ok().filter(|(len, _)| *len == message.len()).map(|(_, header)| header)
 }
@@ -81,7 +87,7 @@ pub(super) fn transfer(message: &[u8]) -> Option<Transfer> {
     parse().ok()
 }
 
-/// Returns the handle of a request to sync or release.
+/// Returns the handle of a request to sync or release, or the number of the request that one to interrupt is about.
 pub(super) fn handle(message: &[u8]) -> Option<u64> {
     let mut from = Reader::new("a request", message);
     from.raw(HEADER).ok()?;

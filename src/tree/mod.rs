@@ -37,8 +37,8 @@
 //!
 //! The ways in: [`mount`], and [`mount_extents`] for the extent files of one snapshot alone. The parts: [`node`] (inode
 //! numbers and names), [`state`] (the tree and stat), [`names`] (directories), [`extent`] (extent files), [`mod@file`]
-//! (open files), [`begin`] (their fast way), [`copy`] (copy_file_range), [`stale`] (what the kernel must forget),
-//! [`errno`].
+//! (open files), [`begin`] (their fast way), [`copy`] (copy_file_range), [`stale`] (what the kernel must forget), [`waits`]
+//! (what waits on purpose), [`errno`].
 
 mod about;
 pub mod begin;
@@ -60,6 +60,7 @@ pub mod names;
 pub mod node;
 pub mod stale;
 pub mod state;
+pub mod waits;
 mod window;
 
 pub use fuse_session::{Mounted, mount, mount_extents};

@@ -19,12 +19,13 @@ use super::file::{DiskFile, Handle};
 use super::increment::Increments;
 use super::node::{self, Node, Sort};
 use super::stale::{self, Stale};
+use super::waits::Halt;
 use super::window::Held;
 use crate::clock;
-use crate::disk::{self, BlockDevice};
+use crate::disk::{self, BlockDevice, Disk};
 use crate::error::{Error, Kind};
 use crate::snapshot;
-use crate::store::{Change, DiskInfo, Room, SnapshotInfo, SnapshotState, Store};
+use crate::store::{Change, DiskInfo, Need, Room, SnapshotInfo, SnapshotState, Store};
 use crate::sync::{Mutex, RwLock};
 use crate::units::{DiskId, SnapshotId};
 
@@ -292,9 +293,13 @@ impl Tree {
         self.handles.read().get(&number).cloned().ok_or(Errno::EBADF)
     }
 
-    /// Tells whether a write through a handle may wait for longer than a disk takes.
-    pub fn may_wait(&self, number: u64) -> bool {
-        matches!(self.handle(number).as_deref(), Ok(Handle::Disk(file)) if file.file.disk().may_wait())
+    /// Takes the turn of a read or write through a handle, by the limits of the disk. Returns what has to be waited for
+    /// first, if anything.
+    pub fn take_turn(&self, number: u64, bytes: u64) -> Option<(Arc<Disk>, Need)> {
+        match self.handle(number).ok()?.take_turn(bytes) {
+            Err(Halt::Waits(disk, need)) => Some((disk, need)),
+            _ => None,
+        }
     }
 
     /// Takes a handle out of the table; the last I/O on it drops it.

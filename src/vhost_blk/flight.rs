@@ -6,6 +6,8 @@
 //! 2. The data of a part that is written is copied out of the guest when the part is begun, once; the guest may change it
 //!    after. What is read is copied into the guest when it is there.
 //! 3. After a part has failed no other of its request is begun.
+//! 4. A request that was called back while it waited for room or for a limit is not answered: whoever uses the queue next has
+//!    to begin it again, all of it ([`Flights::left`]).
 
 use std::sync::Arc;
 
@@ -13,7 +15,8 @@ use super::request::{Request, SERIAL, Status, What};
 use super::service::{Memory, Target};
 use crate::disk::engine::{Done, Op, Request as Part};
 use crate::disk::{Buffers, Engine};
-use crate::error::Result;
+use crate::error::{Kind, Result};
+use crate::store::Cancel;
 use crate::units::to_usize;
 
 /// Bytes of a part at most; the requests of most guests are no longer.
@@ -40,6 +43,8 @@ struct Flight {
     /// Parts that are under way.
     left: usize,
     failed: bool,
+    /// A part was called back before it was done.
+    called_back: bool,
 }
 
 /// The requests of one queue that are under way.
@@ -53,20 +58,24 @@ pub(super) struct Flights {
     durable: bool,
     /// Heads of what is answered, and how many bytes were written.
     answered: Vec<(u16, u32)>,
+    /// Heads of what was called back.
+    left: Vec<u16>,
     /// Bytes of memory that parts under way have.
     bytes: usize,
 }
 
 impl Flights {
-    pub(super) fn new(target: Arc<Target>, durable: bool) -> Result<Self> {
+    /// Makes none yet; `cancel` calls back what waits on purpose.
+    pub(super) fn new(target: Arc<Target>, durable: bool, cancel: Arc<Cancel>) -> Result<Self> {
         Ok(Self {
             target,
-            engine: Engine::new("disk-work", THREADS)?,
+            engine: Engine::new("disk-work", THREADS, cancel)?,
             buffers: Buffers::default(),
             flights: Vec::new(),
             free: Vec::new(),
             durable,
             answered: Vec::new(),
+            left: Vec::new(),
             bytes: 0,
         })
     }
@@ -95,6 +104,11 @@ impl Flights {
         self.answered.len()
     }
 
+    /// Returns the heads of what was called back and is not answered.
+    pub(super) fn left(&mut self) -> Vec<u16> {
+        std::mem::take(&mut self.left)
+    }
+
     /// Begins a request. It goes to the host when the engine is next asked to submit or wait.
     pub(super) fn begin(&mut self, memory: &dyn Memory, head: u16, request: Request) {
         match request.what {
@@ -107,7 +121,7 @@ impl Flights {
             }
             _ => {}
         }
-        let flight = Flight { head, request, begun: 0, left: 0, failed: false };
+        let flight = Flight { head, request, begun: 0, left: 0, failed: false, called_back: false };
         let slot = self.free.pop().unwrap_or(self.flights.len());
         if slot == self.flights.len() {
             self.flights.push(None);
@@ -117,7 +131,7 @@ impl Flights {
 
     /// Begins as many parts as may be under way; answers the request if there is none.
     fn go_on(&mut self, memory: &dyn Memory, slot: usize, mut flight: Flight) {
-        while flight.left < PARTS_MAX && !flight.failed {
+        while flight.left < PARTS_MAX && !flight.failed && !flight.called_back {
             let Some(part) = self.next_part(memory, slot, &mut flight) else { break };
             flight.left += 1;
             self.engine.begin(part);
@@ -127,7 +141,10 @@ impl Flights {
             return;
         }
         self.free.push(slot);
-        let Flight { head, request, failed, .. } = flight;
+        let Flight { head, request, failed, called_back, .. } = flight;
+        if called_back && !failed {
+            return self.left.push(head);
+        }
         let status = if failed { Status::Failed } else { Status::Ok };
         let read = if matches!(request.what, What::Read(_)) && !failed { request.data.len() } else { 0 };
         self.answer(memory, head, &request, status, read);
@@ -182,12 +199,14 @@ impl Flights {
             let Tag { slot, from } = part.tag;
             let mut flight = self.flights[slot].take().expect("a part belongs to a request under way");
             flight.left -= 1;
-            if let Err(error) = result {
+            if result.as_ref().is_err_and(|error| error.kind() == Kind::Cancelled) {
+                flight.called_back = true;
+            } else if let Err(error) = result {
                 self.target.failed(&error);
                 flight.failed = true;
             }
             if let Some(pages) = part.pages {
-                if part.op == Op::Read && !flight.failed {
+                if part.op == Op::Read && !flight.failed && !flight.called_back {
                     flight.failed = !flight.request.data.copy_in(memory.map(), from, &pages[..to_usize(part.len)]);
                 }
                 self.bytes -= pages.len();

@@ -24,9 +24,8 @@ use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use rustix::fs::{MemfdFlags, SealFlags};
-use vm_memory::mmap::MmapRegion;
 use vm_memory::volatile_memory::VolatileMemory;
-use vm_memory::{AtomicAccess, Bytes, FileOffset};
+use vm_memory::{AtomicAccess, Bytes};
 
 use crate::sys::shared::Shared;
 
@@ -74,7 +73,7 @@ impl Region {
     /// Takes what the front end kept.
     ///
     /// # Errors
-    /// When it is too small, or cannot be mapped.
+    /// When it is too small, or cannot be mapped; also when it is of huge pages: what is needed of it is no whole ones.
     pub(super) fn open(file: File, offset: u64, len: u64, queues: u16, size: u16) -> io::Result<Self> {
         let bad = |what| io::Error::new(io::ErrorKind::InvalidInput, what);
         let needed = stride(size) * usize::from(queues);
@@ -85,8 +84,7 @@ impl Region {
         if offset.checked_add(needed as u64).is_none_or(|end| file.metadata().is_ok_and(|data| end > data.len())) {
             return Err(bad("the inflight region is larger than its file"));
         }
-        let map = MmapRegion::from_file(FileOffset::new(file, offset), needed).map_err(io::Error::other)?;
-        Ok(Self { shared: Shared::new(map)?, queues, size })
+        Ok(Self { shared: Shared::of(file, offset, needed)?, queues, size })
     }
 
     /// Returns the tracking of one queue of `size` entries.

@@ -1,7 +1,7 @@
 //! The memory of a guest, which its front end shares and can take away again.
 //!
 //! # Rules
-//! 1. A region that its file does not have is refused. A front end that shortens the file later loses its session and
+//! 1. A region that its file does not have is refused, and one of parts of huge pages. A front end that shortens the file later loses its session and
 //!    nothing else: what was there reads as zeros, and `is_lost` says so.
 //! 2. Who has read or written asks that before it acts on it.
 
@@ -109,7 +109,8 @@ fn map(region: &VhostUserMemoryRegion, file: File) -> Result<(GuestRegionMmap<()
     }
     // The front end sees it there, and is asked for addresses of it.
     region.user_addr.checked_add(region.memory_size).ok_or(Error::InvalidParam)?;
-    let shared = Arc::new(Shared::new(region.mmap_region(file)?).map_err(failed)?);
+    let len = usize::try_from(region.memory_size).map_err(|_| Error::InvalidParam)?;
+    let shared = Arc::new(Shared::of(file, region.mmap_offset, len).map_err(failed)?);
     let map = Arc::clone(shared.map());
     let place = GuestRegionMmap::with_arc(map, GuestAddress(region.guest_phys_addr)).ok_or(Error::InvalidParam)?;
     let (theirs, guest, len) = (region.user_addr, region.guest_phys_addr, region.memory_size);

@@ -12,9 +12,11 @@
 //! 1. What a guest or a front end says is checked before it is used: a bad request ends that request, a bad ring that queue,
 //!    a bad message that connection; none ends the server.
 //! 2. A flush is answered when every write answered before it is durable.
-//! 3. Before a queue stops, what it took is finished. What could not be, because the server was killed, is done again by the
-//!    next one (see `inflight`).
+//! 3. Before a queue stops, what it took is finished. What could not be, because the server was killed or the request waits
+//!    on purpose (for room, for a limit), is done again by the next one (see `inflight`).
 //! 4. Guest memory is only ever copied from and to.
+//! 5. The end of a server waits for what is under way, but not for ever: what the host does not end within ten seconds
+//!    can still write, so it keeps its lease until it cannot, and the log says so.
 //!
 //! # After a crash
 //! The disk is as after a power cut; a VMM that reconnects (QEMU: `reconnect-ms`) resumes where it was.
@@ -37,7 +39,9 @@ use std::any::Any;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
+use crate::clock;
 use crate::disk::BlockDevice;
 use crate::error::{Error, Result};
 use crate::media::socket::Socket;
@@ -46,6 +50,8 @@ use service::Target;
 
 /// Front ends that may wait to be accepted.
 const BACKLOG: i32 = 16;
+/// How long the end of a server waits for I/O under way.
+const STOP_TIME: Duration = Duration::from_secs(10);
 /// Queues of a device at most.
 const QUEUES_MAX: usize = 64;
 
@@ -64,8 +70,7 @@ pub struct Options {
 pub struct Server {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
-    /// What must live as long, such as the lease.
-    _keep: Box<dyn Any + Send + Sync>,
+    patience: Duration,
 }
 
 impl std::fmt::Debug for Server {
@@ -74,7 +79,8 @@ impl std::fmt::Debug for Server {
     }
 }
 
-/// Serves a disk: listens at once, answers from threads of its own. `keep` is dropped when it is all over.
+/// Serves a disk: listens at once, answers from threads of its own. `keep`, such as a lease, is dropped when it is
+/// all over.
 ///
 /// # Errors
 /// `Usage` for a number of queues that cannot be; `Busy` or `Exists` when the path is taken; any error of the host.
@@ -87,8 +93,8 @@ pub fn start(options: Options, device: Arc<dyn BlockDevice>, keep: Box<dyn Any +
     let shared = Arc::new(Shared::new(target, options.queues).map_err(host)?);
     let socket = Socket::listen(&options.socket, BACKLOG)?;
     socket.listener().set_nonblocking(true).map_err(host)?;
-    let thread = server::run(socket, Arc::clone(&shared)).map_err(host)?;
-    Ok(Server { shared, thread: Some(thread), _keep: keep })
+    let thread = server::run(socket, Arc::clone(&shared), keep).map_err(host)?;
+    Ok(Server { shared, thread: Some(thread), patience: STOP_TIME })
 }
 
 impl Server {
@@ -103,16 +109,26 @@ impl Server {
         self.shared.connected()
     }
 
-    /// Finishes what is in flight and stops.
+    /// Finishes what is in flight and stops; what takes too long is left to end by itself.
     pub fn stop(self) {
         drop(self);
+    }
+
+    /// As [`Self::stop`], and this long is not too long.
+    pub fn stop_within(mut self, patience: Duration) {
+        self.patience = patience;
     }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
         self.shared.stop();
-        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
+        let Some(thread) = self.thread.take() else { return };
+        if !self.shared.wait_for_end(clock::now() + self.patience) {
+            tracing::warn!(
+                "a vhost-user server does not end: its I/O is under way, and it keeps its disk until that ends"
+            );
+        } else if thread.join().is_err() {
             tracing::error!("the server of a disk failed on a mistake in this program");
         }
     }

@@ -3,6 +3,8 @@
 //! # Rules
 //! 1. A queue works from the moment its front end has said all there is to say, until it says stop, goes away or changes
 //!    something; then what was taken is finished first. So nothing is in flight while anything changes.
+//!    Only what waits on purpose, for room or for a limit, is not waited for: it is begun again when the queue next works,
+//!    here or in another server ([`super::inflight`]). A front end that asks where the queue stands counts it as taken.
 //! 2. What a guest puts into its rings ends a request, or at worst this queue: its front end is told, and it rests until it
 //!    is set up anew.
 //!
@@ -25,7 +27,8 @@ use super::config::QUEUE_SIZE_MAX;
 use super::inflight::Track;
 use super::memory::Memory;
 use super::server::Line;
-use super::service::{Memory as _, Service, Target, Wires};
+use super::service::{Service, Target, Wires, look_at, text};
+use crate::store::Cancel;
 
 /// All there is to say about a queue before it can work.
 pub(super) struct Setup {
@@ -37,6 +40,8 @@ pub(super) struct Setup {
     pub(super) used: GuestAddress,
     /// Where in the ring of available requests to go on.
     pub(super) base: u16,
+    /// What was taken before that and is not answered, as far as this server knows.
+    pub(super) left: Vec<u16>,
     pub(super) event_index: bool,
     /// The driver knows of flushes, so writes need none of their own.
     pub(super) flushes: bool,
@@ -50,14 +55,25 @@ pub(super) struct Setup {
 /// A queue that works.
 #[derive(Debug)]
 pub(super) struct Worker {
-    thread: JoinHandle<u16>,
+    thread: JoinHandle<Stopped>,
     stop: Arc<Stop>,
+}
+
+/// Where a queue stands that has stopped.
+#[derive(Debug, Default)]
+pub(super) struct Stopped {
+    /// Where in the ring of available requests to go on.
+    pub(super) base: u16,
+    /// What was taken before that and was called back.
+    pub(super) left: Vec<u16>,
 }
 
 #[derive(Debug)]
 struct Stop {
     asked: AtomicBool,
     event: File,
+    /// Calls back what waits on purpose.
+    cancel: Arc<Cancel>,
 }
 
 impl Worker {
@@ -67,8 +83,8 @@ impl Worker {
     /// When what was said about it makes no sense, or the host has no thread.
     pub(super) fn start(setup: Setup, target: Arc<Target>, error: Option<Arc<File>>) -> io::Result<Self> {
         let bad = |what: String| io::Error::new(io::ErrorKind::InvalidInput, what);
-        let stop = Arc::new(Stop { asked: AtomicBool::new(false), event: bell::eventfd()? });
-        let (mut queue, again, track) = prepare(setup.track, &setup.memory, |queue| {
+        let stop = Arc::new(Stop { asked: AtomicBool::new(false), event: bell::eventfd()?, cancel: Arc::default() });
+        let (mut queue, again, track) = prepare(setup.track, setup.left, &setup.memory, |queue| {
             queue.try_set_size(setup.size)?;
             queue.try_set_desc_table_address(setup.descriptors)?;
             queue.try_set_avail_ring_address(setup.available)?;
@@ -85,10 +101,12 @@ impl Worker {
             let stop = Arc::clone(&stop);
             move || {
                 let call = || bell.ring();
-                let wires = Wires { kick: kick.as_fd(), stop: &stop.asked, wake: stop.event.as_fd(), call: &call };
+                let (kick, wake) = (kick.as_fd(), stop.event.as_fd());
+                let wires = Wires { kick, stop: &stop.asked, wake, cancel: &stop.cancel, call: &call };
                 let mut service = Service::new(&mut queue, &*memory, &target, wires);
                 (service.track, service.again) = (track, again);
                 let served = service.run(durable);
+                let left = std::mem::take(&mut service.again).into();
                 if service.has_lost_memory() {
                     tracing::warn!("a front end is disconnected, for it has taken memory of its guest away");
                     line.cut();
@@ -96,25 +114,30 @@ impl Worker {
                     tracing::error!("a queue of a guest cannot be used any more: {reason}");
                     error.iter().for_each(|error| bell::ring(error));
                 }
-                queue.next_avail()
+                Stopped { base: queue.next_avail(), left }
             }
         })?;
         Ok(Self { thread, stop })
     }
 
-    /// Finishes what was taken and returns where the ring of available requests goes on.
-    pub(super) fn stop(self) -> u16 {
+    /// Finishes what was taken, except what waits on purpose, and returns where the queue stands.
+    ///
+    /// # Errors
+    /// When the thread has ended on a mistake in this program: nobody knows then.
+    pub(super) fn stop(self) -> io::Result<Stopped> {
         self.stop.asked.store(true, Ordering::Release);
         bell::ring(&self.stop.event);
-        self.thread.join().expect("requests that panic are caught")
+        self.stop.cancel.cancel();
+        self.thread.join().map_err(|_| io::Error::other("the thread of a queue failed on a mistake in this program"))
     }
 }
 
 type Prepared = (Queue, VecDeque<u16>, Option<Track>);
 
-/// Sets a queue up, and finds what the last server has not answered.
+/// Sets a queue up, and finds what was taken before and is not answered: by this server, which is `left`, or by another one.
 fn prepare(
     mut track: Option<Track>,
+    left: Vec<u16>,
     memory: &Memory,
     set: impl FnOnce(&mut Queue) -> Result<(), virtio_queue::Error>,
 ) -> Result<Prepared, String> {
@@ -125,25 +148,27 @@ fn prepare(
     }
     let used = queue.used_idx(&**memory, Ordering::Acquire).map_err(text)?.0;
     queue.set_next_used(used);
-    let mut again = VecDeque::new();
-    if let Some(track) = &mut track
-        && let Some(heads) = track.recover(used)?
-    {
+    let (mut again, size) = (VecDeque::new(), queue.size());
+    let found = match &mut track {
+        Some(track) => track.recover(used)?,
+        None => None,
+    };
+    if let Some(heads) = found {
         // The region may be of a larger queue.
-        let taken = u16::try_from(heads.len()).ok().filter(|taken| *taken <= queue.size());
+        let taken = u16::try_from(heads.len()).ok().filter(|taken| *taken <= size);
         let taken = taken.ok_or("more requests in flight than the queue has")?;
-        if let Some(head) = heads.iter().find(|head| **head >= queue.size()) {
+        if let Some(head) = heads.iter().find(|head| **head >= size) {
             return Err(format!("a request in flight begins with descriptor {head}, which the queue does not have"));
         }
         queue.set_next_avail(used.wrapping_add(taken));
         again = heads.into();
+    } else if usize::from(queue.next_avail().wrapping_sub(used)) == left.len() && left.iter().all(|head| *head < size) {
+        // Otherwise the queue is not the one that they were taken from: the guest has begun anew.
+        if let Some(track) = &mut track {
+            left.iter().for_each(|head| track.begin(*head));
+        }
+        again = left.into();
     }
-    if memory.is_lost() || track.as_ref().is_some_and(Track::is_lost) {
-        return Err("memory that was shared is gone".into());
-    }
+    look_at(memory, track.as_ref())?;
     Ok((queue, again, track))
-}
-
-fn text(error: impl std::fmt::Display) -> String {
-    error.to_string()
 }

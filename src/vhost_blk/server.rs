@@ -4,12 +4,14 @@
 //! 1. A disk has one front end at a time, as a device has one driver; the next one waits until it is gone. One that does not
 //!    even say that it owns the device, for [`PATIENCE`], gives way to it.
 //! 2. Whatever a front end does wrong ends its connection, and the server goes on listening.
-//! 3. When the server stops, or a front end goes, what its queues had taken is finished first.
+//! 3. When the server stops, or a front end goes, what its queues had taken is finished first. What the disk was served
+//!    under, its lease, belongs to the thread that does that, however long it takes.
 //!
 //! # Why the message for a new size is written here
 //! `vhost` keeps the channel to the front end to itself and sends only what it knows, and of a changed configuration it
 //! does not know. A descriptor that is looked at before it is received (MSG_PEEK) is there twice: one is ours.
 
+use std::any::Any;
 use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::os::fd::OwnedFd;
@@ -83,6 +85,23 @@ pub(super) struct Shared {
     connection: Mutex<Option<Arc<Line>>>,
     /// Where its front end hears of changes.
     channel: Mutex<Option<OwnedFd>>,
+    /// The thread has let everything go.
+    ended: Mutex<bool>,
+    over: Condvar,
+}
+
+/// What must live as long as anything can reach the disk.
+struct Kept {
+    keep: Option<Box<dyn Any + Send + Sync>>,
+    shared: Arc<Shared>,
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        drop(self.keep.take());
+        *self.shared.ended.lock() = true;
+        self.shared.over.notify_all();
+    }
 }
 
 impl Shared {
@@ -94,6 +113,8 @@ impl Shared {
             stop: bell::eventfd()?,
             connection: Mutex::default(),
             channel: Mutex::default(),
+            ended: Mutex::new(false),
+            over: Condvar::new(),
         })
     }
 
@@ -123,14 +144,24 @@ impl Shared {
         }
     }
 
+    /// Waits until the thread has let everything go; tells whether it has.
+    pub(super) fn wait_for_end(&self, deadline: Instant) -> bool {
+        let mut ended = self.ended.lock();
+        while !*ended && !self.over.wait_until(&mut ended, deadline).timed_out() {}
+        *ended
+    }
+
     fn stops(&self) -> bool {
         self.stopping.load(Ordering::SeqCst)
     }
 }
 
-/// Serves until it is told to stop.
-pub(super) fn run(socket: Socket, shared: Arc<Shared>) -> io::Result<JoinHandle<()>> {
+/// Serves until it is told to stop; `keep` is dropped last.
+pub(super) fn run(socket: Socket, shared: Arc<Shared>, keep: Box<dyn Any + Send + Sync>) -> io::Result<JoinHandle<()>> {
+    let kept = Kept { keep: Some(keep), shared: Arc::clone(&shared) };
     std::thread::Builder::new().name("vhost-blk".into()).spawn(move || {
+        // In this order, so that they go in the other one, also when something panics.
+        let (_kept, socket) = (kept, socket);
         while !shared.stops() {
             match accept(socket.listener(), &shared) {
                 Ok(Some(stream)) => serve(stream, socket.listener(), &shared, PATIENCE),

@@ -9,10 +9,12 @@
 //! # Rules
 //! 1. It is served by one thread, which never waits for one request while there are others.
 //! 2. When it is told to stop, what was taken is finished and answered first. So nothing is in flight while anything changes.
+//!    Only what waits on purpose, for room or for a limit, is called back instead: it is left in [`Service::again`], and
+//!    whoever owns the queue keeps it for the next service.
 //! 3. What a guest puts into its rings ends a request, or at worst the service of this queue.
 //! 4. The guest is asked to notify only when there is nothing left to do. Notifications again and again for nothing are
 //!    answered less often.
-//! 5. What the last server has left to be done again is taken like anything else: no more at a time than there is room for.
+//! 5. What the last service has left to be done again is taken like anything else: no more at a time than there is room for.
 //!
 //! # After a crash
 //! See [`super::inflight`].
@@ -34,6 +36,7 @@ use super::request::{Bounds, Request, SERIAL};
 use crate::clock;
 use crate::disk::BlockDevice;
 use crate::disk::patience::Patience;
+use crate::store::Cancel;
 
 /// The memory of a guest.
 pub(crate) trait Memory {
@@ -71,6 +74,8 @@ pub(crate) struct Wires<'a> {
     pub(crate) stop: &'a AtomicBool,
     /// and readable then.
     pub(crate) wake: BorrowedFd<'a>,
+    /// Given when the thread is to stop, too: calls back what waits on purpose.
+    pub(crate) cancel: &'a Arc<Cancel>,
     /// Tells the guest that requests are answered.
     pub(crate) call: &'a dyn Fn(),
 }
@@ -83,14 +88,24 @@ pub(crate) struct Service<'a> {
     pub(crate) wires: Wires<'a>,
     /// Where a front end keeps what is under way.
     pub(crate) track: Option<Track>,
-    /// What was taken before and not answered.
+    /// What was taken and not answered: before, and when it has stopped.
     pub(crate) again: VecDeque<u16>,
     /// Bells in a row that were for nothing.
     false_bells: u32,
 }
 
-fn text(error: impl std::fmt::Display) -> String {
+/// Tells why a queue cannot be served.
+pub(super) fn text(error: impl std::fmt::Display) -> String {
     error.to_string()
+}
+
+fn is_lost(memory: &dyn Memory, track: Option<&Track>) -> bool {
+    memory.is_lost() || track.is_some_and(Track::is_lost)
+}
+
+/// Fails when what was read is no memory any more.
+pub(super) fn look_at(memory: &dyn Memory, track: Option<&Track>) -> Result<(), String> {
+    if is_lost(memory, track) { Err("memory that was shared is gone".into()) } else { Ok(()) }
 }
 
 impl<'a> Service<'a> {
@@ -106,9 +121,19 @@ impl<'a> Service<'a> {
     /// Why it cannot be served any more.
     pub(crate) fn run(&mut self, durable: bool) -> Result<(), String> {
         // Made here: the ring of an engine belongs to one thread.
-        let flights = &mut Flights::new(Arc::clone(self.target), durable).map_err(text)?;
-        let served = self.go_round(flights);
-        // What was taken is finished, whatever happened; what is to be done again counts as taken.
+        let mut flights =
+            Flights::new(Arc::clone(self.target), durable, Arc::clone(self.wires.cancel)).map_err(text)?;
+        let served = self.go_round(&mut flights);
+        if served.is_err() {
+            self.wires.cancel.cancel();
+        }
+        let ended = self.end(&mut flights);
+        self.again.extend(flights.left());
+        served.and(ended)
+    }
+
+    /// Finishes what was taken, whatever happened; what is to be done again counts as taken.
+    fn end(&mut self, flights: &mut Flights) -> Result<(), String> {
         while flights.count() > 0 || !self.again.is_empty() {
             while !full(flights)
                 && let Some(head) = self.again.pop_front()
@@ -121,8 +146,7 @@ impl<'a> Service<'a> {
             flights.collect(self.memory);
             self.publish(flights).map_err(text)?;
         }
-        self.publish(flights).map_err(text)?;
-        served
+        self.publish(flights).map_err(text)
     }
 
     fn go_round(&mut self, flights: &mut Flights) -> Result<(), String> {
@@ -179,11 +203,11 @@ impl<'a> Service<'a> {
 
     /// Tells whether what was read is no memory any more.
     pub(crate) fn has_lost_memory(&self) -> bool {
-        self.memory.is_lost() || self.track.as_ref().is_some_and(Track::is_lost)
+        is_lost(self.memory, self.track.as_ref())
     }
 
     fn look_at_memory(&self) -> Result<(), String> {
-        if self.has_lost_memory() { Err("memory that was shared is gone".into()) } else { Ok(()) }
+        look_at(self.memory, self.track.as_ref())
     }
 
     /// Looks for something to do without sleeping, for a while; tells whether there is. The guest need not notify

@@ -36,6 +36,8 @@ use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandler};
 struct Ring {
     size: u16,
     base: u16,
+    /// What was taken before `base` and is not answered; forgotten when the front end says another base.
+    left: Vec<u16>,
     /// Descriptors, available, used: addresses of the front end.
     addresses: Option<[u64; 3]>,
     enabled: bool,
@@ -70,7 +72,9 @@ impl Session {
 
     /// Stops the queues, having finished what they had taken.
     pub(super) fn end(&self) {
-        self.state.lock().stop_all();
+        if let Err(error) = self.state.lock().stop_all() {
+            tracing::error!("a queue of a guest did not end as it should: {error}");
+        }
     }
 
     fn offered(&self) -> u64 {
@@ -88,7 +92,7 @@ impl Session {
     /// Changes something of all queues while none works.
     fn change_all(&self, change: impl FnOnce(&mut State) -> Result<()>) -> Result<()> {
         let mut state = self.state.lock();
-        state.stop_all();
+        state.stop_all()?;
         let changed = change(&mut state);
         for index in 0..state.rings.len() {
             state.start(index, self)?;
@@ -105,15 +109,16 @@ impl State {
     fn stop(&mut self, index: usize) -> Result<()> {
         let ring = self.ring(index)?;
         if let Some(worker) = ring.worker.take() {
-            ring.base = worker.stop();
+            let stopped = worker.stop().map_err(failed)?;
+            (ring.base, ring.left) = (stopped.base, stopped.left);
         }
         Ok(())
     }
 
-    fn stop_all(&mut self) {
-        for index in 0..self.rings.len() {
-            self.stop(index).expect("there is such a queue");
-        }
+    fn stop_all(&mut self) -> Result<()> {
+        // All of them, whatever becomes of one.
+        let stopped: Vec<_> = (0..self.rings.len()).map(|index| self.stop(index)).collect();
+        stopped.into_iter().collect()
     }
 
     /// Lets a queue work if all is said.
@@ -131,6 +136,7 @@ impl State {
             Some(region) => Some(region.track(index, ring.size).map_err(|what| failed(io::Error::other(what)))?),
             None => None,
         };
+        let left = ring.left.clone();
         let setup = Setup {
             memory: Arc::clone(memory),
             size: ring.size,
@@ -138,6 +144,7 @@ impl State {
             available: available?,
             used: used?,
             base: ring.base,
+            left,
             event_index: config::event_index(self.features),
             flushes: config::flushes(self.features),
             kick: Arc::clone(kick),
@@ -230,6 +237,9 @@ impl VhostUserBackendReqHandler for Session {
     fn set_vring_base(&self, queue: u32, base: u32) -> Result<()> {
         let base = u16::try_from(base).map_err(|_| Error::InvalidParam)?;
         self.change(index(queue), |ring| {
+            if ring.base != base {
+                ring.left.clear();
+            }
             ring.base = base;
             Ok(())
         })

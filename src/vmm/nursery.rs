@@ -11,18 +11,14 @@ use std::io;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 
-use virtio_queue::Queue;
-
 use super::filter::Confinement;
-use super::virtio::Broken;
+use super::virtio::{Broken, Seat};
 
-/// Queues and their numbers.
-type Queues = Vec<(usize, Queue)>;
-type Born = io::Result<JoinHandle<Queues>>;
+type Born = io::Result<JoinHandle<Vec<Seat>>>;
 
 struct Order {
     name: String,
-    body: Box<dyn FnOnce() -> Queues + Send>,
+    body: Box<dyn FnOnce() -> Vec<Seat> + Send>,
     answer: mpsc::Sender<Born>,
 }
 
@@ -54,7 +50,7 @@ impl Nursery {
     ///
     /// # Errors
     /// When the host has none.
-    pub(super) fn start(&self, name: &str, body: impl FnOnce() -> Queues + Send + 'static) -> Born {
+    pub(super) fn start(&self, name: &str, body: impl FnOnce() -> Vec<Seat> + Send + 'static) -> Born {
         let gone = || io::Error::other("the thread that starts others has gone");
         let (answer, wait) = mpsc::channel();
         let order = Order { name: name.into(), body: Box::new(body), answer };

@@ -154,6 +154,9 @@ impl Runner {
     /// # Errors
     /// When a socket cannot be made, or the machine not be made again for a reboot.
     pub fn run(&self, show: impl Fn(&[u8]) + Send + Sync) -> Result<Ending> {
+        if let Err(error) = crate::sys::process::let_go_of_code() {
+            tracing::debug!("the code that was needed to begin with stays in memory: {error}");
+        }
         std::thread::scope(|scope| {
             let _end = End(self);
             scope.spawn(|| self.watch());

@@ -173,7 +173,9 @@ impl Run {
             // Taking the lease flushes.
             self.twin.disks.get_mut(&name).unwrap().live.flush();
             self.guests.leases.insert(*id, lease);
-            self.guests.losses.insert(*id, loss.max(old.get(id).copied().unwrap_or(Loss::None)));
+            let loss = loss.max(old.get(id).copied().unwrap_or(Loss::None));
+            self.say(|| format!("  the guest of {name} comes back, lost: {loss:?}"));
+            self.guests.losses.insert(*id, loss);
             self.counts.back += 1;
         }
     }

@@ -1,6 +1,6 @@
 //! What clients may take of a server together, and for how long: memory, descriptors, the handshake, comparisons.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -67,6 +67,7 @@ fn when_others_have_the_memory_small_requests_go_on_and_large_ones_wait_for_it()
     });
     for n in 0..100 {
         assert_eq!(other.read(n * 4096, 4096), [3; 4096]);
+        assert_eq!(other.read(n * 4096, 256 << 10), [3; 256 << 10], "no huge page is cut for it");
     }
     assert!(!reading.is_finished());
     for _ in 0..64 {
@@ -100,6 +101,49 @@ fn a_client_that_does_not_move_loses_memory_for_which_others_wait() {
     wait_until("the memory is not used", || requests.left() < 1 << 20);
     assert_eq!(Client::enter(&rig, "a").read(MIB, 4 << 20).len(), 4 << 20);
     assert!(half.is_closed());
+}
+
+#[test]
+fn a_client_that_moves_a_little_now_and_then_does_not_keep_memory_for_ever() {
+    let (rig, requests) = with_memory(8 << 20, Duration::from_millis(10));
+    // Some bytes of a request at a time.
+    let mut sender = Client::enter(&rig, "a");
+    sender.send(&Request { flags: 0, kind: 1, cookie: 5, offset: 0, length: 8 << 20 }.encode());
+    sender.send(&[1; 4096]);
+    wait_until("the memory is not used", || requests.left() < 1 << 20);
+    let sending = std::thread::spawn(move || {
+        (0..300).any(|_| {
+            std::thread::sleep(Duration::from_millis(100));
+            sender.stream.write_all(&[1]).is_err()
+        })
+    });
+    assert_eq!(Client::enter(&rig, "a").read(MIB, 4 << 20).len(), 4 << 20);
+    assert!(sending.join().unwrap(), "it could send what it liked");
+    // Some bytes of a reply at a time, and now and then it asks for more.
+    let mut taker = hog(&rig, &requests);
+    let taking = std::thread::spawn(move || {
+        let mut bytes = vec![0; 64 << 10];
+        (0..1000).any(|n| {
+            std::thread::sleep(Duration::from_millis(20));
+            let got = taker.stream.read(&mut bytes).unwrap_or(0);
+            taker.stream.write_all(&Request { flags: 0, kind: 3, cookie: n, offset: 0, length: 0 }.encode()).ok();
+            got == 0
+        })
+    });
+    assert_eq!(Client::enter(&rig, "a").read(MIB, 4 << 20).len(), 4 << 20);
+    assert!(taking.join().unwrap(), "it could take as little as it liked");
+}
+
+#[test]
+fn a_client_that_goes_while_it_waits_for_memory_is_not_waited_for() {
+    let (rig, requests) = with_memory(8 << 20, Duration::from_secs(3600));
+    let _hog = hog(&rig, &requests);
+    let mut waiting = Client::enter(&rig, "a");
+    waiting.request(Command::Read, 0, 1, 0, 4 << 20);
+    wait_until("it does not wait", || requests.is_wanted());
+    drop(waiting);
+    wait_until("it waits although it has gone", || rig.server.as_ref().unwrap().connections() == 1);
+    assert!(!requests.is_wanted());
 }
 
 #[test]

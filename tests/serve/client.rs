@@ -12,6 +12,7 @@ const GO: u32 = 7;
 const READ: u16 = 0;
 const WRITE: u16 = 1;
 const FLUSH: u16 = 3;
+const TRIM: u16 = 4;
 
 /// A connection in transmission.
 pub struct Nbd {
@@ -125,6 +126,16 @@ impl Nbd {
     /// Writes; returns the error number of NBD, 0 for none.
     pub fn write(&mut self, data: &[u8], offset: u64) -> io::Result<u32> {
         self.ask(WRITE, offset, data.len() as u32, data)
+    }
+
+    /// Unmaps.
+    pub fn trim(&mut self, offset: u64, len: u32) -> io::Result<u32> {
+        self.ask(TRIM, offset, len, &[])
+    }
+
+    /// Returns the connection, for a client that does more than one thing at a time.
+    pub fn into_stream(self) -> UnixStream {
+        self.stream
     }
 
     /// Asks for data several times, and takes none of it yet.

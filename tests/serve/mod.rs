@@ -13,6 +13,7 @@ mod leases;
 mod refused;
 mod removed;
 mod restart;
+mod waits;
 
 use std::path::Path;
 use std::time::{Duration, Instant};

@@ -114,7 +114,7 @@ fn step(tree: &Tree, dice: &mut Dice, buf: &mut [u8]) -> bool {
         10 | 11 => tree.write(handle, &buf[..part], offset, word).is_ok(),
         12 => tree.seek(handle, signed, word % 6).is_ok(),
         13 => tree.fallocate(handle, offset, len, word % 128).is_ok(),
-        14 => tree.copy((handle, offset), (dice.below(40), dice.number()), len).is_ok(),
+        14 => tree.copy((handle, offset), (dice.below(40), dice.number()), len, false).is_ok(),
         15 => tree.set_attr(ino, None, None, None, Some(offset)).is_ok(),
         16 => list(tree, ino, offset).is_ok(),
         17 => tree.read_link(ino).is_ok(),

@@ -376,6 +376,37 @@ fn who_was_not_told_before_the_next_kill_is_told_after_it() {
     disk.flush().expect("nothing was lost this time");
 }
 
+/// The log of another writer, that came while who had lost something was away, made the next process believe that nothing
+/// had been lost.
+#[test]
+fn who_left_before_it_was_told_is_told_after_another_one_wrote_and_the_next_kill() {
+    for comes in [true, false] {
+        let (sim, media, store) = simulated(&["vm"]);
+        let (disk, lease) = attach(&store, "vm");
+        write(&disk, 1, 0, 40);
+        drop((disk, lease, store));
+        sim.crash();
+        let store = open(&media);
+        if comes {
+            drop(come_back(&store, "vm"));
+        } else {
+            // It is awaited, and its time is over.
+            disk::open(&store, "vm").unwrap().reserve(GUEST, Duration::ZERO);
+        }
+        let other = disk::open(&store, "vm").unwrap();
+        let lease = other.lease("other").unwrap();
+        write(&other, 2, 0, 40);
+        other.flush().expect("it has lost nothing");
+        write(&other, 3, 0, 20);
+        drop((other, lease, store));
+        sim.kill();
+        let store = open(&media);
+        let now = [filled(3, 20), filled(2, 20)].concat();
+        assert_eq!(read(&store, "vm", 0, 40), now, "what the other one wrote is there");
+        loss_is_told_once(&store);
+    }
+}
+
 #[test]
 fn who_was_awaited_and_had_not_come_has_lost_nothing_in_a_second_kill() {
     let (sim, media, store) = simulated(&["vm"]);

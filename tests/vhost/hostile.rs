@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use rustix::fs::MemfdFlags;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use vhost::vhost_user::message::VhostUserInflight;
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
@@ -125,19 +126,22 @@ fn a_ring_that_makes_no_sense_ends_its_queue_and_no_other() {
     served.guest(1).read(0, 0, 512);
 }
 
+/// A front end that has said who it is, and nothing of memory and queues.
+fn front(served: &Served) -> Frontend {
+    let mut front = Frontend::from_stream(UnixStream::connect(&served.socket).unwrap(), 1);
+    front.set_owner().unwrap();
+    let features = front.get_features().unwrap();
+    let protocol = front.get_protocol_features().unwrap();
+    front.set_protocol_features(protocol).unwrap();
+    front.set_hdr_flags(vhost::vhost_user::message::VhostUserHeaderFlag::NEED_REPLY);
+    front.set_features(features).unwrap();
+    front
+}
+
 #[test]
 fn a_front_end_cannot_share_memory_that_is_not_there() {
     let served = Served::new(Ram::new(1 << 20), 1);
-    let front = || {
-        let mut front = Frontend::from_stream(UnixStream::connect(&served.socket).unwrap(), 1);
-        front.set_owner().unwrap();
-        let features = front.get_features().unwrap();
-        let protocol = front.get_protocol_features().unwrap();
-        front.set_protocol_features(protocol).unwrap();
-        front.set_hdr_flags(vhost::vhost_user::message::VhostUserHeaderFlag::NEED_REPLY);
-        front.set_features(features).unwrap();
-        front
-    };
+    let front = || front(&served);
     let file = File::from(rustix::fs::memfd_create("small", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
     file.set_len(1 << 20).unwrap();
     let region = |offset, size| VhostUserMemoryRegionInfo {
@@ -191,6 +195,29 @@ fn a_front_end_cannot_share_memory_that_is_not_there() {
     assert!(front().set_inflight_fd(&VhostUserInflight::new(1 << 40, 1 << 20, 1, 64), file.as_raw_fd()).is_err());
     assert!(front().get_inflight_fd(&VhostUserInflight::new(0, 0, 2, 64)).is_err());
     assert!(front().get_inflight_fd(&VhostUserInflight::new(0, 0, 1, u16::MAX)).is_err());
+    served.guest(1).read(0, 0, 512);
+}
+
+#[test]
+fn a_front_end_cannot_share_parts_of_huge_pages() {
+    const HUGE: u64 = 2 << 20;
+    let served = Served::new(Ram::new(1 << 20), 1);
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+    let file = File::from(rustix::fs::memfd_create("huge", flags).unwrap());
+    file.set_len(HUGE).unwrap();
+    let mut region = VhostUserMemoryRegionInfo {
+        guest_phys_addr: 0,
+        memory_size: HUGE / 2,
+        userspace_addr: 1 << 40,
+        mmap_offset: 0,
+        mmap_handle: file.as_raw_fd(),
+    };
+    for offset in [0, HUGE / 2] {
+        region.mmap_offset = offset;
+        assert!(front(&served).set_mem_table(&[region]).is_err(), "half of one at {offset}");
+        assert!(front(&served).add_mem_region(&region).is_err(), "half of one at {offset}");
+    }
+    assert!(front(&served).set_inflight_fd(&VhostUserInflight::new(HUGE, 0, 1, 64), file.as_raw_fd()).is_err());
     served.guest(1).read(0, 0, 512);
 }
 
@@ -347,16 +374,7 @@ fn a_front_end_with_regions_of_every_wrong_kind_is_refused() {
     let served = Served::new(Ram::new(1 << 20), 1);
     let file = File::from(rustix::fs::memfd_create("some", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
     file.set_len(1 << 20).unwrap();
-    let front = || {
-        let mut front = Frontend::from_stream(UnixStream::connect(&served.socket).unwrap(), 1);
-        front.set_owner().unwrap();
-        let features = front.get_features().unwrap();
-        let protocol = front.get_protocol_features().unwrap();
-        front.set_protocol_features(protocol).unwrap();
-        front.set_hdr_flags(vhost::vhost_user::message::VhostUserHeaderFlag::NEED_REPLY);
-        front.set_features(features).unwrap();
-        front
-    };
+    let front = || front(&served);
     let region = |guest, size, theirs| VhostUserMemoryRegionInfo {
         guest_phys_addr: guest,
         memory_size: size,

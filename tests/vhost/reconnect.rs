@@ -89,6 +89,31 @@ fn what_is_in_flight_when_a_front_end_goes_is_finished_before_the_next_is_served
 }
 
 #[test]
+fn a_server_whose_disk_does_not_answer_ends_all_the_same_and_keeps_its_lease_until_it_does() {
+    let (ram, lease) = (Ram::new(1 << 20), Arc::new(()));
+    let mut served = Served::keeping(ram.clone(), 1, Box::new(Arc::clone(&lease)));
+    let mut guest = served.guest(1);
+    ram.close(true);
+    guest.send(0, OUT, 1, &[2; 512], 0);
+    guest.kick(0);
+    while ram.log.lock().is_empty() {
+        std::thread::yield_now();
+    }
+    served.server.take().unwrap().stop_within(Duration::from_millis(20));
+    assert_eq!((Arc::strong_count(&lease), guest.used(0)), (2, 0), "it can still write");
+    ram.close(false);
+    while Arc::strong_count(&lease) > 1 {
+        std::thread::yield_now();
+    }
+    assert_eq!((guest.used(0), &ram.content()[512..1024]), (1, &[2; 512][..]));
+    // One that has nothing under way ends at once.
+    let mut served = Served::keeping(ram, 1, Box::new(Arc::clone(&lease)));
+    served.guest(1).read(0, 1, 512);
+    served.server.take().unwrap().stop();
+    assert_eq!(Arc::strong_count(&lease), 1);
+}
+
+#[test]
 fn what_a_killed_server_had_taken_the_next_one_does_again_in_order() {
     let killed = Ram::new(1 << 20);
     killed.close(true);

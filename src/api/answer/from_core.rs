@@ -38,6 +38,7 @@ impl From<DiskInfo> for Disk {
             origin: info.origin.map(|origin| origin.name),
             holder: info.holder,
             reserved: info.reserved,
+            waiting: info.waiting as u64,
         }
     }
 }

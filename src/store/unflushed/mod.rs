@@ -23,7 +23,8 @@
 //! 5. After a failed sync the page cache is not what is on the disk, so no log of that opening is believed any more: they
 //!    are emptied when the pool begins to refuse writes ([`Files::spoil`]).
 //! 6. Where there was a log to be and it cannot be trusted to the end, who comes back under a reservation is told: its first
-//!    flush fails (`Disk::flush`).
+//!    flush fails (`Disk::flush`). Until then no log is begun, whoever writes: that there is none is how the next opening
+//!    knows, should this process be killed before. Rule 3 holds meanwhile.
 //!
 //! # After a crash
 //! The files stay. The next opening replays or refuses them before it takes its number, and removes them after.
@@ -225,8 +226,9 @@ impl Store {
 
     /// Makes the log of a disk, for a holder that may come back or is awaited. Without it, writes are flushed one by one.
     pub fn begin_log(&self, head: &Head) {
-        // A pool that refuses writes has lost something; who is awaited is to be told by the next process, too.
-        if self.ledger.writable().is_ok() {
+        // A pool that refuses writes has lost something; who is awaited is to be told by the next process, too. So is who has
+        // not been told of an older loss, whoever writes meanwhile: a second crash must not look like no loss.
+        if self.ledger.writable().is_ok() && !head.tenancy.owes_loss() {
             head.unflushed.begin(&*self.media, self.log_header(head.id), &self.logs);
         }
     }
@@ -245,8 +247,7 @@ impl Store {
 
     /// The part of a flush that comes before anything is copied.
     pub(super) fn switch_log(&self, head: &Head) -> u64 {
-        // While a holder has not been told of a loss there is none: a second crash must not look like no loss.
-        if head.tenancy.is_foreign() && !head.tenancy.owes_loss() {
+        if head.tenancy.is_foreign() {
             self.begin_log(head);
         }
         head.unflushed.switch()

@@ -14,7 +14,8 @@
 //! # Rules
 //! 1. The guest is hostile. What it writes to registers and rings is checked where it is read; what makes no sense does
 //!    nothing, or stops the device until the guest resets it. No device ends the program.
-//! 2. A device that is paused has answered all that it took.
+//! 2. A device that is paused has answered all that it took, except what waits on purpose, for room or for a limit: that is
+//!    begun again when it works again, and is in its state until then.
 
 mod block;
 mod interrupt;
@@ -33,6 +34,7 @@ pub(super) use ring::{Broken, Ring};
 pub(super) use rng::Rng;
 pub(super) use transport::{NOTIFY, Transport, TransportState};
 use worker::Bells;
+pub(super) use worker::Seat;
 
 /// One who works, and the numbers of the queues to work on.
 pub(super) type Crew = (Box<dyn Work>, Vec<usize>);
@@ -60,7 +62,7 @@ pub(super) trait Device: Send + std::fmt::Debug {
 
 /// What a device does, on a thread of its own.
 pub(super) trait Work: Send {
-    /// Works until it is told to stop, and has answered all it took then.
+    /// Works until it is told to stop, and has answered all it took then, or keeps it with the ring.
     ///
     /// # Errors
     /// When a ring cannot be used any more.

@@ -31,6 +31,8 @@ fn broken(error: impl Display) -> Broken {
 #[derive(Debug)]
 pub(in crate::vmm) struct Ring {
     queue: Queue,
+    /// Heads of what was taken and not answered.
+    left: Vec<u16>,
     memory: Memory,
     interrupt: Arc<Interrupt>,
     /// No more requests are taken.
@@ -40,8 +42,14 @@ pub(in crate::vmm) struct Ring {
 }
 
 impl Ring {
-    pub(super) fn new(queue: Queue, memory: Memory, interrupt: Arc<Interrupt>, stop: Arc<AtomicBool>) -> Self {
-        Self { queue, memory, interrupt, stop, quiet: false }
+    pub(super) fn new(
+        queue: Queue,
+        left: Vec<u16>,
+        memory: Memory,
+        interrupt: Arc<Interrupt>,
+        stop: Arc<AtomicBool>,
+    ) -> Self {
+        Self { queue, left, memory, interrupt, stop, quiet: false }
     }
 
     /// Returns the memory that the requests lie in.
@@ -128,12 +136,17 @@ impl Ring {
     ) -> Result<(), Broken> {
         let interrupt = Arc::clone(&self.interrupt);
         let call = || interrupt.queue();
-        let wires = Wires { kick: bells.kick(number), stop: &self.stop, wake: bells.wake(), call: &call };
-        Service::new(&mut self.queue, &self.memory, target, wires).run(durable).map_err(Broken)
+        let (kick, wake, cancel) = (bells.kick(number), bells.wake(), bells.cancel());
+        let wires = Wires { kick, stop: &self.stop, wake, cancel, call: &call };
+        let mut service = Service::new(&mut self.queue, &self.memory, target, wires);
+        service.again.extend(self.left.drain(..));
+        let served = service.run(durable);
+        self.left = service.again.into();
+        served.map_err(Broken)
     }
 
-    /// Ends with the queue.
-    pub(super) fn into_queue(self) -> Queue {
-        self.queue
+    /// Ends with the queue, and with the heads of what was taken of it and not answered.
+    pub(super) fn into_queue(self) -> (Queue, Vec<u16>) {
+        (self.queue, self.left)
     }
 }

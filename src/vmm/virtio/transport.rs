@@ -63,6 +63,9 @@ struct QueueRow {
     descriptors: u64,
     available: u64,
     used: u64,
+    /// Heads of what was taken and not answered, for it waited on purpose.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    left: Vec<u16>,
 }
 
 /// A device and its registers.
@@ -72,6 +75,8 @@ pub(in crate::vmm) struct Transport {
     name: String,
     shared: Arc<Shared>,
     queues: Vec<Queue>,
+    /// Of each queue the heads of what was taken and not answered.
+    left: Vec<Vec<u16>>,
     kicks: Vec<Arc<EventFd>>,
     workers: Vec<Worker>,
     /// Features the driver has chosen.
@@ -114,6 +119,7 @@ impl Transport {
                 stops: AtomicU64::new(0),
                 nursery,
             }),
+            left: vec![Vec::new(); queues.len()],
             queues,
             kicks: kicks.into_iter().map(Arc::new).collect(),
             workers: Vec::new(),
@@ -233,6 +239,7 @@ impl Transport {
         self.pause();
         self.ready = false;
         self.queues.iter_mut().for_each(QueueT::reset);
+        self.left.iter_mut().for_each(Vec::clear);
         (self.features, self.offered_half, self.chosen_half, self.selected) = (0, 0, 0, 0);
         self.shared.interrupt.seen(u32::MAX);
         self.shared.status.store(0, Ordering::SeqCst);
@@ -249,7 +256,7 @@ impl Transport {
     /// Returns the state of a device that is paused.
     pub(in crate::vmm) fn state(&self) -> TransportState {
         assert!(self.workers.is_empty(), "the device is paused");
-        let row = |queue: &Queue| QueueRow {
+        let row = |(queue, left): (&Queue, &Vec<u16>)| QueueRow {
             size: queue.size(),
             ready: queue.ready(),
             next_available: queue.next_avail(),
@@ -257,6 +264,7 @@ impl Transport {
             descriptors: queue.desc_table(),
             available: queue.avail_ring(),
             used: queue.used_ring(),
+            left: left.clone(),
         };
         TransportState {
             kind: self.device.kind(),
@@ -266,7 +274,7 @@ impl Transport {
             offered_half: self.offered_half,
             chosen_half: self.chosen_half,
             selected: self.selected,
-            queues: self.queues.iter().map(row).collect(),
+            queues: self.queues.iter().zip(&self.left).map(row).collect(),
         }
     }
 
@@ -296,7 +304,11 @@ impl Transport {
             };
             *queue = Queue::try_from(saved)
                 .map_err(|e| Error::corrupt(format!("the state of {} is damaged", self.name)).because(e))?;
+            if row.left.len() > row.size.into() || row.left.iter().any(|head| *head >= row.size) {
+                return Err(bad("it lists requests that cannot be"));
+            }
         }
+        self.left = state.queues.iter().map(|row| row.left.clone()).collect();
         self.features = state.features;
         (self.offered_half, self.chosen_half, self.selected) = (state.offered_half, state.chosen_half, state.selected);
         self.ready = state.status & DRIVER_OK != 0;
@@ -305,11 +317,12 @@ impl Transport {
         Ok(())
     }
 
-    /// Stops the threads, after what they took is answered.
+    /// Stops the threads, after what they took is answered; what waits on purpose is begun again when they next work.
     pub(in crate::vmm) fn pause(&mut self) {
         for worker in self.workers.drain(..) {
-            for (index, queue) in worker.stop() {
+            for Seat { index, queue, left, .. } in worker.stop() {
                 self.queues[index] = queue;
+                self.left[index] = left;
             }
         }
     }
@@ -340,7 +353,8 @@ impl Transport {
             for index in queues {
                 if self.queues[index].ready() {
                     let queue = std::mem::replace(&mut self.queues[index], placeholder()?);
-                    seats.push(Seat { index, queue, kick: Arc::clone(&self.kicks[index]) });
+                    let left = std::mem::take(&mut self.left[index]);
+                    seats.push(Seat { index, queue, left, kick: Arc::clone(&self.kicks[index]) });
                 }
             }
             if !seats.is_empty() {

@@ -14,6 +14,7 @@ use super::Work;
 use super::interrupt::Interrupt;
 use super::ring::{Broken, Ring};
 use crate::error::{Error, Result};
+use crate::store::Cancel;
 use crate::sys::event::descriptor;
 use crate::vmm::memory::Memory;
 use crate::vmm::nursery::Nursery;
@@ -48,19 +49,22 @@ impl Shared {
 
 /// A queue on its way to a thread and back.
 #[derive(Debug)]
-pub(super) struct Seat {
+pub(in crate::vmm) struct Seat {
     /// Its number.
     pub(super) index: usize,
     pub(super) queue: Queue,
+    /// Heads of what was taken and not answered.
+    pub(super) left: Vec<u16>,
     pub(super) kick: Arc<EventFd>,
 }
 
 /// A thread at work.
 #[derive(Debug)]
 pub(super) struct Worker {
-    thread: JoinHandle<Vec<(usize, Queue)>>,
+    thread: JoinHandle<Vec<Seat>>,
     stop: Arc<AtomicBool>,
     wake: Arc<EventFd>,
+    cancel: Arc<Cancel>,
 }
 
 impl Worker {
@@ -72,16 +76,19 @@ impl Worker {
         let host = |e| Error::io("no thread for a device of the guest", e);
         let stop = Arc::new(AtomicBool::new(false));
         let wake = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(host)?);
-        let bells = Bells { stop: Arc::clone(&stop), wake: Arc::clone(&wake), kicks: Vec::new() };
+        let cancel = Arc::new(Cancel::default());
+        let (stops, wakes) = (Arc::clone(&stop), Arc::clone(&wake));
+        let bells = Bells { stop: stops, wake: wakes, cancel: Arc::clone(&cancel), kicks: Vec::new() };
         let nursery = Arc::clone(&shared.nursery);
         let thread = nursery.start(name, move || live(work, seats, &shared, bells)).map_err(host)?;
-        Ok(Self { thread, stop, wake })
+        Ok(Self { thread, stop, wake, cancel })
     }
 
-    /// Finishes what was taken and returns the queues.
-    pub(super) fn stop(self) -> Vec<(usize, Queue)> {
+    /// Finishes what was taken, except what waits on purpose, and returns the queues.
+    pub(super) fn stop(self) -> Vec<Seat> {
         self.stop.store(true, Ordering::Release);
         ring_bell(&self.wake);
+        self.cancel.cancel();
         self.thread.join().expect("requests that panic are caught")
     }
 }
@@ -99,6 +106,7 @@ fn ring_bell(event: &EventFd) {
 pub(in crate::vmm) struct Bells {
     stop: Arc<AtomicBool>,
     wake: Arc<EventFd>,
+    cancel: Arc<Cancel>,
     /// Of each ring, in their order.
     kicks: Vec<Arc<EventFd>>,
 }
@@ -112,6 +120,11 @@ impl Bells {
     /// Returns what is readable when the thread is to stop.
     pub(super) fn wake(&self) -> BorrowedFd<'_> {
         descriptor(&self.wake)
+    }
+
+    /// Returns what calls back what waits on purpose, when the thread is to stop.
+    pub(super) fn cancel(&self) -> &Arc<Cancel> {
+        &self.cancel
     }
 
     /// Returns what is readable when the guest has notified a ring.
@@ -140,11 +153,11 @@ impl Bells {
 }
 
 /// The life of a thread; returns the queues.
-fn live(mut work: Box<dyn Work>, seats: Vec<Seat>, shared: &Shared, mut bells: Bells) -> Vec<(usize, Queue)> {
+fn live(mut work: Box<dyn Work>, seats: Vec<Seat>, shared: &Shared, mut bells: Bells) -> Vec<Seat> {
     let (mut rings, mut numbers) = (Vec::new(), Vec::new());
-    for Seat { index, queue, kick } in seats {
+    for Seat { index, queue, left, kick } in seats {
         let (memory, interrupt) = (shared.memory.clone(), Arc::clone(&shared.interrupt));
-        rings.push(Ring::new(queue, memory, interrupt, Arc::clone(&bells.stop)));
+        rings.push(Ring::new(queue, left, memory, interrupt, Arc::clone(&bells.stop)));
         numbers.push(index);
         bells.kicks.push(kick);
     }
@@ -155,5 +168,9 @@ fn live(mut work: Box<dyn Work>, seats: Vec<Seat>, shared: &Shared, mut bells: B
     if let Err(Broken(why)) = lived.unwrap_or_else(|_| Err(Broken("a mistake in this program".into()))) {
         shared.stop(&why);
     }
-    numbers.into_iter().zip(rings.into_iter().map(Ring::into_queue)).collect()
+    let seat = |((index, ring), kick): ((usize, Ring), Arc<EventFd>)| {
+        let (queue, left) = ring.into_queue();
+        Seat { index, queue, left, kick }
+    };
+    numbers.into_iter().zip(rings).zip(bells.kicks).map(seat).collect()
 }

@@ -5,7 +5,9 @@ use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::disk::BlockDevice;
+use crate::disk::{self, BlockDevice};
+use crate::media::{HostMedia, Media};
+use crate::store::{InitOptions, OpenOptions, Store};
 use crate::sync::{Condvar, Mutex};
 use crate::vmm::filter::Confinement;
 use crate::vmm::memory;
@@ -288,6 +290,62 @@ impl BlockDevice for Meeting {
     fn read_only(&self) -> bool {
         false
     }
+}
+
+#[test]
+fn requests_that_wait_on_purpose_are_called_back_by_a_pause_and_done_once_after_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let media: Arc<dyn Media> = Arc::new(HostMedia::new(dir.path()).unwrap());
+    Store::init(&media, InitOptions { journal: 4 << 20, ballast: 4096, probe: false }).unwrap();
+    let store = Store::open(media, OpenOptions::default()).unwrap();
+    drop(disk::create(&store, "a", 1 << 20).unwrap());
+    disk::set(&store, "a", "enospc", "wait").unwrap();
+    disk::set(&store, "a", "quota", "4K").unwrap();
+    let device: Arc<dyn BlockDevice> = disk::open(&store, "a").unwrap();
+    let mut bench = Bench::new(Box::new(Block::new(Arc::clone(&device), false, "a", 1)));
+    bench.start(0);
+    for number in 0..4_u16 {
+        let (at, to) = (DESCRIPTORS + u64::from(number) * 32, BUFFER + u64::from(number) * 0x2000);
+        bench.memory.write_obj(u32::to_le(1), GuestAddress(to)).unwrap();
+        bench.memory.write_obj(u64::from(number) * 8, GuestAddress(to + 8)).unwrap();
+        bench.memory.write_slice(&[number as u8 + 1; 4096], GuestAddress(to + 16)).unwrap();
+        bench.memory.write_obj(0xee_u8, GuestAddress(to + 0x1800)).unwrap();
+        let chain = [Descriptor::new(to, 4112, 1, number * 2 + 1), Descriptor::new(to + 0x1800, 1, 2, 0)];
+        bench.memory.write_obj(chain[0], GuestAddress(at)).unwrap();
+        bench.memory.write_obj(chain[1], GuestAddress(at + 16)).unwrap();
+        bench.offer(number, number * 2);
+    }
+    let answered = |bench: &Bench| bench.memory.load::<u16>(GuestAddress(USED + 2), Ordering::SeqCst).unwrap();
+    // One fits.
+    while store.disk_info("a").unwrap().waiting < 3 || answered(&bench) < 1 {
+        std::thread::yield_now();
+    }
+    for _ in 0..2 {
+        bench.device.pause();
+        assert_eq!((store.disk_info("a").unwrap().waiting, answered(&bench)), (0, 1));
+        assert_eq!(bench.device.state().queues[0].left.len(), 3);
+        bench.device.resume();
+        while store.disk_info("a").unwrap().waiting < 3 {
+            std::thread::yield_now();
+        }
+    }
+    bench.device.pause();
+    let mut state = bench.device.state();
+    bench.device.restore(&state).unwrap();
+    bench.device.resume();
+    disk::set(&store, "a", "quota", "none").unwrap();
+    bench.wait_for_answer(3);
+    bench.device.pause();
+    assert_eq!((answered(&bench), bench.device.state().queues[0].left.len()), (4, 0));
+    for number in 0..4_u16 {
+        let status = GuestAddress(BUFFER + u64::from(number) * 0x2000 + 0x1800);
+        assert_eq!(bench.memory.read_obj::<u8>(status).unwrap(), 0);
+        let mut found = [0; 4096];
+        device.read(&mut found, u64::from(number) * 4096).unwrap();
+        assert_eq!(found, [number as u8 + 1; 4096]);
+    }
+    state.queues[0].left[0] = 8;
+    bench.device.restore(&state).unwrap_err();
 }
 
 #[test]
