@@ -10,8 +10,12 @@
 //! 1. A thread inherits the filter of the one that starts it, and of two filters the stricter answer counts. So the filter of
 //!    the whole contains the others, and is set first, for all threads there are; each processor and device adds its own.
 //! 2. `ioctl` is let through by number: no driver but KVM's is ever reached, and of that only what is used.
-//! 3. No memory becomes code, no program is started, nothing is opened for writing by name, no socket but local ones is made.
-//! 4. What is not let through ends the process, with a line in the log that names it ([`crate::sys::forbidden`]): a guest that
+//! 3. No memory becomes code, no process and no program is started, none but this one gets a signal, nothing is opened for
+//!    writing by name, no socket but local ones is made.
+//! 4. A filter sees the arguments of a call and not what they point to. So there is no io_uring, which opens files and makes
+//!    sockets as told in memory, and no `clone3`: for these threads the kernel has neither (ENOSYS). A disk then has threads
+//!    do its work ([`crate::disk::Engine`]), and the C library starts threads with `clone`.
+//! 5. What is not let through ends the process, with a line in the log that names it ([`crate::sys::forbidden`]): a guest that
 //!    has taken a thread over learns nothing, and a mistake in these lists is found.
 //!
 //! # Why a list in code
@@ -32,8 +36,11 @@ use seccompiler::{
 use crate::error::{Error, Result};
 use crate::sys::{forbidden, process};
 
+/// What a call that the kernel does not have returns.
+const ENOSYS: u32 = libc::ENOSYS.cast_unsigned();
+
 /// What every thread needs.
-const COMMON: [i64; 32] = [
+const COMMON: [i64; 31] = [
     libc::SYS_read,
     libc::SYS_readv,
     libc::SYS_write,
@@ -55,7 +62,6 @@ const COMMON: [i64; 32] = [
     libc::SYS_exit_group,
     libc::SYS_getpid,
     libc::SYS_gettid,
-    libc::SYS_tgkill,
     libc::SYS_clock_gettime,
     libc::SYS_clock_nanosleep,
     libc::SYS_nanosleep,
@@ -69,10 +75,7 @@ const COMMON: [i64; 32] = [
 ];
 
 /// What devices need beside that: files that are open, and threads for what may wait.
-const DEVICE: [i64; 25] = [
-    libc::SYS_io_uring_setup,
-    libc::SYS_io_uring_enter,
-    libc::SYS_io_uring_register,
+const DEVICE: [i64; 20] = [
     libc::SYS_pread64,
     libc::SYS_pwrite64,
     libc::SYS_preadv,
@@ -86,8 +89,6 @@ const DEVICE: [i64; 25] = [
     libc::SYS_fstat,
     libc::SYS_newfstatat,
     libc::SYS_statx,
-    libc::SYS_clone,
-    libc::SYS_clone3,
     libc::SYS_recvfrom,
     libc::SYS_recvmsg,
     libc::SYS_sendto,
@@ -96,6 +97,20 @@ const DEVICE: [i64; 25] = [
     libc::SYS_fcntl,
     libc::SYS_fadvise64,
 ];
+
+/// What is not there for any of these threads, as if the kernel were older: who asks for it has another way.
+const ABSENT: [i64; 2] = [libc::SYS_io_uring_setup, libc::SYS_clone3];
+
+/// What `clone` is to share with whom it starts: it is a thread of this process then.
+const THREAD: i32 = libc::CLONE_VM | libc::CLONE_FS | libc::CLONE_FILES | libc::CLONE_SIGHAND | libc::CLONE_THREAD;
+/// What it is not to have of its own.
+const SPACES: i32 = libc::CLONE_NEWNS
+    | libc::CLONE_NEWCGROUP
+    | libc::CLONE_NEWUTS
+    | libc::CLONE_NEWIPC
+    | libc::CLONE_NEWUSER
+    | libc::CLONE_NEWPID
+    | libc::CLONE_NEWNET;
 
 /// What the rest of the process needs beside that.
 const WHOLE: [i64; 18] = [
@@ -199,6 +214,7 @@ type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 
 #[derive(Debug)]
 struct Filters {
+    absent: BpfProgram,
     processor: BpfProgram,
     device: BpfProgram,
     whole: BpfProgram,
@@ -213,15 +229,16 @@ fn failed(error: impl std::error::Error + Send + Sync + 'static) -> Error {
 }
 
 impl Confinement {
-    /// Makes the filters. [`Self::process`] comes before any processor or device runs.
+    /// Makes the filters, for the process that calls. [`Self::process`] comes before any processor or device runs.
     ///
     /// # Errors
     /// None that are known.
     pub(super) fn strict() -> Result<Self> {
         Ok(Self(Some(Arc::new(Filters {
-            processor: program(processor()?)?,
-            device: program(device()?)?,
-            whole: program(whole()?)?,
+            absent: program(rules_of(ABSENT), SeccompAction::Allow, SeccompAction::Errno(ENOSYS))?,
+            processor: program(processor()?, SeccompAction::Trap, SeccompAction::Allow)?,
+            device: program(device()?, SeccompAction::Trap, SeccompAction::Allow)?,
+            whole: program(whole()?, SeccompAction::Trap, SeccompAction::Allow)?,
         }))))
     }
 
@@ -233,6 +250,8 @@ impl Confinement {
         let Some(filters) = &self.0 else { return Ok(()) };
         process::limit_arenas(ARENAS);
         forbidden::name_what_is_forbidden().map_err(failed)?;
+        // Of two answers the kernel takes the one that lets less happen: a trap before an error, an error before a call.
+        seccompiler::apply_filter_all_threads(&filters.absent).map_err(failed)?;
         seccompiler::apply_filter_all_threads(&filters.whole).map_err(failed)
     }
 
@@ -253,8 +272,9 @@ impl Confinement {
     }
 }
 
-fn program(rules: Rules) -> Result<BpfProgram> {
-    let filter = SeccompFilter::new(rules, SeccompAction::Trap, SeccompAction::Allow, TargetArch::x86_64);
+/// Makes a filter that does something with the calls of the rules, and something else with all others.
+fn program(rules: Rules, others: SeccompAction, these: SeccompAction) -> Result<BpfProgram> {
+    let filter = SeccompFilter::new(rules, others, these, TargetArch::x86_64);
     BpfProgram::try_from(filter.map_err(failed)?).map_err(failed)
 }
 
@@ -268,16 +288,27 @@ fn one_of(argument: u8, values: impl IntoIterator<Item = u64>) -> Result<Vec<Sec
     Ok(rules)
 }
 
+/// Lets a call through when of these bits of an argument just those are set.
+fn masked(argument: u8, bits: i32, set: i32) -> Result<Vec<SeccompRule>> {
+    let (bits, set) = (u64::from(bits.cast_unsigned()), u64::from(set.cast_unsigned()));
+    let just = SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(bits), set);
+    Ok(vec![SeccompRule::new(vec![just.map_err(failed)?]).map_err(failed)?])
+}
+
 /// Lets a call through when none of these bits of an argument is set.
 fn without(argument: u8, bits: i32) -> Result<Vec<SeccompRule>> {
-    let bits = u64::from(bits.cast_unsigned());
-    let none = SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(bits), 0);
-    Ok(vec![SeccompRule::new(vec![none.map_err(failed)?]).map_err(failed)?])
+    masked(argument, bits, 0)
+}
+
+/// Lets calls through whatever their arguments are.
+fn rules_of(calls: impl IntoIterator<Item = i64>) -> Rules {
+    calls.into_iter().map(|call| (call, Vec::new())).collect()
 }
 
 /// What every thread may.
 fn common() -> Result<Rules> {
-    let mut rules: Rules = COMMON.into_iter().map(|call| (call, Vec::new())).collect();
+    let mut rules = rules_of(COMMON.into_iter().chain(ABSENT));
+    rules.insert(libc::SYS_tgkill, one_of(0, [u64::from(std::process::id())])?);
     rules.insert(libc::SYS_mmap, without(2, libc::PROT_EXEC)?);
     rules.insert(libc::SYS_mprotect, without(2, libc::PROT_EXEC)?);
     // The standard library of a debug build looks whether what it closes is open.
@@ -293,14 +324,15 @@ fn processor() -> Result<Rules> {
 
 fn device() -> Result<Rules> {
     let mut rules = common()?;
-    rules.extend(DEVICE.into_iter().map(|call| (call, Vec::new())));
+    rules.extend(rules_of(DEVICE));
+    rules.insert(libc::SYS_clone, masked(0, THREAD | SPACES, THREAD)?);
     rules.insert(libc::SYS_prctl, one_of(0, [u64::from(libc::PR_SET_NAME.cast_unsigned())])?);
     Ok(rules)
 }
 
 fn whole() -> Result<Rules> {
     let mut rules = device()?;
-    rules.extend(WHOLE.into_iter().map(|call| (call, Vec::new())));
+    rules.extend(rules_of(WHOLE));
     let ioctls = PROCESSOR_IOCTLS.into_iter().chain(WHOLE_IOCTLS).map(u64::from);
     rules.insert(libc::SYS_ioctl, one_of(1, ioctls.chain(DESCRIPTOR_IOCTLS))?);
     let names_and_rights = [libc::PR_SET_NAME, libc::PR_SET_NO_NEW_PRIVS].map(|what| u64::from(what.cast_unsigned()));
