@@ -33,7 +33,6 @@ mod table;
 mod umount;
 mod upkeep;
 mod vm;
-mod vm_disks;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

@@ -5,7 +5,6 @@
 mod commands;
 mod confined;
 mod devices;
-mod disks;
 mod life;
 mod nested;
 mod network;
