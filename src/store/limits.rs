@@ -94,7 +94,7 @@ impl Store {
         head.limits.take(clock::now(), settings, bytes)
     }
 
-    /// As [`Store::take_turn`], for who has just come: others may wait already. Tells whether it passes.
+    /// As `Store::take_turn`, for who has just come: others may wait already. Tells whether it passes.
     pub fn has_turn(&self, head: &Head, bytes: u64) -> bool {
         !head.limits.any.load(Ordering::Relaxed) || !head.waiters.for_turn() && self.take_turn(head, bytes).is_ok()
     }

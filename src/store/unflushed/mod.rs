@@ -21,7 +21,7 @@
 //!    flush has covered it ([`Unflushed::is_strict`]).
 //! 4. A log as long as [`LONG`] is flushed.
 //! 5. After a failed sync the page cache is not what is on the disk, so no log of that opening is believed any more: they
-//!    are emptied when the pool begins to refuse writes ([`Files::spoil`]).
+//!    are emptied when the pool begins to refuse writes (`Files::spoil`).
 //! 6. Where there was a log to be and it cannot be trusted to the end, who comes back under a reservation is told: its first
 //!    flush fails (`Disk::flush`). Until then no log is begun, whoever writes: that there is none is how the next opening
 //!    knows, should this process be killed before. Rule 3 holds meanwhile.
