@@ -4,8 +4,8 @@
 //! 1. Every answer says which it is: `{"answer":"disk", ...}`. Names are never changed, fields only added.
 //! 2. Sizes and amounts are bytes, times are seconds since 1970 in UTC, what is not known or not set is `null`.
 //! 3. These types carry nothing but data. What a disk, a snapshot or a setting is inside is turned into what it is here in
-//!    `from_core` and nowhere else. A report (check, rebuild, scrub, streams, verify) is nothing but its fields from the start: the struct of
-//!    the module that makes it is the answer, and a test pins how each is written.
+//!    `from_core` and nowhere else. A report (check, rebuild, scrub, streams, verify) is nothing but its fields from the
+//!    start: the struct of the module that makes it is the answer, and a test pins how each is written.
 
 mod from_core;
 

@@ -246,8 +246,8 @@ impl Store {
         Ok(())
     }
 
-    /// Brings logged blocks to their segments, replays what a killed process had not flushed, and numbers the opening, durably: from here on the pool counts as not closed
-    /// in order.
+    /// Brings logged blocks to their segments, replays what a killed process had not flushed, and numbers the opening, durably:
+    /// from here on the pool counts as not closed in order.
     fn begin_opening(self: &Arc<Self>, clean: bool) -> Result<()> {
         let weak = Arc::downgrade(self);
         self.ledger.on_fold(Box::new(move |segments| match weak.upgrade() {

@@ -7,8 +7,10 @@
 //! 2. The kernel says when a signal has come for whoever asked (INTERRUPT): what waits then is answered with EINTR, also when
 //!    it begins to wait after that. What does not wait is done as if nothing had happened.
 //! 3. Of asynchronous I/O the kernel does not say it, and fuser does not pass it on: a process that is ending is found out
-//!    now and then, a few times a second. Which one it is is noted when the waiting begins; if the thread that asked has
-//!    ended by then, it is not known, and the request waits for what it needs or for the end of the mount.
+//!    now and then, a few times a second. Which one it is is noted when the waiting begins, also for what the thread asks
+//!    later: a killed program leaves requests in the kernel that come when their thread has ended. Where a thread has ended
+//!    before anything of it waited, its process is not known, and the request waits for what it needs or for the end of the
+//!    mount.
 //! 4. When the mount ends nothing waits any more.
 //! 5. An operation that panics is answered with EIO and takes nothing else with it.
 
@@ -32,6 +34,8 @@ use crate::workers::Workers;
 const EXITING: u64 = 4;
 /// SIGKILL, among the signals that a thread has to take yet; the kernel makes one of whatever ends a program.
 const KILL: u64 = 1 << 8;
+/// Threads of which the process is remembered; then it begins anew.
+const THREADS_MAX: usize = 1024;
 
 /// Why an operation has not been done.
 #[derive(Debug)]
@@ -134,6 +138,8 @@ pub(super) struct Waits {
     pub(super) workers: Workers,
     /// What can be called back, by the numbers of the requests.
     asked: Mutex<HashMap<u64, Asked>>,
+    /// The processes of threads that had something waiting.
+    processes: Mutex<HashMap<u32, u64>>,
     ended: AtomicBool,
 }
 
@@ -145,7 +151,8 @@ impl std::fmt::Debug for Waits {
 
 impl Waits {
     pub(super) fn new(tree: Arc<Tree>, workers: Workers) -> Arc<Self> {
-        Arc::new(Self { tree, workers, asked: Mutex::default(), ended: AtomicBool::new(false) })
+        let (asked, processes) = (Mutex::default(), Mutex::default());
+        Arc::new(Self { tree, workers, asked, processes, ended: AtomicBool::new(false) })
     }
 
     /// Attempts it on this thread.
@@ -225,11 +232,23 @@ impl Waits {
         let asked = self.asked.lock().get(&unique).map(|asked| (asked.thread, Arc::clone(&asked.process)));
         if let Some((thread, known)) = asked
             && known.get().is_none()
-            && let Some(process) = process_of(thread)
+            && let Some(process) = self.process_of(thread)
         {
             // Nobody else notes it: an errand is in one place at a time.
             known.get_or_init(|| process);
         }
+    }
+
+    /// Returns the process of a thread, as it is or, for one that has ended, as it was.
+    fn process_of(&self, thread: u32) -> Option<u64> {
+        let found = process_of(thread);
+        let mut processes = self.processes.lock();
+        let Some(process) = found else { return processes.get(&thread).copied() };
+        if processes.len() >= THREADS_MAX {
+            processes.clear();
+        }
+        processes.insert(thread, process);
+        found
     }
 
     fn answer<E: Errand>(&self, unique: u64, errand: E, answer: Answer<E::Done>) {

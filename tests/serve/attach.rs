@@ -4,7 +4,8 @@ use std::io::{BufRead, BufReader};
 use std::process::Stdio;
 
 use super::client::{Nbd, list};
-use super::{Server, mode, wait_until};
+use super::{Server, mode};
+use crate::real::wait_for;
 
 #[test]
 fn several_disks_and_snapshots_are_served_at_one_address_under_the_names_they_have_now() {
@@ -39,7 +40,7 @@ fn several_disks_and_snapshots_are_served_at_one_address_under_the_names_they_ha
     let gone = server.json("detach 1");
     assert_eq!((&gone["answer"], &gone["exports"][0]["id"]), (&"detached".into(), &1.into()));
     assert!(client.read(4096, 4096).is_err(), "it was cut off");
-    wait_until("the server ends with its last export", || !server.it.pool().join("control.sock").exists());
+    wait_for("the server ends with its last export", || !server.it.pool().join("control.sock").exists());
     assert!(!server.sock().exists());
     server.json("rm data");
     server.json("check");

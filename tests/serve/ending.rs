@@ -9,8 +9,9 @@ use afterimage::disk;
 use afterimage::error::Kind;
 use afterimage::progress::Silent;
 
+use super::Server;
 use super::client::Nbd;
-use super::{Server, wait_until};
+use crate::real::wait_for;
 use crate::real::{require_programs, shell};
 
 /// Were they ended one after another, the second would not hear of it before the first had been cut off, with replies that
@@ -61,7 +62,7 @@ fn what_is_attached_while_the_server_ends_is_not_kept() {
         let open = || std::fs::OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(path("pipe"));
         // Opened once: its end is that of the certificate.
         let pipe = std::cell::RefCell::new(None);
-        wait_until("the certificate is read", || {
+        wait_for("the certificate is read", || {
             *pipe.borrow_mut() = open().ok();
             pipe.borrow().is_some()
         });

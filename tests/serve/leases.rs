@@ -2,8 +2,9 @@
 
 use std::os::unix::fs::FileExt;
 
+use super::Server;
 use super::client::{Nbd, ask_about};
-use super::{Server, wait_until};
+use crate::real::wait_for;
 
 const EBUSY: Option<i32> = Some(libc::EBUSY);
 
@@ -41,7 +42,7 @@ fn an_nbd_client_has_the_lease_as_long_as_it_is_connected() {
     drop(first);
     assert_eq!(server.open_to_write("web").unwrap_err().raw_os_error(), EBUSY, "one is still there");
     drop(second);
-    wait_until("the lease falls", || server.open_to_write("web").is_ok());
+    wait_for("the lease falls", || server.open_to_write("web").is_ok());
 }
 
 #[test]

@@ -16,13 +16,13 @@ mod restart;
 mod waits;
 
 use std::path::Path;
-use std::time::{Duration, Instant};
 
 use afterimage::api::{Client, Request, Response};
 use afterimage::progress::Silent;
 use serde_json::Value;
 
 use crate::cli::Afterimage;
+use crate::real::wait_for;
 
 /// A pool with a server that ends with the test.
 struct Server {
@@ -114,11 +114,11 @@ impl Server {
         let pid = self.pid();
         rustix::process::kill_process(pid, signal).unwrap();
         let lock = || afterimage::pool::PoolLock::take(&self.it.pool());
-        wait_until("the server ends", || lock().is_ok());
+        wait_for("the server ends", || lock().is_ok());
         let mount = self.it.path("mnt");
         // Listed: names the kernel may still have.
         let shows = || std::fs::read_dir(&mount).is_ok_and(|mut names| names.next().is_some());
-        wait_until("the mount is dead or gone", || !shows());
+        wait_for("the mount is dead or gone", || !shows());
     }
 }
 
@@ -131,16 +131,6 @@ impl Drop for Server {
         if let Ok(Some(client)) = Client::find(&self.it.pool()) {
             client.ask(&Request::Shutdown {}, &Silent).ok();
         }
-    }
-}
-
-/// Waits for something that happens soon.
-#[track_caller]
-fn wait_until(what: &str, done: impl Fn() -> bool) {
-    let begun = Instant::now();
-    while !done() {
-        assert!(begun.elapsed() < Duration::from_secs(30), "it does not come to pass that {what}");
-        std::thread::sleep(Duration::from_millis(10));
     }
 }
 

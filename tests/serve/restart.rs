@@ -4,7 +4,8 @@ use afterimage::store::unflushed::{LogHeader, log_path};
 use afterimage::units::DiskId;
 
 use super::client::Nbd;
-use super::{Server, mode, wait_until};
+use super::{Server, mode};
+use crate::real::wait_for;
 
 /// Everything that is attached, without what changes by itself.
 fn attached(server: &Server) -> Vec<String> {
@@ -73,7 +74,7 @@ fn who_was_writing_finds_its_disk_reserved() {
         assert_eq!(again.read(4096, 0).unwrap(), [5; 4096]);
         assert_eq!(server.json("info web")["reserved"], serde_json::Value::Null);
         drop(again);
-        wait_until("it has let go", || server.open_to_write("web").is_ok());
+        wait_for("it has let go", || server.open_to_write("web").is_ok());
     }
     // Who let go has no claim.
     server.kill();

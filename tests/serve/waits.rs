@@ -7,8 +7,9 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 
+use super::Server;
 use super::client::Nbd;
-use super::{Server, wait_until};
+use crate::real::wait_for;
 use crate::vhost::guest::{FLUSH, Guest, IN, OUT};
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
@@ -36,7 +37,7 @@ fn waiting(server: &Server) -> u64 {
 /// Waits until requests wait for room, if that is what they wait for.
 fn wait_until_they_wait(server: &Server, cause: &str) {
     if cause.contains("wait") {
-        wait_until("writes wait for room", || waiting(server) > 0);
+        wait_for("writes wait for room", || waiting(server) > 0);
         let output = server.it.run(&["ls"]);
         let shown = String::from_utf8_lossy(&output.stdout).into_owned();
         assert!(shown.contains("disk 'web': ") && shown.contains(" for room"), "{shown}");
@@ -130,7 +131,7 @@ fn over_nbd_they_go_on_when_the_cause_is_gone_and_hold_nothing_up_meanwhile() {
             left.retain(|n| *n != cookie);
         }
         client.stream.write_all(&request(2, 0, 0, 0)).unwrap();
-        wait_until("the lease falls", || server.holder("web").is_none());
+        wait_for("the lease falls", || server.holder("web").is_none());
         server.json("set web quota=none enospc=fail");
         assert_eq!(waiting(&server), 0);
         // Unmapped: the next round needs room again.
@@ -151,14 +152,14 @@ fn an_nbd_client_that_goes_or_is_detached_leaves_no_lease() {
         let client = Flood::new(&server);
         wait_until_they_wait(&server, cause);
         drop(client);
-        wait_until("the lease falls", || server.holder("web").is_none());
+        wait_for("the lease falls", || server.holder("web").is_none());
         // With more requests than the server takes it does not read the end of the connection.
         let floods: Vec<_> = (0..2).map(|_| Flood::new(&server)).collect();
         let mut more = Flood::new(&server);
         let bytes: Vec<_> = (0..80).flat_map(|n| [request(1, n, 0, BLOCK as u32), vec![1; BLOCK]].concat()).collect();
         more.stream.write_all(&bytes).unwrap();
         drop((floods, more));
-        wait_until("the lease falls", || server.holder("web").is_none());
+        wait_for("the lease falls", || server.holder("web").is_none());
         // Detached, it is told.
         let first = server.exports()[0]["id"].clone();
         let second = server.json("attach nbd web --socket DIR/second")["id"].clone();
@@ -174,7 +175,7 @@ fn an_nbd_client_that_goes_or_is_detached_leaves_no_lease() {
         assert_eq!(server.holder("web"), None);
         server.json("set web quota=none enospc=fail iops=none bandwidth=none");
         server.json(&format!("detach {first}"));
-        wait_until("it has ended", || afterimage::pool::PoolLock::take(&server.it.pool()).is_ok());
+        wait_for("it has ended", || afterimage::pool::PoolLock::take(&server.it.pool()).is_ok());
         server.json("serve nbd web --socket SOCK --daemon");
     }
 }
@@ -311,7 +312,7 @@ fn dd(server: &Server, direct: bool) -> Child {
 fn ends(child: &mut Child) -> std::process::ExitStatus {
     let status = std::cell::Cell::new(None);
     let child = std::cell::RefCell::new(child);
-    wait_until("the program ends", || {
+    wait_for("the program ends", || {
         status.set(child.borrow_mut().try_wait().unwrap());
         status.get().is_some()
     });
@@ -325,7 +326,7 @@ fn in_a_file_they_go_on_when_the_cause_is_gone_and_hold_nothing_up_meanwhile() {
             let Some(server) = Server::mounted() else { return };
             server.json(&format!("set web {cause}"));
             let mut writer = dd(&server, direct);
-            wait_until("it writes", || server.holder("web").is_some());
+            wait_for("it writes", || server.holder("web").is_some());
             wait_until_they_wait(&server, cause);
             nobody_else_waits(&server, round);
             // It can be opened and, without a limit, read; so can others, and be written.
@@ -348,11 +349,11 @@ fn a_program_that_is_killed_ends_and_leaves_no_lease() {
             let Some(server) = Server::mounted() else { return };
             server.json(&format!("set web {cause}"));
             let mut writer = dd(&server, true);
-            wait_until("it writes", || server.holder("web").is_some());
+            wait_for("it writes", || server.holder("web").is_some());
             wait_until_they_wait(&server, cause);
             rustix::process::kill_process(rustix::process::Pid::from_child(&writer), signal).unwrap();
             assert!(!ends(&mut writer).success());
-            wait_until("the lease falls", || server.holder("web").is_none());
+            wait_for("the lease falls", || server.holder("web").is_none());
             assert_eq!(waiting(&server), 0);
             server.json("umount DIR/mnt");
         }
@@ -360,7 +361,6 @@ fn a_program_that_is_killed_ends_and_leaves_no_lease() {
 }
 
 #[test]
-#[ignore = "ends in time three times in four: who has asked is sometimes found out too late, see tree/waits.rs"]
 fn a_program_with_asynchronous_io_can_be_killed_as_well() {
     if !crate::real::require_programs(&["fio"]) {
         return;
@@ -376,11 +376,11 @@ fn a_program_with_asynchronous_io_can_be_killed_as_well() {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        wait_until("it writes", || server.holder("web").is_some());
+        wait_for("it writes", || server.holder("web").is_some());
         wait_until_they_wait(&server, cause);
         writer.kill().unwrap();
         assert!(!ends(&mut writer).success());
-        wait_until("the lease falls", || server.holder("web").is_none());
+        wait_for("the lease falls", || server.holder("web").is_none());
     }
 }
 
@@ -390,7 +390,7 @@ fn a_server_ends_while_a_program_waits() {
         let Some(server) = Server::mounted() else { return };
         server.json(&format!("set web {cause}"));
         let mut writer = dd(&server, true);
-        wait_until("it writes", || server.holder("web").is_some());
+        wait_for("it writes", || server.holder("web").is_some());
         wait_until_they_wait(&server, cause);
         server.end();
         assert!(!ends(&mut writer).success(), "{cause}: it was never acknowledged");
@@ -406,7 +406,7 @@ fn without_waiting_no_room_is_an_error_of_each_front_end() {
     file.write_all_at(&[1; BLOCK], 0).unwrap();
     assert_eq!(file.write_all_at(&[1; BLOCK], 8192).unwrap_err().raw_os_error(), Some(libc::ENOSPC));
     drop(file);
-    wait_until("the lease falls", || server.holder("web").is_none());
+    wait_for("the lease falls", || server.holder("web").is_none());
     server.json("attach nbd web --socket SOCK");
     let mut client = Nbd::open(&server.sock(), "web").unwrap();
     assert_eq!(client.write(&[1; BLOCK], 8192).unwrap(), 28);
