@@ -5,6 +5,10 @@
 //! 2. The first thread is made at once, so that a task always has one to wait for: a host that has no more threads makes
 //!    tasks slower. None is ever run by the thread that brings it, which must not wait.
 //! 3. A task that panics takes nothing with it but itself.
+//!
+//! # Why none sleeps on something undone
+//! A thread looks for a task under the lock under which one is brought, and sleeps only when there is none. One that was woken
+//! and has not come yet counts as idle, and then takes all there are, one after the other.
 
 use std::collections::VecDeque;
 use std::io;

@@ -328,7 +328,8 @@ pub struct Export {
     pub clients: u64,
     /// Disks it has open for writing.
     pub writing: Vec<String>,
-    /// `on`; `failed` when it could not be started again; `off` when no server is running.
+    /// `on`; `failed` when it could not be started again; `ending` when it was detached and the host has not ended its I/O;
+    /// `off` when no server is running.
     pub state: String,
     /// Why it failed.
     pub error: Option<String>,

@@ -9,12 +9,12 @@ use std::path::{Path, PathBuf};
 use clap::{ArgGroup, Args, ValueEnum};
 
 use super::screen::Screen;
-use super::server::{Duty, PoolServer, take_lock};
+use super::server::{Duty, PoolServer, already_served};
 use super::show::Style;
 use super::table::{Head, Table};
 use super::{Ask, Global, daemon};
 use crate::api::answer::Export;
-use crate::api::{Client, Request, check_is_pool};
+use crate::api::{Client, Entry, Request, Response, check_is_pool, enter};
 use crate::error::{Error, Result};
 use crate::pool::ExportKind;
 use crate::progress::Silent;
@@ -124,6 +124,12 @@ fn absolute(path: &Path) -> Result<String> {
 /// With a server running on the pool it is told to, and the command returns at once. Without one the pool is opened and
 /// served in the foreground until Ctrl-C, or until the last disk is detached. A disk that is open for writing elsewhere is
 /// refused: one writer at a time, be it the mount, an NBD client or a guest. Snapshots can be read by any number.
+///
+/// With --persist the same command can be said again, as a service does when it is started: what is served already is
+/// answered with, and what could not be started is attempted again. Another command for the same address is refused.
+///
+/// A server that was started here ends with the last 'afterimage detach', which also ends what was to persist. To end the
+/// server and keep that, send SIGTERM to it; 'afterimage doctor' tells the number of its process.
 #[derive(Debug, Args)]
 pub(super) struct Serve {
     #[command(flatten)]
@@ -137,7 +143,10 @@ impl Serve {
     pub(super) fn run(self, global: &Global, screen: &Screen) -> Result<u8> {
         let pool = check_is_pool(global.pool()?)?;
         let request = self.how.request()?;
-        if let Some(client) = Client::find(&pool)? {
+        // The background half answers in its own way, below.
+        if !daemon::is_child()
+            && let Some(client) = Client::find(&pool)?
+        {
             screen.answer(&client.ask(&request, &Silent)?, Style::Brief);
             return Ok(0);
         }
@@ -150,22 +159,37 @@ impl Serve {
     }
 }
 
-/// Becomes the server of a pool, in the foreground or as the background half of a command.
+/// Becomes the server of a pool, in the foreground or as the background half of a command. Where somebody else has become it a
+/// moment before, that one is asked to attach.
 pub(super) fn serve(pool: &Path, duty: &Duty, screen: &Screen, note: &str) -> Result<u8> {
-    if !daemon::is_child() {
-        let server = PoolServer::start(take_lock(pool)?, pool, duty)?;
-        screen.answer(&server.answer(), Style::Brief);
-        screen.note(note);
-        return server.wait().map(|()| 0);
+    let child = daemon::is_child();
+    if child {
+        daemon::detach()?;
     }
-    daemon::detach()?;
-    let server = daemon::report(screen, || {
-        let lock = take_lock(pool)?;
-        daemon::begin_log(pool, &lock)?;
+    let begin = || -> Result<(Option<PoolServer>, Response)> {
+        let lock = match (enter(pool)?, duty) {
+            (Entry::Lock(lock), _) => lock,
+            (Entry::Server(client), Duty::Attach(request)) => return Ok((None, client.ask(request, &Silent)?)),
+            (Entry::Server(client), Duty::Mount(_)) => return Err(already_served(pool, &client)),
+        };
+        if child {
+            daemon::begin_log(pool, &lock)?;
+        }
         let server = PoolServer::start(lock, pool, duty)?;
         let answer = server.answer();
-        Ok((server, answer))
-    })?;
+        Ok((Some(server), answer))
+    };
+    let server = if child {
+        daemon::report(screen, begin)?
+    } else {
+        let (server, answer) = begin()?;
+        screen.answer(&answer, Style::Brief);
+        server
+    };
+    let Some(server) = server else { return Ok(0) };
+    if !child {
+        screen.note(note);
+    }
     server.wait().map(|()| 0)
 }
 
@@ -186,8 +210,12 @@ impl Attach {
 
 /// End what attach or serve began
 ///
-/// What is in flight is finished; clients that are connected are cut off. What was attached with --persist is not served
-/// again, and no disk is kept for it any longer; for that no server has to run.
+/// What is in flight is finished, of a request that takes long only the part that has begun; clients that are connected are cut
+/// off. What was attached with --persist is not served again, and no disk is kept for it any longer; for that no server has to
+/// run.
+///
+/// When the command returns, nobody can reach the disk through the export any more. If the host does not end I/O in time, it
+/// fails with exit code 4 and says so, and the export is listed as "ending" until then.
 #[derive(Debug, Args)]
 pub(super) struct Detach {
     /// Number of the export, or the disk or snapshot that is served
@@ -203,7 +231,8 @@ impl Detach {
 
 /// List what is attached
 ///
-/// Without a server it lists what will be served again when one is started.
+/// Without a server it lists what will be served again when one is started. What failed to start is attempted again when the
+/// command that attached it is said again.
 #[derive(Debug, Args)]
 pub(super) struct Exports {}
 

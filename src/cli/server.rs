@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 
 use super::signal;
-use crate::api::{Answer, Client, Entry, Request, Response, Server, Service, Target, enter, open_store};
+use crate::api::{Answer, Client, Request, Response, Server, Service, Target, open_store};
 use crate::error::{Error, Result};
 use crate::pool::PoolLock;
 use crate::progress::Silent;
@@ -99,7 +99,7 @@ pub(super) struct PoolServer {
 }
 
 impl PoolServer {
-    /// Opens the pool, whose lock is [`take_lock`]'s, and begins.
+    /// Opens the pool, whose lock this is, and begins.
     pub(super) fn start(lock: PoolLock, pool: &Path, duty: &Duty) -> Result<Self> {
         if let Err(error) = crate::sys::process::raise_open_files() {
             tracing::debug!("the limit of open files stays as it is: {error}");
@@ -195,15 +195,8 @@ fn spawn_unmounter(asked: Receiver<()>, unmount: Box<dyn Fn() + Send + Sync>) ->
     Ok(())
 }
 
-/// Takes the lock of a pool that is to be served.
-pub(super) fn take_lock(pool: &Path) -> Result<PoolLock> {
-    match enter(pool)? {
-        Entry::Lock(lock) => Ok(lock),
-        Entry::Server(client) => Err(already_served(pool, &client)),
-    }
-}
-
-fn already_served(pool: &Path, client: &Client) -> Error {
+/// Returns the error for a pool that has a server, where another one is wanted.
+pub(super) fn already_served(pool: &Path, client: &Client) -> Error {
     let shown = pool.display();
     let Ok(Response::Status(status)) = client.ask(&Request::Status {}, &Silent) else {
         return Error::busy(format!("the pool {shown} is served by another process"));

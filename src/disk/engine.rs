@@ -20,6 +20,12 @@
 //!    Its user can do that earlier, and gets those requests back as [`crate::error::Kind::Cancelled`]: they were not done.
 //! 6. A mistake of ours (a panic) fails its request and nothing else.
 //!
+//! # Why it never sleeps on something undone
+//! A request is under way until [`Engine::finished`] has returned it. What is finished is looked for before each sleep, and
+//! the ring itself does not wait while it has a finished job or has seen a watched descriptor readable. Whenever
+//! other threads have anything their bell is watched, from before the sleep on; they ring it after they have put something
+//! back, and it is silenced before that is taken.
+//!
 //! # Why
 //! A thread for each request takes turns with the others on the CPUs; `tests/bench/disk` at depth 16 spent more time
 //! switching than working. One thread that gives the host all it has with one system call needs none of that.

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use super::Disk;
 use crate::error::{Error, Kind, Result};
-use crate::store::tenancy::Refusal;
+use crate::store::tenancy::{Refusal, Removal};
 use crate::store::{Change, Head, Store};
 use crate::units::DiskId;
 
@@ -118,11 +118,13 @@ impl Disk {
     /// Says what the disk is attached to: it is not removed until the answer is dropped.
     ///
     /// # Errors
-    /// `NotFound` when it was removed.
+    /// `NotFound` when it was removed, `Busy` while it is being removed.
     pub fn attach(&self, what: &str) -> Result<Attached> {
-        self.head.tenancy.attach(what);
+        if !self.head.tenancy.attach(what) {
+            return Err(Error::busy("the disk is being removed"));
+        }
         let attached = Attached { head: Arc::clone(&self.head), what: what.to_owned() };
-        // After it was noted: a removal looks before it marks the disk as gone.
+        // After it was noted: a removal begins only while nothing is noted, and has marked the disk as gone when it ends.
         self.head.refuse_gone()?;
         Ok(attached)
     }
@@ -184,10 +186,20 @@ impl Store {
     /// # Errors
     /// `Busy` with what it is attached to.
     pub fn refuse_attached(&self, head: &Head) -> Result<()> {
-        let Some(what) = head.tenancy.attached() else { return Ok(()) };
+        head.tenancy.attached().map_or(Ok(()), |what| Err(self.is_attached(head, &what)))
+    }
+
+    fn is_attached(&self, head: &Head, what: &str) -> Error {
         let name = self.tables.read().disk(head.id).map(|row| row.name.clone()).unwrap_or_default();
-        Err(Error::busy(format!("disk '{name}' is attached as {what}"))
-            .hint("detach it first with 'afterimage detach'"))
+        Error::busy(format!("disk '{name}' is attached as {what}")).hint("detach it first with 'afterimage detach'")
+    }
+
+    /// As [`Store::refuse_attached`], and it is not attached to anything until the answer is dropped.
+    ///
+    /// # Errors
+    /// `Busy` with what it is attached to.
+    pub fn begin_removal<'a>(&self, head: &'a Head) -> Result<Removal<'a>> {
+        head.tenancy.begin_removal().map_err(|what| self.is_attached(head, &what))
     }
 
     /// Tells whether somebody has a disk open for writing.

@@ -150,7 +150,8 @@ pub fn remove(store: &Arc<Store>, name: &str, recursive: bool) -> Result<()> {
     let gate = head.gate.write();
     let line = head.line();
     let ticket = {
-        store.refuse_attached(&head)?;
+        // Until the disk is marked as gone.
+        let _removal = store.begin_removal(&head)?;
         store.refuse_leased(&head)?;
         // A write may have come between: what it handed out must be known before the disk goes.
         if head.dirty_chunks() > 0 {

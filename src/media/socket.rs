@@ -136,13 +136,24 @@ fn make_way(path: &Path, short: &Path) -> Result<()> {
         return Err(Error::exists(format!("{} is there and is no socket", path.display()))
             .hint("name another path, or remove it"));
     }
-    match UnixStream::connect(short) {
+    let busy = || Error::busy(format!("somebody listens on {}", path.display())).hint("name another path");
+    match connect_now(short) {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
             fs::remove_file(path).map_err(|e| Error::io(format!("cannot remove {}", path.display()), e))
         }
-        Ok(_) => Err(Error::busy(format!("somebody listens on {}", path.display())).hint("name another path")),
+        // One who accepts nobody listens all the same.
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(busy()),
+        Ok(_) => Err(busy()),
         Err(error) => Err(Error::io(format!("cannot tell whether somebody listens on {}", path.display()), error)),
     }
+}
+
+/// Connects, or says that this would have to wait: for one that listens and has as many to accept as it takes.
+fn connect_now(path: &Path) -> io::Result<UnixStream> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(UnixStream::from(socket))
 }
 
 #[cfg(test)]
@@ -174,6 +185,15 @@ mod tests {
             assert!(path.exists(), "the name belongs to another by then");
             drop(third);
         }
+        // As many wait to be accepted as there may, and nobody accepts them.
+        let full = dir.path().join("full");
+        let first = Socket::listen(&full, 1).unwrap();
+        let mut waiting = Vec::new();
+        waiting.extend(std::iter::from_fn(|| connect_now(&full).ok()));
+        assert!(!waiting.is_empty());
+        assert_eq!(Socket::listen(&full, 1).unwrap_err().kind(), crate::error::Kind::Busy);
+        assert!(full.exists());
+        drop(first);
         let file = dir.path().join("file");
         std::fs::OpenOptions::new().write(true).create_new(true).open(&file).unwrap();
         assert_eq!(Socket::listen(&file, 1).unwrap_err().kind(), crate::error::Kind::Exists);

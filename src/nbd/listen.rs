@@ -67,7 +67,12 @@ impl Listener {
         match listen {
             Listen::Tcp(address) => {
                 let fail = |e| Error::io(format!("cannot listen on {address}"), e);
-                let listener = TcpListener::bind(address).map_err(fail)?;
+                let listener = TcpListener::bind(address).map_err(|error| match error.kind() {
+                    io::ErrorKind::AddrInUse => {
+                        Error::busy(format!("somebody listens on {address}")).hint("name another port").because(error)
+                    }
+                    _ => fail(error),
+                })?;
                 let address = listener.local_addr().map_err(fail)?.to_string();
                 Ok(Self { bound: Bound::Tcp(listener), address })
             }

@@ -19,7 +19,13 @@
 //!    connection goes on.
 //! 5. Whatever ends the connection, what was begun is finished first. A client that says goodbye, or whose server ends,
 //!    gets the replies to what was begun. What waits on purpose, for room or for a limit, is not waited for: it is answered
-//!    with ESHUTDOWN, and was not done.
+//!    with ESHUTDOWN, and was not done. Zeros that are written part after part end after the part that was begun, and are
+//!    answered so, too, when the server ends.
+//!
+//! # Why it never sleeps on something undone
+//! With anything in the engine, finished or not, it waits there, and for the client as far as that is wanted. Otherwise it
+//! waits for the client to take replies if there are some, for memory if a request needs it, a second at most, and for the
+//! next request only when all that was received is begun and all replies are sent.
 //!
 //! # Order
 //! Replies come as requests are finished. A flush, or FUA, covers every write that was answered before it was sent, on any
@@ -465,6 +471,10 @@ impl<'a> Session<'a> {
         if let Step::Zeros(left) = tag.step
             && left > 0
         {
+            if self.stopping.load(Ordering::Acquire) {
+                pages.into_iter().for_each(|pages| self.buffers.give_back(pages));
+                return self.fail(&request, Errno::Shutdown);
+            }
             let next = left.min(ZEROS);
             let tag = Tag { step: Step::Zeros(left - next), ..tag };
             return self.give(offset + len, next, Op::Write { durable: false }, pages, tag);

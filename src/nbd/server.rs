@@ -140,14 +140,29 @@ impl Server {
     pub fn stop(self) {
         drop(self);
     }
-}
 
-impl Drop for Server {
-    fn drop(&mut self) {
+    /// As [`Self::stop`], with so much time for clients to take their replies, and then for I/O under way. When that was not
+    /// enough, returns what waits until it was.
+    pub fn stop_within(mut self, patience: Duration) -> Option<Box<dyn FnOnce() + Send>> {
+        if self.end(patience) {
+            return None;
+        }
+        let shared = Arc::clone(&self.shared);
+        Some(Box::new(move || {
+            let mut connections = shared.connections.lock();
+            while !connections.is_empty() {
+                shared.left.wait(&mut connections);
+            }
+        }))
+    }
+
+    /// Ends it; tells whether everything is let go.
+    fn end(&mut self, patience: Duration) -> bool {
+        let Some(thread) = self.thread.take() else { return true };
         let shared = &self.shared;
         shared.stopping.store(true, Ordering::Release);
         shared.listener.close();
-        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
+        if thread.join().is_err() {
             tracing::error!("the thread that accepts NBD connections panicked");
         }
         // A thread that waits for a request finds the end instead.
@@ -157,13 +172,20 @@ impl Drop for Server {
                 // One that is closed already needs it no more.
                 rustix::net::shutdown(socket, how).ok();
             }
-            let deadline = clock::now() + STOP_TIME;
+            let deadline = clock::now() + patience;
             while !connections.is_empty() && !shared.left.wait_until(&mut connections, deadline).timed_out() {}
             if connections.is_empty() {
-                return;
+                return true;
             }
             tracing::warn!("{} NBD connections do not {late}", connections.len());
         }
+        false
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.end(STOP_TIME);
     }
 }
 

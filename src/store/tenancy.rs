@@ -47,6 +47,8 @@ struct State {
     loss: Option<(String, String)>,
     /// What the disk is attached to.
     attached: Vec<String>,
+    /// It is being removed, and is attached to nothing meanwhile.
+    removing: bool,
 }
 
 /// Who uses a disk.
@@ -62,6 +64,16 @@ pub struct Tenancy {
     watched: AtomicBool,
     announcing: AtomicBool,
     announcement: Mutex<()>,
+}
+
+/// A disk is being removed, until this is dropped: by then it is marked as gone, or stays.
+#[derive(Debug)]
+pub struct Removal<'a>(&'a Tenancy);
+
+impl Drop for Removal<'_> {
+    fn drop(&mut self) {
+        self.0.state.lock().removing = false;
+    }
 }
 
 /// Why a lease cannot be had.
@@ -257,9 +269,29 @@ impl Tenancy {
         state.loss.take().map(|(_, why)| why)
     }
 
-    /// Notes what the disk is attached to.
-    pub fn attach(&self, what: &str) {
-        self.state.lock().attached.push(what.to_owned());
+    /// Notes what the disk is attached to; tells whether it is, which it is not while it is being removed.
+    #[must_use]
+    pub fn attach(&self, what: &str) -> bool {
+        let mut state = self.state.lock();
+        if !state.removing {
+            state.attached.push(what.to_owned());
+        }
+        !state.removing
+    }
+
+    /// Lets nothing be attached until the answer is dropped.
+    ///
+    /// # Errors
+    /// What the disk is attached to.
+    pub fn begin_removal(&self) -> Result<Removal<'_>, String> {
+        let mut state = self.state.lock();
+        match state.attached.first() {
+            Some(what) => Err(what.clone()),
+            None => {
+                state.removing = true;
+                Ok(Removal(self))
+            }
+        }
     }
 
     /// Ends what [`Tenancy::attach`] began.
@@ -381,6 +413,20 @@ mod tests {
         assert_eq!(tenancy.take("b", true, || {}), Err(Refusal::Kept("a".to_owned())));
         assert_eq!(tenancy.reserved().as_deref(), Some("a"));
         tenancy.take("a", true, || {}).unwrap();
+    }
+
+    /// Who attached between the look of a removal and its mark was served a disk that was gone.
+    #[test]
+    fn a_disk_is_attached_or_removed_and_never_both() {
+        let tenancy = Tenancy::default();
+        assert!(tenancy.attach("a"));
+        assert_eq!(tenancy.begin_removal().unwrap_err(), "a");
+        tenancy.detach("a");
+        let removal = tenancy.begin_removal().unwrap();
+        assert!(!tenancy.attach("b"));
+        assert_eq!(tenancy.attached(), None);
+        drop(removal);
+        assert!(tenancy.attach("b"));
     }
 
     #[test]

@@ -15,6 +15,10 @@
 //! 3. What the fast way finds wrong or unusual it does not answer: it is done again in the ordinary way, which knows.
 //! 4. A handler that panics is answered with EIO and takes nothing else with it.
 //!
+//! # Why it never sleeps on something undone
+//! It waits for the kernel's next request alone only when the ring has no job, finished or not; else in the ring, which does
+//! not wait while it has a finished one. Whatever other threads have they answer themselves.
+//!
 //! # Why
 //! fuser's threads each wait for the I/O of one request, so sixteen requests are sixteen threads that take turns on the
 //! CPUs: `tests/bench/disk` at depth 16 spent more time switching than working. One thread that submits all it finds with

@@ -7,7 +7,8 @@
 //!    after. What is read is copied into the guest when it is there.
 //! 3. After a part has failed no other of its request is begun.
 //! 4. A request that was called back while it waited for room or for a limit is not answered: whoever uses the queue next has
-//!    to begin it again, all of it ([`Flights::left`]).
+//!    to begin it again, all of it ([`Flights::left`]). So it is with one of which parts were not begun when the device is
+//!    served no more.
 
 use std::sync::Arc;
 
@@ -45,6 +46,18 @@ struct Flight {
     failed: bool,
     /// A part was called back before it was done.
     called_back: bool,
+}
+
+impl Flight {
+    /// Tells whether there is a part that was not begun.
+    fn has_more(&self) -> bool {
+        match &self.request.what {
+            What::Read(_) | What::Write(_) => self.begun < self.request.data.len(),
+            What::Flush => self.begun == 0,
+            What::Discard(spans) | What::WriteZeroes(spans) => self.begun < spans.len(),
+            What::Serial | What::Refused(_) => false,
+        }
+    }
 }
 
 /// The requests of one queue that are under way.
@@ -132,6 +145,10 @@ impl Flights {
     /// Begins as many parts as may be under way; answers the request if there is none.
     fn go_on(&mut self, memory: &dyn Memory, slot: usize, mut flight: Flight) {
         while flight.left < PARTS_MAX && !flight.failed && !flight.called_back {
+            if self.target.has_ended() && flight.has_more() {
+                flight.called_back = true;
+                break;
+            }
             let Some(part) = self.next_part(memory, slot, &mut flight) else { break };
             flight.left += 1;
             self.engine.begin(part);

@@ -70,7 +70,6 @@ pub struct Options {
 pub struct Server {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
-    patience: Duration,
 }
 
 impl std::fmt::Debug for Server {
@@ -94,7 +93,7 @@ pub fn start(options: Options, device: Arc<dyn BlockDevice>, keep: Box<dyn Any +
     let socket = Socket::listen(&options.socket, BACKLOG)?;
     socket.listener().set_nonblocking(true).map_err(host)?;
     let thread = server::run(socket, Arc::clone(&shared), keep).map_err(host)?;
-    Ok(Server { shared, thread: Some(thread), patience: STOP_TIME })
+    Ok(Server { shared, thread: Some(thread) })
 }
 
 impl Server {
@@ -114,22 +113,33 @@ impl Server {
         drop(self);
     }
 
-    /// As [`Self::stop`], and this long is not too long.
-    pub fn stop_within(mut self, patience: Duration) {
-        self.patience = patience;
+    /// As [`Self::stop`], and this long is not too long. When that was not enough, returns what waits until it was.
+    pub fn stop_within(mut self, patience: Duration) -> Option<Box<dyn FnOnce() + Send>> {
+        if self.end(patience) {
+            return None;
+        }
+        let shared = Arc::clone(&self.shared);
+        Some(Box::new(move || while !shared.wait_for_end(clock::now() + STOP_TIME) {}))
     }
-}
 
-impl Drop for Server {
-    fn drop(&mut self) {
+    /// Ends it; tells whether everything is let go.
+    fn end(&mut self, patience: Duration) -> bool {
+        let Some(thread) = self.thread.take() else { return true };
         self.shared.stop();
-        let Some(thread) = self.thread.take() else { return };
-        if !self.shared.wait_for_end(clock::now() + self.patience) {
+        let ended = self.shared.wait_for_end(clock::now() + patience);
+        if !ended {
             tracing::warn!(
                 "a vhost-user server does not end: its I/O is under way, and it keeps its disk until that ends"
             );
         } else if thread.join().is_err() {
             tracing::error!("the server of a disk failed on a mistake in this program");
         }
+        ended
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.end(STOP_TIME);
     }
 }

@@ -120,14 +120,19 @@ impl Worker {
         Ok(Self { thread, stop })
     }
 
+    /// Says that it is to stop, without waiting for it.
+    pub(super) fn ask_to_stop(&self) {
+        self.stop.asked.store(true, Ordering::Release);
+        bell::ring(&self.stop.event);
+        self.stop.cancel.cancel();
+    }
+
     /// Finishes what was taken, except what waits on purpose, and returns where the queue stands.
     ///
     /// # Errors
     /// When the thread has ended on a mistake in this program: nobody knows then.
     pub(super) fn stop(self) -> io::Result<Stopped> {
-        self.stop.asked.store(true, Ordering::Release);
-        bell::ring(&self.stop.event);
-        self.stop.cancel.cancel();
+        self.ask_to_stop();
         self.thread.join().map_err(|_| io::Error::other("the thread of a queue failed on a mistake in this program"))
     }
 }

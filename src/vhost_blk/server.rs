@@ -138,6 +138,7 @@ impl Shared {
     /// Ends the connection and takes no other.
     pub(super) fn stop(&self) {
         self.stopping.store(true, Ordering::SeqCst);
+        self.target.end();
         bell::ring(&self.stop);
         if let Some(line) = &*self.connection.lock() {
             line.cut();

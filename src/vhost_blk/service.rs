@@ -10,11 +10,19 @@
 //! 1. It is served by one thread, which never waits for one request while there are others.
 //! 2. When it is told to stop, what was taken is finished and answered first. So nothing is in flight while anything changes.
 //!    Only what waits on purpose, for room or for a limit, is called back instead: it is left in [`Service::again`], and
-//!    whoever owns the queue keeps it for the next service.
+//!    whoever owns the queue keeps it for the next service. So is the rest of a long request when the device is served no
+//!    more: nobody keeps a disk by asking for 4 GiB of it.
 //! 3. What a guest puts into its rings ends a request, or at worst the service of this queue.
 //! 4. The guest is asked to notify only when there is nothing left to do. Notifications again and again for nothing are
 //!    answered less often.
 //! 5. What the last service has left to be done again is taken like anything else: no more at a time than there is room for.
+//!
+//! # Why it never sleeps on something undone
+//! What is answered is published before each sleep, and what is to be done again is begun as soon as there is room. While
+//! anything is under way it sleeps in the engine, for which a request is under way until it was collected, be it
+//! finished, called back or waiting. With nothing under way it sleeps only after the guest was asked to notify and the ring
+//! was looked at once more. A stop wakes it: by a descriptor when nothing is under way, else with what is called back
+//! or ends.
 //!
 //! # After a crash
 //! See [`super::inflight`].
@@ -64,6 +72,8 @@ pub(crate) struct Target {
     pub(crate) read_only: bool,
     /// Requests the device failed; a log line is written for the first, second, fourth and so on.
     failures: AtomicU64,
+    /// It is served no more: of what is under way only the parts that were begun are finished.
+    ended: AtomicBool,
 }
 
 /// What whoever owns a queue and its thread call each other through.
@@ -152,7 +162,7 @@ impl<'a> Service<'a> {
     fn go_round(&mut self, flights: &mut Flights) -> Result<(), String> {
         let mut patience = Patience::default();
         let (kick, wake) = (self.wires.kick, self.wires.wake);
-        while !self.wires.stop.load(Ordering::Acquire) {
+        while !self.wires.stop.load(Ordering::Acquire) && !self.target.has_ended() {
             self.look_at_memory()?;
             self.queue.disable_notification(self.memory.map()).map_err(text)?;
             let mut busy = self.take(flights)?;
@@ -166,6 +176,8 @@ impl<'a> Service<'a> {
             }
             if full(flights) {
                 flights.engine().wait(None).map_err(text)?;
+            } else if !self.again.is_empty() {
+                // There is room by now, and the guest does not notify of these: what is under way may wait for long.
             } else if self.look(flights, &patience)? {
                 // It came before it was worth sleeping.
             } else if self.queue.enable_notification(self.memory.map()).map_err(text)? {
@@ -291,7 +303,17 @@ impl Target {
         let mut bytes = [0; SERIAL];
         bytes.iter_mut().zip(serial.bytes()).for_each(|(to, from)| *to = from);
         let read_only = read_only || device.read_only();
-        Self { device, serial: bytes, read_only, failures: AtomicU64::new(0) }
+        Self { device, serial: bytes, read_only, failures: AtomicU64::new(0), ended: AtomicBool::new(false) }
+    }
+
+    /// Ends it: nothing is begun any more, be it a request or the rest of one.
+    pub(super) fn end(&self) {
+        self.ended.store(true, Ordering::SeqCst);
+    }
+
+    /// Tells whether it was ended.
+    pub(super) fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::SeqCst)
     }
 
     /// Returns the serial number.

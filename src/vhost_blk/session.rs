@@ -116,6 +116,8 @@ impl State {
     }
 
     fn stop_all(&mut self) -> Result<()> {
+        // Or the last would go on taking requests while the first finishes what it has.
+        self.rings.iter().filter_map(|ring| ring.worker.as_ref()).for_each(Worker::ask_to_stop);
         // All of them, whatever becomes of one.
         let stopped: Vec<_> = (0..self.rings.len()).map(|index| self.stop(index)).collect();
         stopped.into_iter().collect()

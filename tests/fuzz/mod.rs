@@ -40,7 +40,8 @@ fn watch_servers() {
         let before = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |info| {
             let thread = std::thread::current();
-            if thread.name().is_some_and(|name| ["nbd-", "vhost-", "engine-"].iter().any(|of| name.starts_with(of))) {
+            let serves = ["nbd-", "vhost-", "engine-", "disk-work"];
+            if thread.name().is_some_and(|name| serves.iter().any(|of| name.starts_with(of))) {
                 FALLEN.lock().push(format!("thread {}: {info}", thread.name().unwrap_or_default()));
             }
             before(info);

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use afterimage::disk::BlockDevice;
 use afterimage::error::Kind;
-use afterimage::nbd::wire::{Command, Request};
+use afterimage::nbd::wire::{Command, Request, command};
 use afterimage::nbd::{self, Listen, Options};
 
 use super::plain::Client;
@@ -108,6 +108,34 @@ fn the_end_of_the_server_finishes_what_was_begun() {
     assert!(blocks >= answered, "{answered} writes were answered and {blocks} are there");
     rig.start(4);
     Client::enter(&rig, "a").read(0, 512);
+}
+
+/// Zeros that are to be written are written part after part: 4 GiB of them for one request, and 256 requests at a time.
+#[test]
+fn the_end_of_the_server_does_not_wait_for_zeros_that_were_not_begun() {
+    let mut rig = Rig::new();
+    rig.disk("a", 64 << 30);
+    let mut client = Client::enter(&rig, "a");
+    for n in 0..200 {
+        client.request(Command::WriteZeroes, command::NO_HOLE, n, 0, u32::MAX);
+    }
+    let begun = Instant::now();
+    while rig.store.disk_info("a").unwrap().referenced == 0 {
+        assert!(begun.elapsed() < Duration::from_secs(60));
+    }
+    let reading = std::thread::spawn(move || {
+        let mut errors = Vec::new();
+        while client.stream.peek_one() {
+            errors.push(client.reply(0).1);
+        }
+        errors
+    });
+    let begun = Instant::now();
+    rig.stop();
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    let errors = reading.join().unwrap();
+    assert!(!errors.is_empty() && errors.iter().all(|errno| *errno == 108), "{errors:?}");
+    assert_eq!(rig.store.disk_info("a").unwrap().holder, None);
 }
 
 trait Peek {

@@ -5,10 +5,12 @@
 //! 1. Servers run in processes of their own and are ended with the test, however it ends ([`Server`]).
 //! 2. NBD is spoken by a client of a few lines ([`client`]), so that the tests hold where no tool for it is installed.
 
+mod again;
 mod attach;
 mod client;
 mod direct;
 mod ending;
+mod large;
 mod leases;
 mod refused;
 mod removed;

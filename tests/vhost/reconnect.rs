@@ -7,7 +7,7 @@ use std::time::Duration;
 use vhost::VhostBackend;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::guest::{FLUSH, Guest, IN, OUT};
+use super::guest::{DISCARD, FLUSH, Guest, IN, OUT, segment};
 use super::{Ram, Served, serve};
 
 #[test]
@@ -217,4 +217,56 @@ fn a_server_ends_while_requests_come_without_end() {
     served.server.take().unwrap().stop();
     stop.store(true, Ordering::Release);
     flood.join().unwrap();
+}
+
+/// What was asked for was finished, however long it was: at 4 GiB a request a guest kept its disk for a minute and more.
+#[test]
+fn a_server_that_ends_leaves_the_parts_of_a_long_request_that_it_has_not_begun() {
+    const MIB: usize = 1 << 20;
+    for kind in [OUT, DISCARD] {
+        let (ram, kept) = (Ram::new(32 * MIB), Arc::new(()));
+        let mut served = Served::keeping(ram.clone(), 1, Box::new(Arc::clone(&kept)));
+        let mut guest = served.guest(1);
+        ram.close(true);
+        let spans: Vec<u8> = (0..12).flat_map(|n| segment(n * 8, 8, 0)).collect();
+        guest.send(0, kind, 0, if kind == OUT { &[7; 12 * MIB] } else { &spans }, 0);
+        guest.kick(0);
+        while ram.log.lock().len() < 4 {
+            std::thread::yield_now();
+        }
+        let server = served.server.take().unwrap();
+        let stopping = std::thread::spawn(move || server.stop_within(Duration::from_secs(60)).is_none());
+        guest.wait_for_end();
+        // Nothing ends as long as it may be under way.
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(!stopping.is_finished() && Arc::strong_count(&kept) == 2);
+        ram.close(false);
+        assert!(stopping.join().unwrap(), "it has ended in time");
+        assert_eq!((ram.log.lock().len(), guest.used(0)), (4, 0), "the rest was not begun, and nothing answered");
+        assert_eq!(Arc::strong_count(&kept), 1);
+        // The next server does it again, all of it.
+        served.server = Some(serve(&served.socket, ram.clone(), 1, Box::new(())));
+        guest.disconnect();
+        guest.connect(&served.socket);
+        guest.answer(0);
+        assert_eq!(ram.log.lock().len(), 4 + 12);
+    }
+}
+
+#[test]
+fn what_does_not_end_in_time_is_told_and_can_be_waited_for() {
+    let (ram, kept) = (Ram::new(1 << 20), Arc::new(()));
+    let mut served = Served::keeping(ram.clone(), 1, Box::new(Arc::clone(&kept)));
+    let mut guest = served.guest(1);
+    ram.close(true);
+    guest.send(0, FLUSH, 0, &[], 0);
+    guest.kick(0);
+    while ram.log.lock().is_empty() {
+        std::thread::yield_now();
+    }
+    let rest = served.server.take().unwrap().stop_within(Duration::from_millis(50)).expect("a flush is under way");
+    assert_eq!(Arc::strong_count(&kept), 2);
+    ram.close(false);
+    rest();
+    assert_eq!(Arc::strong_count(&kept), 1);
 }

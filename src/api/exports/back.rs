@@ -45,7 +45,8 @@ impl Exports {
         Ok(())
     }
 
-    fn await_again(&self, lease: &LeaseRow) {
+    /// Waits again for who was writing, after an attempt to serve it that failed.
+    pub(super) fn await_again(&self, lease: &LeaseRow) {
         self.reserve(lease, book::time_left(lease).map(|(left, _)| left));
         self.book.await_again(lease);
     }

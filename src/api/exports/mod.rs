@@ -17,26 +17,31 @@
 //!    pool itself keeps all this for the next server ([`back`]).
 //! 4. Nothing is started, stopped, written or asked for a lease under the lock of the table: all that may wait, and a change
 //!    of a disk is noticed under it, on the way of who writes.
-//! 5. All exports end at once, and what did not end in order in its time has the lease as long as its I/O is under way.
+//! 5. All exports end at once, and what did not end in order in its time has the lease as long as its I/O is under way, and
+//!    is shown as long as it has ([`leaving`]).
+//! 6. A wish for an address that an export has is that export if it is the same wish, or refused ([`same`]).
 //!
 //! # After a crash
 //! Sockets stay behind; whoever listens there next removes them. The list of what persists is whole, old or new.
 
 mod back;
 mod book;
+mod leaving;
 mod nbd;
+mod same;
 mod served;
 mod wish;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use super::answer::Export;
 use super::{Request, Target};
 use crate::budget::Budget;
 use crate::disk::{self, Attached, BlockDevice, ReadOnly};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind as ErrorKind, Result};
 use crate::metrics::{Kind, Text};
 use crate::pool::{ExportKind, ExportRow};
 use crate::store::{Change, Store};
@@ -45,11 +50,14 @@ use crate::sys::process::share_of_open_files;
 use crate::units::DiskId;
 use crate::vhost_blk;
 use book::Book;
+use leaving::end_all;
 use served::{Served, Writer};
 use wish::What;
 
 /// Digits of the identity of a disk or snapshot that a guest sees as its serial number.
 const SERIAL_LEN: usize = 20;
+/// How long the end of an export waits for its clients, and then for I/O under way.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What does the work of an export.
 #[derive(Debug)]
@@ -77,6 +85,8 @@ struct Table {
     /// Whether this process serves; otherwise it only looks at the list.
     serves: bool,
     running: BTreeMap<u64, Running>,
+    /// What was detached and has not let go of its disks yet, as it is shown.
+    leaving: BTreeMap<u64, Export>,
 }
 
 /// Called whenever an export has ended and no other is left.
@@ -92,6 +102,7 @@ pub(super) struct Exports {
     idle: Mutex<Option<Idle>>,
     /// What the clients of all exports may take together.
     budget: Budget,
+    patience: Duration,
 }
 
 impl Exports {
@@ -104,6 +115,7 @@ impl Exports {
             kept: Mutex::default(),
             idle: Mutex::default(),
             budget: Budget::new(share_of_open_files(CLIENTS_SHARE)),
+            patience: PATIENCE,
         })
     }
 
@@ -126,7 +138,7 @@ impl Exports {
         }
     }
 
-    /// Attaches what a request names.
+    /// Attaches what a request names, or finds it attached: the same wish as an export that persists is that export.
     ///
     /// # Errors
     /// `Usage` for a request that makes no sense, `NotFound`, `Busy` with the name of who has the disk or the address.
@@ -140,16 +152,19 @@ impl Exports {
             // A list that cannot be read is told of before anything is begun.
             self.book.read()?;
         }
+        if let Some(same) = self.find_same(&row, persist)? {
+            return Ok(same);
+        }
         row.id = self.book.next_id();
         let running = self.begin(&row, persist, true)?;
         if persist && let Err(error) = self.book.add(row.clone()) {
-            running.end();
+            running.end_within(self.patience);
             return Err(error);
         }
         let mut table = self.table.lock();
         if !table.serves {
             drop(table);
-            running.end();
+            running.end_within(self.patience);
             if persist {
                 self.book.remove(&[(row.id, holder(&row))])?;
             }
@@ -217,8 +232,9 @@ impl Exports {
     /// Detaches by number or by what is served; returns what was detached.
     ///
     /// # Errors
-    /// `NotFound`; `Failed` when the name stands for several things, or for a part of an export.
-    pub(super) fn detach(&self, name: &str) -> Result<Vec<Export>> {
+    /// `NotFound`; `Failed` when the name stands for several things, or for a part of an export; `Busy` when it is detached
+    /// and I/O of its clients is still under way.
+    pub(super) fn detach(self: &Arc<Self>, name: &str) -> Result<Vec<Export>> {
         if !self.table.lock().serves {
             return self.forget(name);
         }
@@ -227,7 +243,10 @@ impl Exports {
             let names =
                 |running: &Running| -> Vec<String> { running.served.iter().map(|one| one.name(&self.store)).collect() };
             let rows: Vec<_> = table.running.values().map(|running| (running.row.id, names(running))).collect();
-            let ids = named(&rows, name)?;
+            let ids = named(&rows, name).map_err(|error| match error.kind() {
+                ErrorKind::NotFound => table.is_leaving(name).unwrap_or(error),
+                _ => error,
+            })?;
             let kept = ids.iter().map(|id| &table.running[id]).filter(|running| running.persist);
             let kept: Vec<_> = kept.map(|running| (running.row.id, holder(&running.row))).collect();
             (ids, kept)
@@ -235,25 +254,19 @@ impl Exports {
         if !kept.is_empty() {
             self.book.remove(&kept)?;
         }
-        let (gone, left) = {
+        let (gone, answer) = {
             let mut table = self.table.lock();
             let gone: Vec<Running> = ids.iter().filter_map(|id| table.running.remove(id)).collect();
-            (gone, table.running.len())
+            let answer: Vec<Export> = gone.iter().map(|running| self.show(running)).collect();
+            let leaving = answer.iter().map(|export| (export.id, Export { state: "ending".into(), ..export.clone() }));
+            table.leaving.extend(leaving);
+            (gone, answer)
         };
         if gone.is_empty() {
             // Somebody else was faster, or the server has ended.
             return Err(not_attached(name));
         }
-        let answer = gone.iter().map(|running| self.show(running)).collect();
-        // Whom a disk was reserved for does not come back.
-        let rows: Vec<ExportRow> = gone.iter().map(|running| running.row.clone()).collect();
-        end_all(gone);
-        rows.iter().for_each(|row| self.keep_no_more(row));
-        if left == 0
-            && let Some(idle) = &*self.idle.lock()
-        {
-            idle();
-        }
+        self.leave(gone)?;
         Ok(answer)
     }
 
@@ -277,7 +290,10 @@ impl Exports {
     pub(super) fn list(&self) -> Result<Vec<Export>> {
         let table = self.table.lock();
         if table.serves {
-            return Ok(table.running.values().map(|running| self.show(running)).collect());
+            let mut all: Vec<_> = table.running.values().map(|running| self.show(running)).collect();
+            all.extend(table.leaving.values().cloned());
+            all.sort_by_key(|export| export.id);
+            return Ok(all);
         }
         drop(table);
         let rows = self.book.read()?.exports;
@@ -307,7 +323,8 @@ impl Exports {
             std::mem::take(&mut table.running)
         };
         self.book.end();
-        end_all(running.into_values().collect());
+        // What does not end keeps its disks until it does; the log says so.
+        end_all(running.into_values().collect(), self.patience);
         self.book
             .note_told(|disk, holder| disk::open_by_id(&self.store, disk).is_ok_and(|disk| disk.owes_loss_to(holder)));
     }
@@ -423,43 +440,12 @@ fn named(rows: &[(u64, Vec<String>)], name: &str) -> Result<Vec<u64>> {
     }
 }
 
-/// Ends exports, all at once: the clients of one may take as long as they are given to take their replies.
-fn end_all(exports: Vec<Running>) {
-    std::thread::scope(|scope| {
-        for running in exports {
-            let id = running.row.id;
-            let running = Arc::new(Mutex::new(Some(running)));
-            let end = |running: &Mutex<Option<Running>>| {
-                let taken = running.lock().take();
-                taken.into_iter().for_each(Running::end);
-            };
-            let one = Arc::clone(&running);
-            if std::thread::Builder::new().name(format!("end-{id}")).spawn_scoped(scope, move || end(&one)).is_err() {
-                // Without a thread for it, here.
-                end(&running);
-            }
-        }
-    });
-}
-
 impl Running {
     fn clients(&self) -> usize {
         match &self.front {
             Front::Vhost(server) => usize::from(server.connected()),
             Front::Nbd(_) | Front::Failed(_) => self.clients.load(Ordering::Acquire),
         }
-    }
-
-    /// Finishes what is in flight and stops.
-    fn end(self) {
-        let Self { row, front, attached, .. } = self;
-        match front {
-            Front::Nbd(server) => server.stop(),
-            Front::Vhost(server) => server.stop(),
-            Front::Failed(_) => {}
-        }
-        drop(attached);
-        tracing::info!("export {} ({} {}) has ended", row.id, row.kind.name(), row.address());
     }
 }
 

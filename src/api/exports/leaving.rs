@@ -1,0 +1,294 @@
+//! Exports that were detached and have not let go of their disks yet.
+//!
+//! # Rules
+//! 1. An export that is detached is shown, as "ending", until nothing of it can reach its disks any more.
+//! 2. Who detaches waits for that as long as the servers do. What the host does not end within that time keeps its disk, is
+//!    shown as long as it does, and whoever asked is told so.
+//! 3. A server that was started to serve ends when nothing is attached and nothing is ending any more.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::{Exports, Front, Running, Table, holder};
+use crate::api::answer::Export;
+use crate::disk::Attached;
+use crate::error::Error;
+use crate::error::Result;
+use crate::pool::ExportRow;
+use crate::sync::Mutex;
+
+/// What an export leaves whose I/O the host does not end in time.
+pub(super) struct Remains {
+    row: ExportRow,
+    /// Waits until it has ended.
+    rest: Box<dyn FnOnce() + Send>,
+    attached: Vec<Attached>,
+}
+
+impl Running {
+    /// Finishes what is in flight and stops; returns what does not end for so long.
+    pub(super) fn end_within(self, patience: Duration) -> Option<Remains> {
+        let Self { row, front, attached, .. } = self;
+        let rest = match front {
+            Front::Nbd(server) => server.stop_within(patience),
+            Front::Vhost(server) => server.stop_within(patience),
+            Front::Failed(_) => None,
+        };
+        let address = row.address();
+        if let Some(rest) = rest {
+            tracing::warn!("export {} ({} {address}) still has I/O under way", row.id, row.kind.name());
+            return Some(Remains { row, rest, attached });
+        }
+        drop(attached);
+        tracing::info!("export {} ({} {address}) has ended", row.id, row.kind.name());
+        None
+    }
+}
+
+/// Ends exports, all at once: the clients of one may take as long as they are given to take their replies.
+pub(super) fn end_all(exports: Vec<Running>, patience: Duration) -> Vec<Remains> {
+    let remains = Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        for running in exports {
+            let id = running.row.id;
+            let running = Arc::new(Mutex::new(Some(running)));
+            let end = |running: &Mutex<Option<Running>>| {
+                let taken = running.lock().take();
+                let left = taken.and_then(|running| running.end_within(patience));
+                remains.lock().extend(left);
+            };
+            let one = Arc::clone(&running);
+            if std::thread::Builder::new().name(format!("end-{id}")).spawn_scoped(scope, move || end(&one)).is_err() {
+                // Without a thread for it, here.
+                end(&running);
+            }
+        }
+    });
+    remains.into_inner()
+}
+
+fn under_way(exports: &[String]) -> Error {
+    let what = exports.join(", ");
+    Error::busy(format!(
+        "{what}: detached, but I/O is still under way on the host and can reach the disk until it ends"
+    ))
+    .hint("'afterimage exports' shows it as long as it keeps its disk")
+}
+
+impl Table {
+    /// Returns the error for a name that stands only for something that is ending.
+    pub(super) fn is_leaving(&self, name: &str) -> Option<Error> {
+        let called = |export: &&Export| export.id.to_string() == name || export.disks.iter().any(|disk| disk == name);
+        let found: Vec<_> =
+            self.leaving.values().filter(called).map(|export| format!("export {}", export.id)).collect();
+        (!found.is_empty()).then(|| under_way(&found))
+    }
+}
+
+impl Exports {
+    /// Ends exports that are in the table no more, and lets go of their disks.
+    ///
+    /// # Errors
+    /// `Busy` when some of them keep theirs for longer.
+    pub(super) fn leave(self: &Arc<Self>, gone: Vec<Running>) -> Result<()> {
+        let rows: Vec<ExportRow> = gone.iter().map(|running| running.row.clone()).collect();
+        let remains = end_all(gone, self.patience);
+        // Whom a disk was reserved for does not come back.
+        rows.iter().for_each(|row| self.keep_no_more(row));
+        let names: Vec<String> = remains.iter().map(|remains| holder(&remains.row)).collect();
+        let is_over = |row: &&ExportRow| remains.iter().all(|remains| remains.row.id != row.id);
+        let over: Vec<u64> = rows.iter().filter(is_over).map(|row| row.id).collect();
+        self.has_left(&over);
+        remains.into_iter().for_each(|remains| self.wait_for(remains));
+        if names.is_empty() { Ok(()) } else { Err(under_way(&names)) }
+    }
+
+    /// Has the rest of an export waited for.
+    fn wait_for(self: &Arc<Self>, remains: Remains) {
+        let (exports, id) = (Arc::downgrade(self), remains.row.id);
+        let remains = Arc::new(Mutex::new(Some(remains)));
+        let wait = move |remains: &Mutex<Option<Remains>>| {
+            let taken = remains.lock().take();
+            let Some(Remains { row, rest, attached }) = taken else { return };
+            rest();
+            drop(attached);
+            tracing::info!("export {id} ({} {}) has ended", row.kind.name(), row.address());
+            if let Some(exports) = exports.upgrade() {
+                exports.has_left(&[id]);
+            }
+        };
+        let (one, waiting) = (Arc::clone(&remains), wait.clone());
+        if std::thread::Builder::new().name(format!("end-{id}")).spawn(move || waiting(&one)).is_err() {
+            wait(&remains);
+        }
+    }
+
+    /// Notes that exports are over; says so when there is none any more.
+    fn has_left(&self, ids: &[u64]) {
+        let idle = {
+            let mut table = self.table.lock();
+            ids.iter().for_each(|id| drop(table.leaving.remove(id)));
+            !ids.is_empty() && table.running.is_empty() && table.leaving.is_empty()
+        };
+        if idle && let Some(idle) = &*self.idle.lock() {
+            idle();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{self, Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::clock;
+    use crate::disk;
+    use crate::error::Kind;
+    use crate::media::{File, HostMedia, Media, Open, Space};
+    use crate::store::{InitOptions, OpenOptions, Store};
+    use crate::sync::Condvar;
+
+    /// A host on which nothing becomes durable while the gate is closed.
+    #[derive(Debug)]
+    struct Slow {
+        inner: HostMedia,
+        gate: Arc<(Mutex<bool>, Condvar)>,
+    }
+
+    #[derive(Debug)]
+    struct SlowFile {
+        inner: Arc<dyn File>,
+        gate: Arc<(Mutex<bool>, Condvar)>,
+    }
+
+    impl Media for Slow {
+        fn open(&self, path: &str, how: Open) -> io::Result<Arc<dyn File>> {
+            Ok(Arc::new(SlowFile { inner: self.inner.open(path, how)?, gate: Arc::clone(&self.gate) }))
+        }
+        fn make_dir(&self, path: &str) -> io::Result<()> {
+            self.inner.make_dir(path)
+        }
+        fn remove(&self, path: &str) -> io::Result<()> {
+            self.inner.remove(path)
+        }
+        fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+            self.inner.rename(from, to)
+        }
+        fn list(&self, path: &str) -> io::Result<Vec<String>> {
+            self.inner.list(path)
+        }
+        fn sync_dir(&self, path: &str) -> io::Result<()> {
+            self.inner.sync_dir(path)
+        }
+        fn space(&self) -> io::Result<Space> {
+            self.inner.space()
+        }
+        fn boot(&self) -> io::Result<u128> {
+            self.inner.boot()
+        }
+    }
+
+    impl File for SlowFile {
+        fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+            self.inner.read_at(buf, offset)
+        }
+        fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
+            self.inner.write_at(data, offset)
+        }
+        fn sync(&self) -> io::Result<()> {
+            let mut closed = self.gate.0.lock();
+            while *closed {
+                self.gate.1.wait(&mut closed);
+            }
+            drop(closed);
+            self.inner.sync()
+        }
+        fn len(&self) -> io::Result<u64> {
+            self.inner.len()
+        }
+        fn set_len(&self, len: u64) -> io::Result<()> {
+            self.inner.set_len(len)
+        }
+        fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
+            self.inner.punch(offset, len)
+        }
+        fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
+            self.inner.next_data(offset)
+        }
+        fn allocated(&self) -> io::Result<u64> {
+            self.inner.allocated()
+        }
+    }
+
+    /// A request of NBD with so many bytes of payload.
+    fn message(command: u16, len: u32) -> Vec<u8> {
+        let head = [&0x2560_9513_u32.to_be_bytes()[..], &[0, 0], &command.to_be_bytes()].concat();
+        [&head[..], &[0; 16], &len.to_be_bytes(), &vec![7; len as usize]].concat()
+    }
+
+    /// Connects in the oldest way, writes a block and waits for the answer.
+    fn connect_and_write(path: &std::path::Path) -> UnixStream {
+        let mut client = UnixStream::connect(path).unwrap();
+        client.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        client.read_exact(&mut [0; 18]).unwrap();
+        let name = [&3_u32.to_be_bytes()[..], b"IHAVEOPT", &1_u32.to_be_bytes(), &3_u32.to_be_bytes(), b"web"];
+        client.write_all(&name.concat()).unwrap();
+        client.read_exact(&mut [0; 10]).unwrap();
+        client.write_all(&message(1, 4096)).unwrap();
+        client.read_exact(&mut [0; 16]).unwrap();
+        client
+    }
+
+    fn wait_for(mut is: impl FnMut() -> bool) {
+        let begun = clock::now();
+        while !is() {
+            assert!(begun.elapsed() < Duration::from_secs(60), "in vain");
+            clock::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Detach said that it was over, `exports` showed nothing, and the disk was still open for writing by the export.
+    #[test]
+    fn an_export_is_shown_until_it_has_let_go_of_its_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        let gate: Arc<(Mutex<bool>, Condvar)> = Arc::default();
+        let media: Arc<dyn Media> =
+            Arc::new(Slow { inner: HostMedia::new(dir.path()).unwrap(), gate: Arc::clone(&gate) });
+        Store::init(&media, InitOptions { journal: 4 << 20, ballast: 4096, probe: false }).unwrap();
+        let store = Store::open(media, OpenOptions { background: false, ..OpenOptions::default() }).unwrap();
+        disk::create(&store, "web", 1 << 20).unwrap();
+        let disk = disk::open(&store, "web").unwrap();
+        let mut exports = Exports::new(&store);
+        Arc::get_mut(&mut exports).unwrap().patience = Duration::from_millis(50);
+        exports.start();
+        let idle = Arc::new(Mutex::new(0));
+        let count = Arc::clone(&idle);
+        exports.on_idle(Box::new(move || *count.lock() += 1));
+        let socket = dir.path().join("s");
+        let request = serde_json::json!({"command": "attach", "kind": "nbd", "disks": ["web"], "socket": socket});
+        exports.attach(&serde_json::from_value(request).unwrap()).unwrap();
+        let mut client = connect_and_write(&socket);
+        *gate.0.lock() = true;
+        client.write_all(&message(3, 0)).unwrap();
+        // The flush has been taken when the segment is being made durable; before, detaching would just end the connection.
+        clock::sleep(Duration::from_millis(200));
+        for name in ["web", "1", "web"] {
+            let error = exports.detach(name).unwrap_err();
+            assert_eq!((error.kind(), error.message().contains("still under way")), (Kind::Busy, true), "{error}");
+            let shown = exports.list().unwrap();
+            assert_eq!((shown.len(), shown[0].id, shown[0].state.as_str()), (1, 1, "ending"));
+            assert_eq!(disk.lease("another").unwrap_err().kind(), Kind::Busy);
+            assert_eq!(*idle.lock(), 0);
+        }
+        assert_eq!(exports.detach("2").unwrap_err().kind(), Kind::NotFound);
+        *gate.0.lock() = false;
+        gate.1.notify_all();
+        wait_for(|| exports.list().unwrap().is_empty());
+        wait_for(|| *idle.lock() == 1);
+        disk.lease("another").unwrap();
+        assert_eq!(exports.detach("web").unwrap_err().kind(), Kind::NotFound);
+        exports.end();
+        store.close().unwrap();
+    }
+}
