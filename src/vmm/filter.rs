@@ -26,7 +26,7 @@ use std::sync::Arc;
 
 use kvm_bindings::{
     kvm_clock_data, kvm_cpuid2, kvm_debugregs, kvm_ioeventfd, kvm_irq_routing, kvm_irqchip, kvm_irqfd, kvm_lapic_state,
-    kvm_mp_state, kvm_msr_list, kvm_msrs, kvm_pit_config, kvm_pit_state2, kvm_regs, kvm_sregs,
+    kvm_mp_state, kvm_msr_list, kvm_msrs, kvm_nested_state, kvm_pit_config, kvm_pit_state2, kvm_regs, kvm_sregs,
     kvm_userspace_memory_region, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use seccompiler::{
@@ -160,7 +160,7 @@ const PROCESSOR_IOCTLS: [u32; 4] = [
 const DESCRIPTOR_IOCTLS: [u64; 3] = [libc::FIONBIO, libc::TCGETS, libc::TIOCGWINSZ];
 
 /// What making a machine, reading its state and setting it takes.
-const WHOLE_IOCTLS: [u32; 42] = [
+const WHOLE_IOCTLS: [u32; 44] = [
     // The system: version, machine, registers there are, extensions, size of the shared page, CPUID.
     kvm(NONE, 0x00, 0),
     kvm(NONE, 0x01, 0),
@@ -206,6 +206,8 @@ const WHOLE_IOCTLS: [u32; 42] = [
     kvm(OUT, 0xa6, size_of::<kvm_xcrs>()),
     kvm(IN, 0xa7, size_of::<kvm_xcrs>()),
     kvm(OUT, 0xcf, size_of::<kvm_xsave>()),
+    kvm(BOTH, 0xbe, size_of::<kvm_nested_state>()),
+    kvm(IN, 0xbf, size_of::<kvm_nested_state>()),
 ];
 
 /// Parts of the memory of the allocator: as many as there are kinds of threads that are busy at a time, and one.

@@ -23,6 +23,7 @@ use super::cpuid::Supported;
 use super::cpus::Cpus;
 use super::ending::Ending;
 use super::filter::Confinement;
+use super::fit::{self, Shape};
 use super::means::Means;
 use super::power::{self, Power};
 use super::serial::{Log, Serial, SerialSocket, SerialState};
@@ -87,6 +88,7 @@ pub struct Machine {
     bus: Arc<Bus>,
     /// Identifies this start of the guest for those who watch it.
     start: Uuid,
+    settings: Settings,
     vm: Arc<Vm>,
     kvm: Arc<Kvm>,
 }
@@ -122,14 +124,16 @@ impl Machine {
                 boot::set_up_waiting(cpu)?;
             }
         }
-        parts.finish()
+        parts.finish(settings)
     }
 
     /// Makes a machine in the state that another had, of the same settings. `fill` gives it its memory; the boot of the
-    /// settings is not looked at. The guest is told of the generation of the settings before it runs.
+    /// settings is not looked at. The guest is told of the generation of the settings before it runs, and its clocks go on
+    /// as if it had only not been run meanwhile.
     ///
     /// # Errors
-    /// As [`Machine::new`]; `Corrupt` for a state that such a machine cannot have, and what `fill` says.
+    /// As [`Machine::new`]; `Unsupported` for the state of a machine of other parts and for what this host lacks of what
+    /// the guest uses, all of it by name; `Corrupt` for a state that no machine can have, and what `fill` says.
     pub fn restore(
         settings: &Settings,
         state: &MachineState,
@@ -138,13 +142,16 @@ impl Machine {
         check(settings)?;
         let means = Means::open_to_go_on(settings)?;
         let parts = Parts::make(settings, &means, Some(&state.serial))?;
+        fit::check(state, settings, &parts.kvm, &parts.cpus)?;
         if state.cpus.len() != parts.cpus.len() || state.virtio.len() != parts.bus.virtio.len() {
             return Err(Error::corrupt("the state is that of a machine with other processors or devices"));
         }
         fill(parts.vm.memory())?;
         write_generation(parts.vm.memory(), settings.generation)?;
+        state.chips.set_clock(&parts.vm)?;
+        let later = state.chips.later();
         for (cpu, state) in parts.cpus.iter().zip(&state.cpus) {
-            state.set(cpu)?;
+            state.set(cpu, later)?;
         }
         state.chips.set(&parts.vm)?;
         for (device, state) in parts.bus.virtio.iter().zip(&state.virtio) {
@@ -152,7 +159,7 @@ impl Machine {
         }
         parts.bus.power.tell(state.events | power::GENERATION);
         parts.bus.serial.call_again();
-        parts.finish()
+        parts.finish(settings)
     }
 
     /// Returns the state of a machine that is paused, but not its memory.
@@ -165,6 +172,7 @@ impl Machine {
         }
         let list = self.kvm.get_msr_index_list().map_err(host)?;
         Ok(MachineState {
+            shape: Shape::of(&self.settings),
             cpus: self.cpus.states(list.as_slice())?,
             chips: Chips::of(&self.vm)?,
             serial: self.bus.serial.state(),
@@ -286,10 +294,11 @@ impl Parts {
         Ok(Self { kvm, confinement: means.confinement.clone(), vm, bus, cpus })
     }
 
-    fn finish(self) -> Result<Machine> {
+    fn finish(self, settings: &Settings) -> Result<Machine> {
         let Self { kvm, confinement, vm, bus, cpus } = self;
         let cpus = Cpus::start(&vm, cpus, Arc::clone(&bus), &confinement)?;
-        Ok(Machine { cpus, socket: Mutex::new(None), bus, start: Uuid::new_v4(), vm, kvm })
+        let (socket, start, settings) = (Mutex::new(None), Uuid::new_v4(), settings.clone());
+        Ok(Machine { cpus, socket, bus, start, settings, vm, kvm })
     }
 }
 

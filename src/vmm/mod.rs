@@ -33,6 +33,7 @@ mod cpus;
 mod ending;
 mod file_disk;
 mod filter;
+mod fit;
 mod home;
 mod layout;
 mod machine;

@@ -6,6 +6,7 @@ mod commands;
 mod confined;
 mod devices;
 mod life;
+mod moved;
 mod nested;
 mod network;
 mod state;
