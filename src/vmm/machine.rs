@@ -6,6 +6,7 @@
 //! 3. A reboot is a new machine from the same settings: nothing of the old one is left to be wrong.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC, KVM_PIT_SPEAKER_DUMMY, KvmIrqRouting, kvm_irq_routing_entry,
@@ -30,6 +31,7 @@ use super::serial::{Log, Serial, SerialSocket, SerialState};
 use super::state::{Chips, MachineState};
 use super::virtio::{Block, Device, Net, Rng, Transport};
 use super::{acpi, layout, memory, virtio};
+use crate::clock;
 use crate::disk::BlockDevice;
 use crate::error::{Error, Result};
 use crate::media::socket::Socket;
@@ -40,6 +42,8 @@ use crate::sys::kvm::{Cpu, Vm};
 const CPUS_MAX: u8 = 254;
 /// Inputs of the IO-APIC.
 const PINS: u32 = 24;
+/// How often devices that are drained are looked at.
+const LOOK: Duration = Duration::from_micros(100);
 
 /// What a machine is made of.
 #[derive(Debug, Clone)]
@@ -89,6 +93,8 @@ pub struct Machine {
     /// Identifies this start of the guest for those who watch it.
     start: Uuid,
     settings: Settings,
+    /// It was resumed last, and not paused.
+    runs: Mutex<bool>,
     vm: Arc<Vm>,
     kvm: Arc<Kvm>,
 }
@@ -220,14 +226,57 @@ impl Machine {
 
     /// Lets the guest run, at first or after a pause.
     pub fn resume(&self) {
-        self.bus.virtio.iter().for_each(|device| device.lock().resume());
+        *self.runs.lock() = true;
+        // The guest first: what it asks of a device before that works waits in its queue.
         self.cpus.run();
+        self.bus.virtio.iter().for_each(|device| device.lock().resume());
     }
 
     /// Stops the guest and its devices. When this returns, nothing is half done; the guest may have ended meanwhile.
     pub fn pause(&self) {
+        *self.runs.lock() = false;
         self.cpus.pause();
         self.bus.virtio.iter().for_each(|device| device.lock().pause());
+    }
+
+    /// Has the devices finish what they took and take nothing more, while the guest runs: a pause after that waits for
+    /// nobody. Devices work again when the machine is resumed.
+    ///
+    /// # Errors
+    /// `Busy` when that takes longer than `patience`: the devices work on then, each as soon as it has finished what it took.
+    pub fn drain(self: &Arc<Self>, patience: Duration) -> Result<()> {
+        self.bus.virtio.iter().for_each(|device| device.lock().drain());
+        let until = clock::now() + patience;
+        while !self.bus.virtio.iter().all(|device| device.lock().is_drained()) {
+            if clock::now() >= until {
+                self.work_on()?;
+                let what = format!("a request to a disk takes longer than {} ms", patience.as_millis());
+                return Err(Error::busy(what).hint("try again; the log says what the disk waits for"));
+            }
+            clock::sleep(LOOK);
+        }
+        Ok(())
+    }
+
+    /// Lets devices that were being drained work on, each when it has finished what it took. That may take as long as
+    /// whatever it waits for, so nobody waits for it here.
+    fn work_on(self: &Arc<Self>) -> Result<()> {
+        let machine = Arc::downgrade(self);
+        let body = move || {
+            let mut left: Vec<usize> = machine.upgrade().map_or_else(Vec::new, |m| (0..m.bus.virtio.len()).collect());
+            // Nobody waits for this thread either, and it keeps no machine alive.
+            while !left.is_empty()
+                && let Some(machine) = machine.upgrade()
+            {
+                let runs = machine.runs.lock();
+                left.retain(|index| *runs && !machine.bus.virtio[*index].lock().work_on());
+                drop(runs);
+                drop(machine);
+                clock::sleep(LOOK);
+            }
+        };
+        let started = std::thread::Builder::new().name("work-on".into()).spawn(body);
+        started.map(drop).map_err(|e| Error::io("no thread to let the devices of the guest work on", e))
     }
 
     /// Presses the power button; what comes of it is up to the guest.
@@ -298,7 +347,7 @@ impl Parts {
         let Self { kvm, confinement, vm, bus, cpus } = self;
         let cpus = Cpus::start(&vm, cpus, Arc::clone(&bus), &confinement)?;
         let (socket, start, settings) = (Mutex::new(None), Uuid::new_v4(), settings.clone());
-        Ok(Machine { cpus, socket, bus, start, settings, vm, kvm })
+        Ok(Machine { cpus, socket, bus, start, settings, runs: Mutex::new(false), vm, kvm })
     }
 }
 
