@@ -102,6 +102,8 @@ pub enum Response {
     },
     /// A disk or snapshot is served.
     Attached(Export),
+    /// A disk or snapshot waits for a virtual machine.
+    VmDisk(VmDisk),
     /// What was served is served no longer.
     Detached {
         /// The exports that ended.
@@ -324,6 +326,9 @@ pub struct Export {
     pub queues: Option<u16>,
     /// Whether it is served again after a restart.
     pub persist: bool,
+    /// The virtual machine it is for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vm: Option<String>,
     /// Connections there are now.
     pub clients: u64,
     /// Disks it has open for writing.
@@ -332,6 +337,21 @@ pub struct Export {
     pub state: String,
     /// Why it failed.
     pub error: Option<String>,
+}
+
+/// Where a virtual machine finds its disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmDisk {
+    /// Number of the export.
+    pub export: u64,
+    /// Path of its socket, which speaks NBD.
+    pub socket: String,
+    /// The name of the export there.
+    pub name: String,
+    /// What to ask for when the machine comes back to a server that was restarted.
+    pub claim: String,
+    /// Whether nothing can be written.
+    pub read_only: bool,
 }
 
 /// What an increment directory holds.

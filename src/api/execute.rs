@@ -83,6 +83,8 @@ pub fn execute(store: &Arc<Store>, request: Request, progress: &dyn Progress) ->
         | Request::Flush {}
         | Request::MountExport { .. }
         | Request::Attach { .. }
+        | Request::AttachVm { .. }
+        | Request::DetachVm { .. }
         | Request::Detach { .. }
         | Request::Exports {}
         | Request::Status {}

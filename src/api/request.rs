@@ -243,6 +243,26 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "is_false")]
         persist: bool,
     },
+    /// Serves a disk or snapshot to a virtual machine of this pool, over NBD on a socket of its own. It ends when the machine
+    /// has gone.
+    AttachVm {
+        /// Name of the machine.
+        vm: String,
+        /// `DISK` or `DISK@SNAPSHOT`.
+        disk: String,
+        /// Lets it not write, and takes no lease.
+        #[serde(default, skip_serializing_if = "is_false")]
+        read_only: bool,
+        /// What the machine was given for this disk before: it gets the same one, or an error if somebody else may have
+        /// changed it since.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        claim: Option<String>,
+    },
+    /// Ends everything that is served to a virtual machine; its disks are not kept for it.
+    DetachVm {
+        /// Name of the machine.
+        vm: String,
+    },
     /// Ends an export: what is in flight is finished, clients are cut off.
     Detach {
         /// Number of the export, or the `DISK` or `DISK@SNAPSHOT` it serves.

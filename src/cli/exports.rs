@@ -124,10 +124,21 @@ fn absolute(path: &Path) -> Result<String> {
 /// With a server running on the pool it is told to, and the command returns at once. Without one the pool is opened and
 /// served in the foreground until Ctrl-C, or until the last disk is detached. A disk that is open for writing elsewhere is
 /// refused: one writer at a time, be it the mount, an NBD client or a guest. Snapshots can be read by any number.
+///
+/// Without a disk it serves what is attached to stay (--persist), and the virtual machines of the pool, which come back to
+/// their disks by themselves.
 #[derive(Debug, Args)]
+#[command(
+    mut_group("address", |group| group.required(false)),
+    mut_arg("kind", |kind| kind.required(false).requires_all(["disks", "address"])),
+    mut_arg("disks", |disks| disks.required(false)),
+)]
 pub(super) struct Serve {
     #[command(flatten)]
-    how: How,
+    how: Option<How>,
+    /// What the background half attaches, in the form of the control socket
+    #[arg(long, hide = true, value_name = "JSON", conflicts_with = "kind")]
+    request: Option<String>,
     /// Without a server, go to the background once the disk is served; the log goes to POOL/server.log
     #[arg(long)]
     daemon: bool,
@@ -136,17 +147,27 @@ pub(super) struct Serve {
 impl Serve {
     pub(super) fn run(self, global: &Global, screen: &Screen) -> Result<u8> {
         let pool = check_is_pool(global.pool()?)?;
-        let request = self.how.request()?;
-        if let Some(client) = Client::find(&pool)? {
-            screen.answer(&client.ask(&request, &Silent)?, Style::Brief);
+        let note = "serving in the foreground; Ctrl-C ends it";
+        let request = match (&self.how, &self.request) {
+            (Some(how), _) => Some(how.request()?),
+            (None, Some(text)) => {
+                Some(serde_json::from_str(text).map_err(|e| Error::usage(format!("--request is none: {e}")))?)
+            }
+            (None, None) => None,
+        };
+        if let Some(request) = &request
+            && let Some(client) = Client::find(&pool)?
+        {
+            screen.answer(&client.ask(request, &Silent)?, Style::Brief);
             return Ok(0);
         }
         if self.daemon {
-            let words = [vec!["serve".into()], self.how.words()?].concat();
+            let how = self.how.as_ref().map_or(Ok(Vec::new()), How::words)?;
+            let words = [vec!["serve".into()], how].concat();
             screen.answer(&daemon::start(&pool, &words, global)?, Style::Brief);
             return Ok(0);
         }
-        serve(&pool, &Duty::Attach(request), screen, "serving in the foreground; Ctrl-C ends it")
+        serve(&pool, &request.map_or(Duty::Keep, Duty::Attach), screen, note)
     }
 }
 

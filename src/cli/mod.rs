@@ -33,6 +33,7 @@ mod table;
 mod umount;
 mod upkeep;
 mod vm;
+mod vm_disks;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

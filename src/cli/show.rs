@@ -48,6 +48,7 @@ pub(super) fn show(response: &Response, style: Style) -> String {
         Response::Imported(report) => imported(report),
         Response::Mounted { snapshot, mount } => format!("mounted the extent files of {snapshot} at {mount}\n"),
         Response::Attached(export) => super::exports::show_export(export, "at"),
+        Response::VmDisk(disk) => format!("{} waits at {}\n", disk.name, disk.socket),
         Response::Detached { exports } => {
             exports.iter().map(|export| super::exports::show_export(export, "no longer at")).collect()
         }

@@ -4,9 +4,10 @@
 //! 1. `vm run` and `vm start` are that process. In the foreground they show what the guest says, and their exit code tells
 //!    how it ended: 0 when it switched itself off or was stopped, 1 when it crashed, 5 when its memory could not be had.
 //! 2. With --detach they start it in the background and return when the guest runs; its log is POOL/vms/NAME/vmm.log.
-//! 3. The first SIGTERM or SIGINT asks the guest to switch itself off, the second ends it; so does the end of its patience.
-//! 4. What is defined is what could be started: a definition is kept when the machine has been made, and else the one before.
-//! 5. Once all is open the process gives up what rights it does not need.
+//! 3. Disks of the pool come from its server, which is started if there is none; the pool is never opened here.
+//! 4. The first SIGTERM or SIGINT asks the guest to switch itself off, the second ends it; so does the end of its patience.
+//! 5. What is defined is what could be started: a definition is kept when the machine has been made, and else the one before.
+//! 6. Once all is open the process gives up what rights it does not need.
 
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -19,14 +20,15 @@ use std::sync::Arc;
 use clap::{Args, Subcommand};
 
 use super::screen::Screen;
+use super::vm_disks::Disks;
 use super::{Global, daemon, signal};
 use crate::api::machine::{Act, MachineServer, ask_machine, list_machines, wait_for_end};
-use crate::api::{Failure, Line};
+use crate::api::{Failure, Line, Target};
 use crate::error::{Error, Kind, Result};
 use crate::media::socket::ShortPath;
 use crate::units::{parse_size, show_size};
 use crate::vmm::{
-    Boot, Definition, DiskDefinition, Ending, Home, HomeLock, Info, NetSettings, PATIENCE, Runner, State,
+    Boot, Definition, DiskDefinition, DiskSource, Ending, Home, HomeLock, Info, NetSettings, PATIENCE, Runner, State,
 };
 
 /// Run virtual machines
@@ -35,9 +37,15 @@ use crate::vmm::{
 /// which the kernel finds through ACPI; the modules it needs are virtio_mmio, virtio_blk and virtio_net. Each machine is
 /// one process and has a folder POOL/vms/NAME with its definition, its sockets and its logs.
 ///
+/// Disks of the pool are had from its server, which vm run and vm start start in the background if there is none; it ends
+/// with the last machine. A machine outlives its server: when that is killed, or ends, requests of the guest wait until
+/// there is one again (afterimage serve --daemon, or afterimage mount), and are sent again. The disks are kept for the
+/// machine for 60 seconds after a server has begun.
+///
 /// The guest is not trusted, and neither is the process that runs it: when all it needs is open it confines itself to the
 /// system calls it needs (seccomp), a set for each kind of thread. Any other ends it, and the log names the call. With --user
-/// a process that root started has the rights of somebody else from then on.
+/// a process that root started has the rights of somebody else from then on. Such a process could not
+/// come back to the server of the pool, so --user is for machines whose disks are files.
 #[derive(Debug, Args)]
 pub(super) struct Vm {
     #[command(subcommand)]
@@ -71,8 +79,11 @@ struct Run {
     /// The command line of the kernel
     #[arg(long, value_name = "TEXT", default_value = "console=ttyS0 reboot=k panic=-1")]
     cmdline: String,
-    /// A disk: a file or block device, such as /mnt/disks/web.raw of a mounted pool; may be given several times
-    #[arg(long = "disk", value_name = "FILE[,ro][,serial=S]")]
+    /// A disk; may be given several times
+    ///
+    /// A name with a slash is a file or a block device. Any other is a disk of the pool, or a snapshot, DISK@SNAPSHOT, which
+    /// is read-only. A disk has one writer: one that is in use is refused, with the name of who has it.
+    #[arg(long = "disk", value_name = "DISK|FILE[,ro][,serial=S]")]
     disks: Vec<String>,
     /// A network card on a tap of the host; may be given several times
     #[arg(long = "net", value_name = "tap=T[,mac=M]")]
@@ -84,6 +95,8 @@ struct Run {
     #[arg(long, value_name = "N", default_value_t = 1)]
     cpus: u8,
     /// As root: run it with the rights of this user, once all that it needs has been opened
+    ///
+    /// Its disks are files then: disks of the pool come from a server that only root reaches.
     #[arg(long, value_name = "NAME")]
     user: Option<String>,
     #[command(flatten)]
@@ -175,14 +188,14 @@ impl Vm {
                     // The background half is told the same words.
                     return detached(&home, &std::env::args_os().skip(1).collect::<Vec<_>>(), screen);
                 }
-                start(&home, Some(definition), screen)
+                start(&home, Some(definition), &pool, global, screen)
             }
             VmCommand::Start(wanted) => {
                 let home = Home::of(&pool, &wanted.name)?;
                 if wanted.how.detach && !daemon::is_child() {
                     return detached(&home, &std::env::args_os().skip(1).collect::<Vec<_>>(), screen);
                 }
-                start(&home, None, screen)
+                start(&home, None, &pool, global, screen)
             }
             VmCommand::Ls(Ls {}) => {
                 let machines = list_machines(&pool)?;
@@ -207,7 +220,9 @@ impl Vm {
             }
             VmCommand::Rm(wanted) => {
                 let home = Home::of(&pool, &wanted.name)?;
-                home.remove(home.lock()?)?;
+                let lock = home.lock()?;
+                Disks::forget(&pool, home.name());
+                home.remove(lock)?;
                 let value = serde_json::json!({ "answer": "removed", "name": home.name() });
                 screen.confirm(&value, &format!("removed the virtual machine {}\n", home.name()));
                 Ok(0)
@@ -230,7 +245,12 @@ impl Run {
         definition.user.clone_from(&self.user);
         for disk in &self.disks {
             let mut disk = parse_disk(disk)?;
-            disk.file = absolute(&disk.file)?;
+            if let Some(file) = &mut disk.file {
+                *file = absolute(file)?;
+            }
+            if disk.disk.is_some() && definition.disks.iter().any(|other| other.disk == disk.disk) {
+                return Err(Error::usage(format!("the disk {} is given twice", disk.disk.unwrap_or_default())));
+            }
             definition.disks.push(disk);
         }
         for net in &self.nets {
@@ -240,22 +260,26 @@ impl Run {
     }
 }
 
-/// Parses `FILE[,ro][,serial=S]`.
+/// Parses `DISK[,ro][,serial=S]`; a `DISK` with a slash is a file, and one with an `@` a snapshot.
 fn parse_disk(text: &str) -> Result<DiskDefinition> {
     let mut parts = text.split(',');
-    let file = PathBuf::from(parts.next().unwrap_or_default());
-    if !text.contains('/') {
-        return Err(Error::unsupported(format!("--disk {text}: a disk of the pool is given by its file"))
-            .hint("mount the pool and give MNT/disks/NAME.raw, or MNT/snapshots/NAME/SNAPSHOT.raw,ro"));
+    let name = parts.next().unwrap_or_default();
+    let (mut file, mut of_pool) = (None, None);
+    let mut read_only = false;
+    if name.contains('/') {
+        file = Some(PathBuf::from(name));
+    } else {
+        read_only = matches!(Target::parse(name)?, Target::Snapshot(..));
+        of_pool = Some(name.to_owned());
     }
-    let mut disk = DiskDefinition { file, read_only: false, serial: String::new() };
+    let mut disk = DiskDefinition { file, disk: of_pool, read_only, serial: String::new() };
     for part in parts {
         match part.split_once('=') {
             None if part == "ro" => disk.read_only = true,
             Some(("serial", serial)) if serial.is_ascii() && serial.len() <= 20 => serial.clone_into(&mut disk.serial),
             _ => {
                 return Err(Error::usage(format!("--disk {text}: '{part}' is not understood"))
-                    .hint("give FILE[,ro][,serial=S], with at most 20 characters of ASCII in S"));
+                    .hint("give DISK[,ro][,serial=S], with at most 20 characters of ASCII in S"));
             }
         }
     }
@@ -288,13 +312,21 @@ fn parse_net(text: &str) -> Result<NetSettings> {
     Ok(NetSettings { tap: tap.ok_or_else(bad)?, mac })
 }
 
+/// A machine that is made.
+struct Ready {
+    runner: Arc<Runner>,
+    server: MachineServer,
+    /// Last: they are given back when nobody uses them.
+    disks: Disks,
+}
+
 /// Runs a machine in this process: a new one, or the one that is defined.
-fn start(home: &Home, new: Option<Definition>, screen: &Screen) -> Result<u8> {
+fn start(home: &Home, new: Option<Definition>, pool: &Path, global: &Global, screen: &Screen) -> Result<u8> {
     let child = daemon::is_child();
     if child {
         daemon::detach()?;
     }
-    let ready = match prepare(home, new) {
+    let ready = match prepare(home, new, pool, global) {
         Ok(ready) => ready,
         Err(error) if child => {
             screen.bytes(&Line::Error(Failure::from(&error)).encode());
@@ -302,7 +334,7 @@ fn start(home: &Home, new: Option<Definition>, screen: &Screen) -> Result<u8> {
         }
         Err(error) => return Err(error),
     };
-    let (runner, server) = ready;
+    let Ready { runner, server, disks } = ready;
     if child {
         screen.bytes(format!("{}\n", value(&runner.info())).as_bytes());
     }
@@ -312,6 +344,7 @@ fn start(home: &Home, new: Option<Definition>, screen: &Screen) -> Result<u8> {
         }
     });
     drop(server);
+    drop(disks);
     let ending = ending?;
     screen.note(&ending.to_string());
     Ok(match ending {
@@ -322,18 +355,30 @@ fn start(home: &Home, new: Option<Definition>, screen: &Screen) -> Result<u8> {
 }
 
 /// Makes a machine and all that belongs to it. A new one is defined when nothing can be wrong with it any more.
-fn prepare(home: &Home, new: Option<Definition>) -> Result<(Arc<Runner>, MachineServer)> {
-    let Some(definition) = new else { return make(home, home.definition()?, home.lock()?, false) };
+fn prepare(home: &Home, new: Option<Definition>, pool: &Path, global: &Global) -> Result<Ready> {
+    let Some(definition) = new else { return make(home, home.definition()?, home.lock()?, false, (pool, global)) };
     home.make()?;
-    make(home, definition, home.lock()?, true).inspect_err(|_| {
+    make(home, definition, home.lock()?, true, (pool, global)).inspect_err(|_| {
         if let Ok(lock) = home.lock() {
             home.forget(lock);
         }
     })
 }
 
-fn make(home: &Home, definition: Definition, lock: HomeLock, new: bool) -> Result<(Arc<Runner>, MachineServer)> {
-    let runner = Arc::new(Runner::new(home.clone(), definition.clone(), lock)?);
+fn make(
+    home: &Home,
+    definition: Definition,
+    lock: HomeLock,
+    new: bool,
+    (pool, global): (&Path, &Global),
+) -> Result<Ready> {
+    if definition.user.is_some() && definition.disks.iter().any(|disk| disk.disk.is_some()) {
+        return Err(Error::usage("--user is not for a virtual machine with a disk of the pool")
+            .hint("only root reaches the server of this pool; leave --user out, or give the disk as a file"));
+    }
+    let (disks, cpus) = (Disks::new(pool, home.name()), usize::from(definition.cpus));
+    let open = |name: &str, disk: &DiskDefinition| disks.open(name, disk.read_only, cpus, global);
+    let runner = Arc::new(Runner::new(home.clone(), definition.clone(), lock, &open)?);
     let server = MachineServer::start(home, Arc::clone(&runner))?;
     let watched = Arc::clone(&runner);
     signal::watch(move |_| {
@@ -345,7 +390,7 @@ fn make(home: &Home, definition: Definition, lock: HomeLock, new: bool) -> Resul
         home.define(&definition)?;
     }
     runner.confine()?;
-    Ok((runner, server))
+    Ok(Ready { runner, server, disks })
 }
 
 /// Starts the background half with the words that this process was told, and returns when the guest runs.
@@ -443,7 +488,12 @@ fn sheet(info: &Info) -> String {
     }
     add("cmdline", info.definition.boot.command_line.clone());
     for disk in &info.definition.disks {
-        add("disk", format!("{}{}", disk.file.display(), if disk.read_only { ", read-only" } else { "" }));
+        let name = match disk.source() {
+            Ok(DiskSource::File(file)) => file.display().to_string(),
+            Ok(DiskSource::Pool(name)) => name.to_owned(),
+            Err(error) => error.to_string(),
+        };
+        add("disk", format!("{name}{}", if disk.read_only { ", read-only" } else { "" }));
     }
     for net in &info.definition.nets {
         let mac = net.mac.map(|byte| format!("{byte:02x}")).join(":");
@@ -496,8 +546,11 @@ mod tests {
     #[test]
     fn disks_are_files_with_their_wishes() {
         let disk = parse_disk("/srv/web.raw,ro,serial=web-1").unwrap();
-        assert_eq!((disk.file, disk.read_only, disk.serial), ("/srv/web.raw".into(), true, "web-1".into()));
-        for bad in ["web", "", "/a,rw", "/a,serial=", "/a,serial=123456789012345678901", "/a,ro=1"] {
+        assert_eq!((disk.file, disk.read_only, disk.serial), (Some("/srv/web.raw".into()), true, "web-1".into()));
+        let disk = parse_disk("web,serial=x").unwrap();
+        assert_eq!((disk.file, disk.disk.as_deref(), disk.read_only), (None, Some("web"), false));
+        assert!(parse_disk("web@monday").unwrap().read_only);
+        for bad in ["", "a@b@c", "web,rw", "/a,rw", "/a,serial=", "/a,serial=123456789012345678901", "/a,ro=1"] {
             assert!(parse_disk(bad).is_err() || bad == "/a,serial=", "{bad}");
         }
     }

@@ -82,6 +82,12 @@ impl Disk {
         self.head.tenancy.wait_vacant(Some(holder)).map_err(|refusal| self.store.refused(self.head.id, refusal))
     }
 
+    /// Tells whether nobody else can have changed the disk since `holder` had it: it has it, or it is kept for it.
+    #[must_use]
+    pub fn remembers(&self, holder: &str) -> bool {
+        self.head.tenancy.remembers(holder)
+    }
+
     /// Keeps the lease for `holder` for so long, unless somebody has it: nobody else gets it meanwhile.
     ///
     /// It has written before the pool was opened. If some of that may be lost, its first flush will say so.
@@ -108,6 +114,11 @@ impl Disk {
     #[must_use]
     pub fn owes_loss_to(&self, holder: &str) -> bool {
         self.head.tenancy.owes_loss_to(holder)
+    }
+
+    /// Says that `holder` begins anew, and need not be told that something was lost.
+    pub fn forgive_loss(&self, holder: &str) {
+        self.head.tenancy.forgive_loss(holder);
     }
 
     /// Ends a reservation for `holder`.

@@ -89,7 +89,7 @@ impl Refusal {
             .hint(format!("it is free in {} s unless that comes back", left.as_secs() + 1)),
             Self::Kept(by) => {
                 Error::busy(format!("disk '{name}' is kept for {by}, which the next server serves again"))
-                    .hint("end that with 'afterimage detach', or start the server, which knows whether somebody writes")
+                    .hint("end that with 'afterimage detach', or 'vm stop' for a machine, or start the server, which knows who writes")
             }
         }
     }
@@ -126,6 +126,19 @@ impl Tenancy {
         let state = self.state.lock();
         let holds = |(_, until): &&(String, Option<Instant>)| until.is_none_or(|until| until > clock::now());
         state.reserved.as_ref().filter(holds).map(|(holder, _)| holder.clone())
+    }
+
+    /// Tells whether nobody else can have changed the disk since `holder` had it: it has it, or it is kept for it.
+    pub fn remembers(&self, holder: &str) -> bool {
+        let state = self.state.lock();
+        let kept = state
+            .reserved
+            .as_ref()
+            .is_some_and(|(of, until)| of == holder && until.is_none_or(|until| until > clock::now()));
+        match &state.holder {
+            Some(has) => has == holder,
+            None => kept,
+        }
     }
 
     /// Waits until the lease can be had by `holder`, or by anybody for `None`. It is not taken.
@@ -241,6 +254,15 @@ impl Tenancy {
     /// Tells whether `holder` has still to be told of a loss.
     pub fn owes_loss_to(&self, holder: &str) -> bool {
         self.state.lock().loss.as_ref().is_some_and(|(of, _)| of == holder)
+    }
+
+    /// Ends what [`Tenancy::note_loss`] began, for a holder that begins anew.
+    pub fn forgive_loss(&self, holder: &str) {
+        let mut state = self.state.lock();
+        state.loss = state.loss.take().filter(|(of, _)| of != holder);
+        if state.holder.as_deref() == Some(holder) {
+            self.owes_loss.store(false, Ordering::SeqCst);
+        }
     }
 
     /// Returns what the holder has to be told, once.
@@ -362,8 +384,11 @@ mod tests {
         assert!(matches!(tenancy.take("b", true, || {}), Err(Refusal::Reserved(by, _)) if by == "a"));
         assert!(tenancy.wait_vacant(None).is_err());
         assert_eq!(tenancy.reserved().as_deref(), Some("a"));
+        assert!(tenancy.remembers("a") && !tenancy.remembers("b"));
         tenancy.take("a", true, || {}).unwrap();
+        assert!(tenancy.remembers("a"));
         tenancy.let_go(false);
+        assert!(!tenancy.remembers("a"), "it has let go");
         tenancy.take("b", true, || {}).unwrap();
         tenancy.reserve("a", Some(Duration::from_secs(60)));
         assert_eq!(tenancy.reserved(), None, "somebody has it");
@@ -381,6 +406,19 @@ mod tests {
         assert_eq!(tenancy.take("b", true, || {}), Err(Refusal::Kept("a".to_owned())));
         assert_eq!(tenancy.reserved().as_deref(), Some("a"));
         tenancy.take("a", true, || {}).unwrap();
+    }
+
+    #[test]
+    fn who_begins_anew_is_told_of_no_loss_and_who_comes_back_is() {
+        let tenancy = Tenancy::default();
+        tenancy.note_loss("a", "a kill".into());
+        tenancy.forgive_loss("b");
+        tenancy.take("a", true, || {}).unwrap();
+        assert_eq!(tenancy.tell_loss().as_deref(), Some("a kill"));
+        tenancy.note_loss("a", "a kill".into());
+        tenancy.forgive_loss("a");
+        assert!(!tenancy.owes_loss_to("a") && !tenancy.owes_loss());
+        assert_eq!(tenancy.tell_loss(), None);
     }
 
     #[test]

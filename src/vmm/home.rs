@@ -67,14 +67,41 @@ pub struct Definition {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct DiskDefinition {
-    /// A file of the host, or a block device of it.
-    pub file: PathBuf,
+    /// A file of the host, or a block device of it; `None` for a disk of the pool.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<PathBuf>,
+    /// `DISK` or `DISK@SNAPSHOT` of the pool; `None` for a file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<String>,
     /// The guest cannot change it.
     #[serde(default)]
     pub read_only: bool,
     /// What the guest sees as its serial number.
     #[serde(default)]
     pub serial: String,
+}
+
+/// What a disk of a machine is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DiskSource<'a> {
+    /// A file or block device of the host.
+    File(&'a Path),
+    /// `DISK` or `DISK@SNAPSHOT` of the pool.
+    Pool(&'a str),
+}
+
+impl DiskDefinition {
+    /// Returns what it is.
+    ///
+    /// # Errors
+    /// `Corrupt` when it is nothing, or two things.
+    pub fn source(&self) -> Result<DiskSource<'_>> {
+        match (&self.file, &self.disk) {
+            (Some(file), None) => Ok(DiskSource::File(file)),
+            (None, Some(disk)) => Ok(DiskSource::Pool(disk)),
+            _ => Err(Error::corrupt("a disk of a virtual machine is either a file or a disk of the pool")),
+        }
+    }
 }
 
 impl Definition {
@@ -253,7 +280,11 @@ impl Home {
             ))
             .hint("use the version of afterimage that wrote it, or a newer one"));
         }
-        serde_json::from_slice(&text).map_err(strange)
+        let definition: Definition = serde_json::from_slice(&text).map_err(strange)?;
+        for disk in &definition.disks {
+            disk.source().map_err(|e| e.context(&shown))?;
+        }
+        Ok(definition)
     }
 
     /// Removes the machine, of which the caller holds the lock. Its disks stay.
@@ -276,7 +307,9 @@ mod tests {
     fn definition() -> Definition {
         let boot = Boot { kernel: "/boot/vmlinuz".into(), initrd: None, command_line: "quiet".into() };
         let mut definition = Definition::new(boot, 1 << 29, 2);
-        definition.disks.push(DiskDefinition { file: "/srv/web.raw".into(), read_only: true, serial: "web".into() });
+        let (file, disk) = (Some("/srv/web.raw".into()), Some("web@monday".to_owned()));
+        definition.disks.push(DiskDefinition { file, disk: None, read_only: true, serial: "web".into() });
+        definition.disks.push(DiskDefinition { file: None, disk, read_only: false, serial: String::new() });
         definition.nets.push(NetSettings { tap: "tap0".into(), mac: [2, 0, 0, 0, 0, 1] });
         definition
     }
@@ -317,7 +350,16 @@ mod tests {
         home.define(&definition()).unwrap();
         let text = std::fs::read_to_string(home.path(DEFINITION)).unwrap();
         let newer = text.replace("\"version\": 1", "\"version\": 2, \"more\": 1");
-        for (text, kind) in [(newer.as_str(), Kind::Unsupported), ("{}", Kind::Corrupt), ("", Kind::Corrupt)] {
+        let both = text.replace("\"file\"", "\"disk\": \"web\", \"file\"");
+        let neither = text.replace("\"disk\": \"web@monday\",", "");
+        assert!(both != text && neither != text, "{text}");
+        for (text, kind) in [
+            (newer.as_str(), Kind::Unsupported),
+            ("{}", Kind::Corrupt),
+            ("", Kind::Corrupt),
+            (&both, Kind::Corrupt),
+            (&neither, Kind::Corrupt),
+        ] {
             std::fs::OpenOptions::new().write(true).truncate(true).open(home.path(DEFINITION)).unwrap();
             std::os::unix::fs::FileExt::write_all_at(
                 &std::fs::OpenOptions::new().write(true).open(home.path(DEFINITION)).unwrap(),

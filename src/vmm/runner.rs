@@ -8,6 +8,8 @@
 //!    has patience for, it ends as by a power cut.
 //! 4. Everything is opened when it is made. [`Runner::confine`] gives up rights after that, and reboots need none.
 //! 5. Files that are disks are looked at every second: a guest is told when one has grown.
+//! 6. A disk of the pool may wait for its server. Such a machine is not paused, which would wait, too; and ending it ends
+//!    the waiting.
 
 use std::fs::File;
 use std::io::{self, Seek, Write};
@@ -18,11 +20,13 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::home::{Definition, Home, HomeLock};
+use super::home::{Definition, DiskDefinition, DiskSource, Home, HomeLock};
 use super::serial::BACKLOG;
 use super::{DiskSettings, Ending, FileDisk, Log, Machine, Means, Settings};
+use crate::disk::BlockDevice;
 use crate::error::{Error, Kind, Result};
 use crate::media::socket::Socket;
+use crate::nbd;
 use crate::sync::{Condvar, Mutex, MutexGuard};
 use crate::sys::process::{self, User};
 
@@ -67,6 +71,8 @@ pub struct Runner {
     means: Means,
     /// The disks that are files, by their numbers.
     files: Vec<(usize, Arc<FileDisk>)>,
+    /// The disks that have a server.
+    served: Vec<Arc<nbd::Client>>,
     /// Whose rights the process will have.
     user: Option<User>,
     serial: Arc<Socket>,
@@ -75,6 +81,9 @@ pub struct Runner {
     changed: Condvar,
     _lock: HomeLock,
 }
+
+/// Opens a disk of the pool for a machine.
+pub type OpenDisk<'a> = dyn Fn(&str, &DiskDefinition) -> Result<nbd::Client> + 'a;
 
 /// What is told about a machine.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -106,16 +115,26 @@ impl Info {
 }
 
 impl Runner {
-    /// Prepares a machine: opens its disks and all else, makes it once to see that it can be made, and makes the socket of its
-    /// serial port.
+    /// Prepares a machine: opens its disks, those of the pool with `open`, and all else, makes it once to see that it can be
+    /// made, and makes the socket of its serial port.
     ///
     /// # Errors
     /// `Busy` when a disk is in use, and what [`Machine::new`] finds.
-    pub fn new(home: Home, definition: Definition, lock: HomeLock) -> Result<Self> {
-        let (mut disks, mut files) = (Vec::new(), Vec::new());
+    pub fn new(home: Home, definition: Definition, lock: HomeLock, open: &OpenDisk<'_>) -> Result<Self> {
+        let (mut disks, mut files, mut served) = (Vec::new(), Vec::new(), Vec::new());
         for disk in &definition.disks {
-            let device = Arc::new(FileDisk::open(&disk.file, disk.read_only)?);
-            files.push((disks.len(), Arc::clone(&device)));
+            let device: Arc<dyn BlockDevice> = match disk.source()? {
+                DiskSource::File(file) => {
+                    let file = Arc::new(FileDisk::open(file, disk.read_only)?);
+                    files.push((disks.len(), Arc::clone(&file)));
+                    file
+                }
+                DiskSource::Pool(name) => {
+                    let client = Arc::new(open(name, disk)?);
+                    served.push(Arc::clone(&client));
+                    client
+                }
+            };
             disks.push(DiskSettings { device, read_only: disk.read_only, serial: disk.serial.clone() });
         }
         let settings = Settings {
@@ -134,7 +153,7 @@ impl Runner {
         let log = Mutex::new(open_log(&home));
         let now = Now { machine: Some(machine), state: State::Running, ending: None, deadline: None };
         let (now, changed) = (Mutex::new(now), Condvar::new());
-        Ok(Self { home, definition, settings, means, files, user, serial, log, now, changed, _lock: lock })
+        Ok(Self { home, definition, settings, means, files, served, user, serial, log, now, changed, _lock: lock })
     }
 
     /// Gives up the rights that running the machine does not take, in all threads and for good: becomes the user that the
@@ -205,6 +224,7 @@ impl Runner {
                 && let Some(machine) = &now.machine
             {
                 tracing::warn!("the guest does not switch itself off; it is stopped");
+                self.cancel();
                 machine.stop();
                 now.deadline = None;
             }
@@ -239,6 +259,10 @@ impl Runner {
             State::Stopping => return Err(Error::busy("the virtual machine is about to end")),
             State::Ended => return Err(Error::failed("the virtual machine has ended")),
         }
+        if self.served.iter().any(|disk| !disk.is_connected()) {
+            return Err(Error::busy("a disk of the virtual machine waits for the server of the pool")
+                .hint("start one with 'afterimage serve --daemon' or 'afterimage mount'"));
+        }
         if let Some(machine) = &now.machine {
             machine.pause();
         }
@@ -270,6 +294,10 @@ impl Runner {
     /// # Errors
     /// When it has ended.
     pub fn stop(&self, patience: Duration) -> Result<()> {
+        if patience.is_zero() {
+            // Before the lock: a pause may have it, and wait for a disk.
+            self.cancel();
+        }
         let mut now = self.now.lock();
         if now.state == State::Ended {
             return Err(Error::failed("the virtual machine has ended"));
@@ -277,6 +305,7 @@ impl Runner {
         // Without a machine it is between two lives: the next is the last.
         if let Some(machine) = &now.machine {
             if patience.is_zero() || now.state == State::Stopping {
+                self.cancel();
                 machine.stop();
             } else {
                 machine.resume();
@@ -288,6 +317,11 @@ impl Runner {
         drop(now);
         self.changed.notify_all();
         Ok(())
+    }
+
+    /// Ends all waiting for a server: the guest is not to go on.
+    fn cancel(&self) {
+        self.served.iter().for_each(|disk| disk.cancel());
     }
 
     /// Tells about it.
@@ -309,6 +343,8 @@ impl Drop for End<'_> {
         (now.state, now.machine) = (State::Ended, None);
         drop(now);
         self.0.changed.notify_all();
+        // Nobody asks for anything any more, and whoever ends the disks is not one that went away.
+        self.0.cancel();
         // Others may keep the value to the end of the process.
         self.0.serial.remove();
     }

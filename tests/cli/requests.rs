@@ -97,6 +97,15 @@ fn golden() -> Vec<(Request, &'static str)> {
             ),
         ),
         (Request::Detach { name: "3".into() }, r#"{"command":"detach","name":"3"}"#),
+        (
+            Request::AttachVm { vm: web(), disk: monday(), read_only: true, claim: None },
+            r#"{"command":"attach-vm","vm":"web","disk":"web@monday","read_only":true}"#,
+        ),
+        (
+            Request::AttachVm { vm: web(), disk: web(), read_only: false, claim: Some("disk-1".into()) },
+            r#"{"command":"attach-vm","vm":"web","disk":"web","claim":"disk-1"}"#,
+        ),
+        (Request::DetachVm { vm: web() }, r#"{"command":"detach-vm","vm":"web"}"#),
         (Request::Exports {}, r#"{"command":"exports"}"#),
         (Request::Flush {}, r#"{"command":"flush"}"#),
         (

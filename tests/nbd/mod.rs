@@ -6,6 +6,7 @@
 //! 3. What a hostile client did to a server shows in what a good one gets from it after.
 
 mod bitmaps;
+mod client;
 mod clients;
 mod durable;
 mod ends;

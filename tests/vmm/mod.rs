@@ -5,6 +5,7 @@
 mod commands;
 mod confined;
 mod devices;
+mod disks;
 mod life;
 mod moved;
 mod nested;

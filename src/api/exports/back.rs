@@ -5,7 +5,8 @@
 //!    started is kept, with its hold on its disks, and shown with the reason.
 //! 2. A process that serves nothing starts nothing, and keeps all that a server would: the disk of a writable export that
 //!    persists is not reverted, received into, shrunk or removed, and what is only read is not removed.
-//! 3. Disks and snapshots that are gone, and snapshots that are retired, are taken out of what persists; so is an export of
+//! 3. A disk is kept for a virtual machine as long as that runs: its exports are not in the list, it asks for them again.
+//! 4. Disks and snapshots that are gone, and snapshots that are retired, are taken out of what persists; so is an export of
 //!    which nothing is left.
 
 use std::sync::{Arc, Weak};
@@ -57,6 +58,7 @@ impl Exports {
             front: Front::Failed(error.to_string()),
             clients: Arc::default(),
             served: Served::not_opened(&self.store, &row).into(),
+            machine: None,
             attached: self.hold_disks(&row).unwrap_or_default(),
             row,
         }
@@ -116,6 +118,9 @@ impl Exports {
     /// Tells whether somebody may still come back for a disk, and brings up to date what it may have lost.
     fn is_claim(&self, lease: &mut LeaseRow, rows: &[ExportRow]) -> bool {
         if !What::Disk(DiskId(lease.disk)).is_readable(&self.store) || book::time_left(lease).is_none() {
+            return false;
+        }
+        if self.has_machine_ended(&lease.holder) == Some(true) {
             return false;
         }
         if !self.store.was_closed() {

@@ -220,6 +220,22 @@ impl Book {
         }
     }
 
+    /// Waits no longer for a holder.
+    pub(super) fn forget(&self, holder: &str) {
+        let mut inner = self.inner.lock();
+        let before = inner.awaited.len();
+        inner.awaited.retain(|(_, awaited), _| awaited != holder);
+        if inner.awaited.len() < before && !inner.ending {
+            told(inner.save_claims(&*self.media));
+        }
+    }
+
+    /// Returns the disks that are kept for a holder.
+    pub(super) fn awaited(&self, holder: &str) -> Vec<DiskId> {
+        let inner = self.inner.lock();
+        inner.awaited.keys().filter(|(_, awaited)| awaited == holder).map(|(disk, _)| DiskId(*disk)).collect()
+    }
+
     /// Leaves the list as it is for the next server.
     pub(super) fn end(&self) {
         self.inner.lock().ending = true;

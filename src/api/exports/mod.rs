@@ -10,8 +10,8 @@
 //! 1. An export is of ids: a disk that is renamed is shown under its new name. While a disk is attached it is not removed.
 //!    A snapshot that is removed or retired meanwhile is served under its last name, to who connects later, too, and keeps
 //!    its data until the export ends ([`served`]).
-//! 2. Who may write has the lease: a vhost-user device as long as it is attached, an NBD client from the moment it chose the
-//!    disk until its connection ends. Attaching a disk that another one has is refused, with its name.
+//! 2. Who may write has the lease: a vhost-user device and a virtual machine of ours ([`machines`]) as long as they are
+//!    attached, an NBD client from the moment it chose the disk until its connection ends. Attaching a disk that another one has is refused, with its name.
 //! 3. What persists is started again before anybody else is let in, and who was writing when the server ended has its
 //!    disk reserved for a minute. One that cannot be started is kept and shown with the reason. A command that opens the
 //!    pool itself keeps all this for the next server ([`back`]).
@@ -24,11 +24,13 @@
 
 mod back;
 mod book;
+mod machines;
 mod nbd;
 mod served;
 mod wish;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -45,6 +47,7 @@ use crate::sys::process::share_of_open_files;
 use crate::units::DiskId;
 use crate::vhost_blk;
 use book::Book;
+use machines::Tenant;
 use served::{Served, Writer};
 use wish::What;
 
@@ -68,7 +71,8 @@ struct Running {
     front: Front,
     clients: Arc<AtomicUsize>,
     served: Arc<[Served]>,
-    /// Dropped after the front.
+    /// The virtual machine it is for. Dropped after the front, as the next.
+    machine: Option<Tenant>,
     attached: Vec<Attached>,
 }
 
@@ -77,6 +81,17 @@ struct Table {
     /// Whether this process serves; otherwise it only looks at the list.
     serves: bool,
     running: BTreeMap<u64, Running>,
+    /// Machines, and the claims by which they do not come back: it was taken from them.
+    dismissed: BTreeSet<(String, String)>,
+}
+
+impl Table {
+    /// Takes exports out. The machines they are for may ask for them again before they have ended, and do not get them.
+    fn take_away(&mut self, ids: &[u64]) -> Vec<Running> {
+        let gone: Vec<Running> = ids.iter().filter_map(|id| self.running.remove(id)).collect();
+        self.dismissed.extend(gone.iter().flat_map(Running::claims));
+        gone
+    }
 }
 
 /// Called whenever an export has ended and no other is left.
@@ -85,6 +100,8 @@ type Idle = Box<dyn Fn() + Send + Sync>;
 /// The exports of a pool.
 pub(super) struct Exports {
     store: Arc<Store>,
+    /// The directory of the pool, where its machines are.
+    pool: PathBuf,
     book: Arc<Book>,
     table: Mutex<Table>,
     /// What is held for the next server, by number, where nothing is served.
@@ -96,9 +113,10 @@ pub(super) struct Exports {
 
 impl Exports {
     /// Makes them for a process that serves nothing.
-    pub(super) fn new(store: &Arc<Store>) -> Arc<Self> {
+    pub(super) fn new(store: &Arc<Store>, pool: &Path) -> Arc<Self> {
         Arc::new(Self {
             store: Arc::clone(store),
+            pool: pool.to_owned(),
             book: Arc::new(Book::new(store.media())),
             table: Mutex::default(),
             kept: Mutex::default(),
@@ -173,13 +191,14 @@ impl Exports {
         let front = match row.kind {
             ExportKind::Nbd => {
                 let (store, served, clients) = (Arc::clone(&self.store), Arc::clone(&served), Arc::clone(&clients));
-                let shown = nbd::Shown { store, served, read_only: row.read_only, holder, clients, book };
+                let (writer, left, read_only) = (None, None, row.read_only);
+                let shown = nbd::Shown { store, served, read_only, holder, writer, clients, left, book };
                 Front::Nbd(begin_nbd(row, shown, &self.budget)?)
             }
             ExportKind::VhostUser => Front::Vhost(self.begin_vhost(row, &served, &holder, book)?),
         };
         tracing::info!("export {} ({} {}) begins", row.id, row.kind.name(), row.address());
-        Ok(Running { row: row.clone(), persist, front, clients, served, attached })
+        Ok(Running { row: row.clone(), persist, front, clients, served, machine: None, attached })
     }
 
     fn begin_vhost(
@@ -237,7 +256,7 @@ impl Exports {
         }
         let (gone, left) = {
             let mut table = self.table.lock();
-            let gone: Vec<Running> = ids.iter().filter_map(|id| table.running.remove(id)).collect();
+            let gone = table.take_away(&ids);
             (gone, table.running.len())
         };
         if gone.is_empty() {
@@ -249,12 +268,17 @@ impl Exports {
         let rows: Vec<ExportRow> = gone.iter().map(|running| running.row.clone()).collect();
         end_all(gone);
         rows.iter().for_each(|row| self.keep_no_more(row));
-        if left == 0
-            && let Some(idle) = &*self.idle.lock()
-        {
-            idle();
+        if left == 0 {
+            self.tell_idle();
         }
         Ok(answer)
+    }
+
+    /// Says that nothing is attached any more.
+    fn tell_idle(&self) {
+        if let Some(idle) = &*self.idle.lock() {
+            idle();
+        }
     }
 
     /// Detaches where nothing is served: the next server does not start it.
@@ -329,8 +353,9 @@ impl Exports {
             Front::Failed(why) => ("failed", Some(why.clone())),
             Front::Nbd(_) | Front::Vhost(_) => ("on", None),
         };
-        let mut shown = self.show_row(&running.row, &running.served, state, error);
+        let mut shown = self.show_row(&running.row, &running.served, &running.holder(), state, error);
         shown.persist = running.persist;
+        shown.vm = running.machine.as_ref().map(|machine| machine.name.clone());
         shown.clients = running.clients() as u64;
         // A port of 0 became another one.
         if let (Front::Nbd(server), Some(_)) = (&running.front, &running.row.listen) {
@@ -341,13 +366,12 @@ impl Exports {
 
     /// Shows an export that is not served now.
     fn show_off(&self, row: &ExportRow) -> Export {
-        self.show_row(row, &Served::not_opened(&self.store, row), "off", None)
+        self.show_row(row, &Served::not_opened(&self.store, row), &holder(row), "off", None)
     }
 
-    fn show_row(&self, row: &ExportRow, served: &[Served], state: &str, error: Option<String>) -> Export {
-        let holder = holder(row);
+    fn show_row(&self, row: &ExportRow, served: &[Served], holder: &str, state: &str, error: Option<String>) -> Export {
         let holds = |id: &&u64| {
-            self.store.disk_info_by_id(DiskId(**id)).is_ok_and(|info| info.holder.as_deref() == Some(holder.as_str()))
+            self.store.disk_info_by_id(DiskId(**id)).is_ok_and(|info| info.holder.as_deref() == Some(holder))
         };
         let name = |id: &u64| What::Disk(DiskId(*id)).name(&self.store).ok();
         let writing = row.disks.iter().filter(holds).filter_map(name).collect();
@@ -361,6 +385,7 @@ impl Exports {
             read_only: row.read_only,
             queues: (row.queues > 0).then_some(row.queues),
             persist: true,
+            vm: None,
             clients: 0,
             writing,
             state: state.to_owned(),
@@ -443,6 +468,11 @@ fn end_all(exports: Vec<Running>) {
 }
 
 impl Running {
+    /// The name under which it takes leases.
+    fn holder(&self) -> String {
+        self.machine.as_ref().map_or_else(|| holder(&self.row), |machine| machines::holder(&machine.name))
+    }
+
     fn clients(&self) -> usize {
         match &self.front {
             Front::Vhost(server) => usize::from(server.connected()),
@@ -452,13 +482,13 @@ impl Running {
 
     /// Finishes what is in flight and stops.
     fn end(self) {
-        let Self { row, front, attached, .. } = self;
+        let Self { row, front, machine, attached, .. } = self;
         match front {
             Front::Nbd(server) => server.stop(),
             Front::Vhost(server) => server.stop(),
             Front::Failed(_) => {}
         }
-        drop(attached);
+        drop((machine, attached));
         tracing::info!("export {} ({} {}) has ended", row.id, row.kind.name(), row.address());
     }
 }
@@ -526,7 +556,7 @@ mod tests {
         Store::init(&media, InitOptions { journal: 4 << 20, ballast: 4096, probe: false }).unwrap();
         let store = Store::open(media, OpenOptions { background: false, ..OpenOptions::default() }).unwrap();
         drop(disk::create(&store, "web", 1 << 20).unwrap());
-        let exports = Exports::new(&store);
+        let exports = Exports::new(&store, dir.path());
         *watched.exports.lock() = Arc::downgrade(&exports);
         exports.start();
         for n in 0..2 {

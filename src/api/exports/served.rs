@@ -81,13 +81,15 @@ impl Served {
 }
 
 /// The right to write to a disk, and the note of it for a restart, until it is dropped.
+#[derive(Debug)]
 pub(super) struct Writer {
     /// In this order: once the lease is free, nothing says any more that it should be kept.
     _claim: Claim,
-    _lease: Lease,
+    lease: Lease,
 }
 
 /// The note that somebody writes.
+#[derive(Debug)]
 struct Claim {
     /// `None` for what does not come back after a restart.
     book: Option<Arc<Book>>,
@@ -106,7 +108,12 @@ impl Writer {
             book.came(disk.id(), holder);
         }
         let claim = Claim { book, disk: disk.id(), holder: holder.to_owned() };
-        Ok(Self { _claim: claim, _lease: lease })
+        Ok(Self { _claim: claim, lease })
+    }
+
+    /// Says that it is worth waiting for: it may be dropped soon.
+    pub(super) fn closing(&self) {
+        self.lease.closing();
     }
 }
 
