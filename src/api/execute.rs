@@ -39,7 +39,7 @@ pub fn execute(store: &Arc<Store>, request: Request, progress: &dyn Progress) ->
         Request::Resize { disk, size, shrink } => resize(store, &disk, size, shrink),
         Request::Rename { old, new } => rename(store, &old, &new),
         Request::Rm { name, recursive } => remove(store, name, recursive),
-        Request::Snapshot { snapshots } => take(store, &snapshots),
+        Request::Snapshot { snapshots, at_once } => take(store, &snapshots, at_once.then_some(progress)),
         Request::Clone { snapshot, disk } => {
             let ((from, snapshot), disk) = (Target::snapshot(&snapshot)?, Target::disk(&disk)?);
             snapshot::clone(store, &from, &snapshot, &disk).map(disk_answer)
@@ -203,7 +203,7 @@ fn remove(store: &Arc<Store>, name: String, recursive: bool) -> Result<Response>
     Ok(Response::Removed { name })
 }
 
-fn take(store: &Arc<Store>, names: &[String]) -> Result<Response> {
+fn take(store: &Arc<Store>, names: &[String], at_once: Option<&dyn Progress>) -> Result<Response> {
     if names.is_empty() || names.len() > SNAPSHOTS_AT_ONCE_MAX {
         return Err(Error::usage(format!("cannot take {} snapshots at once", names.len()))
             .hint(format!("name 1 to {SNAPSHOTS_AT_ONCE_MAX} of them as DISK@SNAPSHOT")));
@@ -215,7 +215,11 @@ fn take(store: &Arc<Store>, names: &[String]) -> Result<Response> {
         return Err(Error::usage(format!("the disk '{}' is named twice", twice[0]))
             .hint("one instant has one snapshot of a disk"));
     }
-    snapshot::take(store, &targets).map(snapshots_answer)
+    let taken = match at_once {
+        Some(told) => snapshot::take_at_once(store, &targets, &|| told.instant()),
+        None => snapshot::take(store, &targets),
+    };
+    taken.map(snapshots_answer)
 }
 
 fn prune(store: &Arc<Store>, disk: &str, keep: Keep, dry_run: bool) -> Result<Response> {

@@ -76,6 +76,10 @@ pub enum Request {
     Snapshot {
         /// `DISK@SNAPSHOT`, each disk once.
         snapshots: Vec<String>,
+        /// Takes them without flushing the disks first, and says when the instant has been (`{"instant":{}}`): for a
+        /// virtual machine that stands still meanwhile. The answer comes when they are durable, as ever.
+        #[serde(default, skip_serializing_if = "is_false")]
+        at_once: bool,
     },
     /// Makes a disk that begins as a snapshot.
     Clone {

@@ -29,4 +29,4 @@ pub use device::{SnapshotDevice, open, open_by_id};
 pub use prune::{Keep, PruneLine, prune};
 pub use remove::{hold, release, remove, rename, unique};
 pub use retire::{attend, import_record, retire, wait_retired};
-pub use take::take;
+pub use take::{take, take_at_once};

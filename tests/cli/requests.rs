@@ -25,7 +25,14 @@ fn golden() -> Vec<(Request, &'static str)> {
         (Request::Rename { old: web(), new: "db".into() }, r#"{"command":"rename","old":"web","new":"db"}"#),
         (Request::Rm { name: web(), recursive: false }, r#"{"command":"rm","name":"web"}"#),
         (Request::Rm { name: web(), recursive: true }, r#"{"command":"rm","name":"web","recursive":true}"#),
-        (Request::Snapshot { snapshots: vec![monday()] }, r#"{"command":"snapshot","snapshots":["web@monday"]}"#),
+        (
+            Request::Snapshot { snapshots: vec![monday()], at_once: false },
+            r#"{"command":"snapshot","snapshots":["web@monday"]}"#,
+        ),
+        (
+            Request::Snapshot { snapshots: vec![monday()], at_once: true },
+            r#"{"command":"snapshot","snapshots":["web@monday"],"at_once":true}"#,
+        ),
         (
             Request::Clone { snapshot: monday(), disk: "new".into() },
             r#"{"command":"clone","snapshot":"web@monday","disk":"new"}"#,
