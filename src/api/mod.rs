@@ -24,6 +24,7 @@ pub mod answer;
 pub mod client;
 mod execute;
 mod exports;
+pub mod instant;
 mod line;
 pub mod machine;
 mod name;
