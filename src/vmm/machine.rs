@@ -22,7 +22,7 @@ use super::boot::{self, Boot};
 use super::bus::Bus;
 use super::cpuid::Supported;
 use super::cpus::Cpus;
-use super::ending::Ending;
+use super::ending::{Ending, Stuck};
 use super::filter::Confinement;
 use super::fit::{self, Shape};
 use super::means::Means;
@@ -176,6 +176,9 @@ impl Machine {
         if let Some(ending) = self.ending() {
             return Err(Error::failed(format!("a guest that has ended has no state to go on from: {ending}")));
         }
+        if let Some(Stuck { what, .. }) = self.stuck() {
+            return Err(Error::failed(format!("a guest whose memory cannot be had cannot be saved: {what}")));
+        }
         let list = self.kvm.get_msr_index_list().map_err(host)?;
         Ok(MachineState {
             shape: Shape::of(&self.settings),
@@ -296,6 +299,23 @@ impl Machine {
         self.bus.virtio.iter().for_each(|device| device.lock().pause());
         self.bus.serial.log().close();
         ending
+    }
+
+    /// Stops the guest for want of a page of its memory, and returns at once: a processor that waits for it in the kernel
+    /// stays there until the page comes. [`Machine::resume`] lets the guest try again.
+    pub fn stick(&self, stuck: Stuck) {
+        self.cpus.stick(stuck);
+    }
+
+    /// Returns which page of its memory the guest waits for; `None` when it does not.
+    #[must_use]
+    pub fn stuck(&self) -> Option<Stuck> {
+        self.cpus.stuck()
+    }
+
+    /// Ends a guest whose memory cannot be had, as a power cut does.
+    pub fn give_up(&self, stuck: Stuck) {
+        self.cpus.end(Ending::MemoryError(stuck.what));
     }
 
     /// Returns how the guest has ended; `None` while it lives.

@@ -48,7 +48,7 @@ mod state;
 mod virtio;
 
 pub use boot::Boot;
-pub use ending::Ending;
+pub use ending::{Ending, Stuck};
 pub use file_disk::FileDisk;
 pub use home::{Definition, DiskDefinition, DiskSource, Home, HomeLock};
 pub use instant::{Disks, Taken, Taking};
