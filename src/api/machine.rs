@@ -120,7 +120,11 @@ fn patience(query: Option<&str>) -> Result<Duration> {
 async fn act(State(runner): State<Arc<Runner>>, UrlPath(what): UrlPath<String>, uri: Uri) -> HttpResponse {
     match what.as_str() {
         "pause" => answer(runner, Runner::pause).await,
-        "resume" => answer(runner, Runner::resume).await,
+        "resume" => match uri.query() {
+            None => answer(runner, |runner| runner.resume(false)).await,
+            Some("retry=true") => answer(runner, |runner| runner.resume(true)).await,
+            Some(query) => failure(&Error::usage(format!("'{query}' is not understood")).hint("give ?retry=true")),
+        },
         "stop" => match patience(uri.query()) {
             Ok(patience) => answer(runner, move |runner| runner.stop(patience)).await,
             Err(error) => failure(&error),
@@ -168,6 +172,8 @@ pub enum Act {
     Pause,
     /// Let it go on.
     Resume,
+    /// Let it read again what of its memory could not be had.
+    Retry,
     /// Ask it to switch itself off, and end it after that many seconds.
     Stop(u32),
     /// End it.
@@ -211,6 +217,7 @@ fn exchange(home: &Home, act: Act) -> Result<Option<Info>> {
             Act::Tell => (Method::GET, "/v1/vm".to_owned()),
             Act::Pause => (Method::POST, "/v1/vm/pause".to_owned()),
             Act::Resume => (Method::POST, "/v1/vm/resume".to_owned()),
+            Act::Retry => (Method::POST, "/v1/vm/resume?retry=true".to_owned()),
             Act::Stop(seconds) => (Method::POST, format!("/v1/vm/stop?patience={seconds}")),
             Act::Kill => (Method::POST, "/v1/vm/kill".to_owned()),
         };

@@ -138,10 +138,15 @@ struct Pause {
 }
 
 /// Let a paused guest go on
+///
+/// A guest whose memory could not be had stands still in the state memory-error until it is told to try again.
 #[derive(Debug, Args)]
 struct Resume {
     /// Name of the machine
     name: String,
+    /// Read again what of its memory could not be had
+    #[arg(long)]
+    retry: bool,
 }
 
 /// Ask a guest to switch itself off, and wait until it has
@@ -213,7 +218,10 @@ impl Vm {
                 Ok(0)
             }
             VmCommand::Pause(wanted) => ask(&Home::of(&pool, &wanted.name)?, Act::Pause, screen),
-            VmCommand::Resume(wanted) => ask(&Home::of(&pool, &wanted.name)?, Act::Resume, screen),
+            VmCommand::Resume(wanted) => {
+                let act = if wanted.retry { Act::Retry } else { Act::Resume };
+                ask(&Home::of(&pool, &wanted.name)?, act, screen)
+            }
             VmCommand::Stop(wanted) => {
                 let patience = if wanted.force { 0 } else { wanted.patience };
                 stop(&Home::of(&pool, &wanted.name)?, patience, screen)
@@ -463,6 +471,7 @@ fn state(info: &Info) -> &'static str {
     match info.state {
         State::Running => "running",
         State::Paused => "paused",
+        State::MemoryError => "memory-error",
         State::Stopping => "stopping",
         State::Ended => "stopped",
     }

@@ -105,6 +105,21 @@ impl DiskDefinition {
 }
 
 impl Definition {
+    /// Checks what its form cannot say.
+    ///
+    /// # Errors
+    /// `Unsupported` for a newer version, `Corrupt` for what makes no sense.
+    pub fn check(&self) -> Result<()> {
+        if self.version != VERSION {
+            return Err(Error::unsupported(format!(
+                "the definition of a machine is of version {}, and this program knows {VERSION}",
+                self.version
+            ))
+            .hint("use the version of afterimage that wrote it, or a newer one"));
+        }
+        self.disks.iter().try_for_each(|disk| disk.source().map(drop))
+    }
+
     /// Makes one of this version.
     #[must_use]
     pub fn new(boot: Boot, memory: u64, cpus: u8) -> Self {
@@ -281,9 +296,7 @@ impl Home {
             .hint("use the version of afterimage that wrote it, or a newer one"));
         }
         let definition: Definition = serde_json::from_slice(&text).map_err(strange)?;
-        for disk in &definition.disks {
-            disk.source().map_err(|e| e.context(&shown))?;
-        }
+        definition.check().map_err(|e| e.context(&shown))?;
         Ok(definition)
     }
 

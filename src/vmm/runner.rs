@@ -8,7 +8,9 @@
 //!    has patience for, it ends as by a power cut.
 //! 4. Everything is opened when it is made. [`Runner::confine`] gives up rights after that, and reboots need none.
 //! 5. Files that are disks are looked at every second: a guest is told when one has grown.
-//! 6. A disk of the pool may wait for its server. Such a machine is not paused, which would wait, too; and ending it ends
+//! 6. A guest whose memory cannot be had stands still, and everything else goes on: it can be looked at, told to try again,
+//!    and always be ended.
+//! 7. A disk of the pool may wait for its server. Such a machine is not paused, which would wait, too; and ending it ends
 //!    the waiting.
 
 use std::fs::File;
@@ -22,7 +24,7 @@ use uuid::Uuid;
 
 use super::home::{Definition, DiskDefinition, DiskSource, Home, HomeLock};
 use super::serial::BACKLOG;
-use super::{DiskSettings, Ending, FileDisk, Log, Machine, Means, Settings};
+use super::{DiskSettings, Ending, FileDisk, Log, Machine, Means, Settings, Stuck};
 use crate::disk::BlockDevice;
 use crate::error::{Error, Kind, Result};
 use crate::media::socket::Socket;
@@ -47,6 +49,8 @@ pub enum State {
     Running,
     /// It stands still.
     Paused,
+    /// A page of its memory cannot be had: it stands still until it is told to try again, or is ended.
+    MemoryError,
     /// It was asked to switch itself off.
     Stopping,
     /// It has ended.
@@ -60,6 +64,13 @@ struct Now {
     ending: Option<Ending>,
     /// When a guest that was asked to switch itself off is stopped.
     deadline: Option<Instant>,
+}
+
+impl Now {
+    /// Tells why the guest stands still though nobody paused it.
+    fn stuck(&self) -> Option<Stuck> {
+        self.machine.as_ref().and_then(|machine| machine.stuck())
+    }
 }
 
 /// A machine that runs.
@@ -93,7 +104,7 @@ pub struct Info {
     pub name: String,
     /// What it does.
     pub state: State,
-    /// How it ended, in words.
+    /// How it ended, or why it stands still, in words.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ending: Option<String>,
     /// The process that runs it.
@@ -255,9 +266,12 @@ impl Runner {
     pub fn pause(&self) -> Result<()> {
         let mut now = self.now.lock();
         match now.state {
-            State::Running | State::Paused => {}
+            State::Running | State::Paused | State::MemoryError => {}
             State::Stopping => return Err(Error::busy("the virtual machine is about to end")),
             State::Ended => return Err(Error::failed("the virtual machine has ended")),
+        }
+        if let Some(stuck) = now.stuck() {
+            return Err(self.cannot_be_had(&stuck));
         }
         if self.served.iter().any(|disk| !disk.is_connected()) {
             return Err(Error::busy("a disk of the virtual machine waits for the server of the pool")
@@ -270,16 +284,24 @@ impl Runner {
         Ok(())
     }
 
-    /// Lets the guest go on. One that runs, runs on.
+    /// Lets the guest go on. One that runs, runs on. One whose memory cannot be had tries again if it is to `retry`.
     ///
     /// # Errors
-    /// When it has ended.
-    pub fn resume(&self) -> Result<()> {
+    /// When it has ended, and when its memory cannot be had.
+    pub fn resume(&self, retry: bool) -> Result<()> {
         let mut now = self.now.lock();
         if now.state == State::Ended {
             return Err(Error::failed("the virtual machine has ended"));
         }
-        if now.state == State::Paused {
+        if let Some(stuck) = now.stuck() {
+            if !retry || stuck.for_good {
+                return Err(self.cannot_be_had(&stuck));
+            }
+            if let Some(machine) = &now.machine {
+                machine.resume();
+            }
+            now.state = if now.state == State::Stopping { State::Stopping } else { State::Running };
+        } else if now.state == State::Paused {
             now.state = State::Running;
             if let Some(machine) = &now.machine {
                 machine.resume();
@@ -304,7 +326,11 @@ impl Runner {
         }
         // Without a machine it is between two lives: the next is the last.
         if let Some(machine) = &now.machine {
-            if patience.is_zero() || now.state == State::Stopping {
+            if let Some(stuck) = machine.stuck() {
+                // It does not hear a button.
+                self.cancel();
+                machine.give_up(stuck);
+            } else if patience.is_zero() || now.state == State::Stopping {
                 self.cancel();
                 machine.stop();
             } else {
@@ -319,6 +345,16 @@ impl Runner {
         Ok(())
     }
 
+    fn cannot_be_had(&self, stuck: &Stuck) -> Error {
+        let name = self.home.name();
+        let hint = if stuck.for_good {
+            format!("'afterimage vm stop {name}' ends it")
+        } else {
+            format!("'afterimage vm resume {name} --retry' reads it again, 'afterimage vm stop {name}' ends the guest")
+        };
+        Error::corrupt(format!("memory of the virtual machine {name} cannot be had: {}", stuck.what)).hint(hint)
+    }
+
     /// Ends all waiting for a server: the guest is not to go on.
     fn cancel(&self) {
         self.served.iter().for_each(|disk| disk.cancel());
@@ -327,10 +363,13 @@ impl Runner {
     /// Tells about it.
     pub fn info(&self) -> Info {
         let now = self.now.lock();
-        let ending = now.ending.as_ref().or(None).map(ToString::to_string);
+        let stuck = now.stuck();
+        let state = if stuck.is_some() { State::MemoryError } else { now.state };
+        let why = stuck.map(|stuck| format!("memory of the guest cannot be had: {}", stuck.what));
+        let ending = now.ending.as_ref().map(ToString::to_string).or(why);
         let pid = Some(rustix::process::getpid().as_raw_nonzero().get());
         let (name, definition) = (self.home.name().to_owned(), self.definition.clone());
-        Info { name, state: now.state, ending, pid, definition }
+        Info { name, state, ending, pid, definition }
     }
 }
 

@@ -11,4 +11,5 @@ mod moved;
 mod nested;
 mod network;
 mod state;
+mod stuck;
 mod toy;
