@@ -91,19 +91,27 @@ pub struct Folder {
     media: Arc<dyn Media>,
     /// Path of the folder, with a slash behind it; empty when it is the root.
     root: String,
+    /// The machine whose folder is the root, if it is that and not the folder of all.
+    own: Option<String>,
 }
 
 impl Folder {
     /// The folder of a pool, which is the root of `media`.
     #[must_use]
     pub fn of_pool(media: &Arc<dyn Media>) -> Self {
-        Self { media: Arc::clone(media), root: format!("{CHECKPOINTS_DIR}/") }
+        Self { media: Arc::clone(media), root: format!("{CHECKPOINTS_DIR}/"), own: None }
     }
 
     /// The folder that is itself the root of `media`.
     #[must_use]
     pub fn at(media: &Arc<dyn Media>) -> Self {
-        Self { media: Arc::clone(media), root: String::new() }
+        Self { media: Arc::clone(media), root: String::new(), own: None }
+    }
+
+    /// The folder of one machine alone, which is itself the root of `media`: for a process that reaches no other.
+    #[must_use]
+    pub fn of_one(media: &Arc<dyn Media>, machine: &str) -> Self {
+        Self { media: Arc::clone(media), root: String::new(), own: Some(machine.to_owned()) }
     }
 
     pub(super) fn media(&self) -> &dyn Media {
@@ -111,7 +119,10 @@ impl Folder {
     }
 
     fn path(&self, name: &Name, end: &str) -> String {
-        format!("{}{}/{}{end}", self.root, name.machine, name.name)
+        match self.of_machine(&name.machine).as_str() {
+            "" => format!("{}{end}", name.name),
+            folder => format!("{folder}/{}{end}", name.name),
+        }
     }
 
     /// Returns the path of a checkpoint below the root of its media.
@@ -130,8 +141,11 @@ impl Folder {
         self.path(name, FAULTS)
     }
 
-    /// Returns the path of the folder of a machine.
+    /// Returns the path of the folder of a machine; empty when it is the root.
     pub(super) fn of_machine(&self, machine: &str) -> String {
+        if self.own.as_deref() == Some(machine) {
+            return String::new();
+        }
         format!("{}{machine}", self.root)
     }
 
@@ -195,7 +209,11 @@ impl Folder {
     /// Calls `each` with the machine and name of every file.
     fn each(&self, mut each: impl FnMut(&str, &str) -> Result<()>) -> Result<()> {
         let root = self.root.trim_end_matches('/');
-        for machine in self.list(root)? {
+        let machines = match &self.own {
+            Some(machine) => vec![machine.clone()],
+            None => self.list(root)?,
+        };
+        for machine in machines {
             for file in self.list(&self.of_machine(&machine))? {
                 each(&machine, &file)?;
             }

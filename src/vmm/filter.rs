@@ -11,7 +11,9 @@
 //!    the whole contains the others, and is set first, for all threads there are; each processor and device adds its own.
 //! 2. `ioctl` is let through by number: no driver but KVM's is ever reached, and of that only what is used.
 //! 3. No memory becomes code, no process and no program is started, none but this one gets a signal, nothing is opened for
-//!    writing by name, no socket but local ones is made.
+//!    writing or renamed by name but from the folder of the machine's checkpoints, whose descriptor the process has from the
+//!    start, and no socket but local ones is made. A filter does not see the names themselves: what lies beyond that folder
+//!    is kept from the process by its user, where it has one of its own.
 //! 4. A filter sees the arguments of a call and not what they point to. So there is no io_uring, which opens files and makes
 //!    sockets as told in memory, and no `clone3`: for these threads the kernel has neither (ENOSYS). A disk then has threads
 //!    do its work ([`crate::disk::Engine`]), and the C library starts threads with `clone`.
@@ -22,6 +24,7 @@
 //! Each number has the name that the manual has for it, and the compiler checks it; `seccompiler` makes the program of it.
 
 use std::collections::BTreeMap;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
 use kvm_bindings::{
@@ -113,7 +116,7 @@ const SPACES: i32 = libc::CLONE_NEWNS
     | libc::CLONE_NEWNET;
 
 /// What the rest of the process needs beside that.
-const WHOLE: [i64; 18] = [
+const WHOLE: [i64; 20] = [
     libc::SYS_accept4,
     libc::SYS_connect,
     libc::SYS_getsockopt,
@@ -132,6 +135,8 @@ const WHOLE: [i64; 18] = [
     libc::SYS_seccomp,
     libc::SYS_geteuid,
     libc::SYS_getuid,
+    libc::SYS_flock,
+    libc::SYS_fstatfs,
 ];
 
 /// Directions of data in the number of an `ioctl`.
@@ -231,16 +236,17 @@ fn failed(error: impl std::error::Error + Send + Sync + 'static) -> Error {
 }
 
 impl Confinement {
-    /// Makes the filters, for the process that calls. [`Self::process`] comes before any processor or device runs.
+    /// Makes the filters, for the process that calls, which makes checkpoints in a folder. [`Self::process`] comes before any
+    /// processor or device runs.
     ///
     /// # Errors
     /// None that are known.
-    pub(super) fn strict() -> Result<Self> {
+    pub(super) fn strict(folder: Option<BorrowedFd<'_>>) -> Result<Self> {
         Ok(Self(Some(Arc::new(Filters {
             absent: program(rules_of(ABSENT), SeccompAction::Allow, SeccompAction::Errno(ENOSYS))?,
             processor: program(processor()?, SeccompAction::Trap, SeccompAction::Allow)?,
             device: program(device()?, SeccompAction::Trap, SeccompAction::Allow)?,
-            whole: program(whole()?, SeccompAction::Trap, SeccompAction::Allow)?,
+            whole: program(whole(folder)?, SeccompAction::Trap, SeccompAction::Allow)?,
         }))))
     }
 
@@ -332,7 +338,7 @@ fn device() -> Result<Rules> {
     Ok(rules)
 }
 
-fn whole() -> Result<Rules> {
+fn whole(folder: Option<BorrowedFd<'_>>) -> Result<Rules> {
     let mut rules = device()?;
     rules.extend(rules_of(WHOLE));
     let ioctls = PROCESSOR_IOCTLS.into_iter().chain(WHOLE_IOCTLS).map(u64::from);
@@ -340,7 +346,15 @@ fn whole() -> Result<Rules> {
     let names_and_rights = [libc::PR_SET_NAME, libc::PR_SET_NO_NEW_PRIVS].map(|what| u64::from(what.cast_unsigned()));
     rules.insert(libc::SYS_prctl, one_of(0, names_and_rights)?);
     rules.insert(libc::SYS_socket, one_of(0, [u64::from(libc::AF_UNIX.cast_unsigned())])?);
-    rules.insert(libc::SYS_openat, without(2, libc::O_WRONLY | libc::O_RDWR | libc::O_CREAT | libc::O_TRUNC)?);
+    let mut opened = without(2, libc::O_WRONLY | libc::O_RDWR | libc::O_CREAT | libc::O_TRUNC)?;
+    if let Some(folder) = folder {
+        let folder = u64::from(folder.as_raw_fd().cast_unsigned());
+        opened.extend(one_of(0, [folder])?);
+        let is = |argument| SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, folder);
+        let within = SeccompRule::new(vec![is(0).map_err(failed)?, is(2).map_err(failed)?]);
+        rules.insert(libc::SYS_renameat, vec![within.map_err(failed)?]);
+    }
+    rules.insert(libc::SYS_openat, opened);
     // Limits of this process are only read.
     rules.insert(libc::SYS_prlimit64, one_of(2, [0])?);
     Ok(rules)
@@ -352,7 +366,7 @@ mod tests {
 
     #[test]
     fn the_filter_of_the_whole_contains_the_others() {
-        let whole = whole().unwrap();
+        let whole = whole(None).unwrap();
         for (call, rules) in processor().unwrap().into_iter().chain(device().unwrap()) {
             let allowed = whole.get(&call).unwrap_or_else(|| panic!("call {call} is missing"));
             assert!(allowed.is_empty() || rules.iter().all(|rule| allowed.contains(rule)), "call {call}");

@@ -6,6 +6,7 @@
 //! 2. One machine at a time: the next is made when the one before is gone.
 
 use std::fs::File;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use kvm_ioctls::Kvm;
@@ -51,12 +52,13 @@ impl Means {
         Ok(Self { kvm, boot: None, taps, confinement: Confinement::default() })
     }
 
-    /// Says that machines made of this run in threads that are confined; [`Self::confine`] comes before they do.
+    /// Says that machines made of this run in threads that are confined; [`Self::confine`] comes before they do. Beside
+    /// reading, files are only reached from `folder`, where the process keeps its checkpoints.
     ///
     /// # Errors
     /// None that are known.
-    pub fn confined(self) -> Result<Self> {
-        Ok(Self { confinement: Confinement::strict()?, ..self })
+    pub fn confined(self, folder: Option<BorrowedFd<'_>>) -> Result<Self> {
+        Ok(Self { confinement: Confinement::strict(folder)?, ..self })
     }
 
     /// Confines all threads of the process to what machines need of the kernel, for good; nothing for one that is not to be

@@ -157,7 +157,7 @@ impl Runner {
             generation: Uuid::new_v4(),
         };
         let user = definition.user.as_deref().map(find_user).transpose()?;
-        let means = Means::open(&settings)?.confined()?;
+        let means = Means::open(&settings)?.confined(None)?;
         let machine = Arc::new(Machine::of(&settings, &means)?);
         let serial = Arc::new(Socket::listen(&home.path("serial.sock"), BACKLOG)?);
         machine.serve_serial(&serial)?;
