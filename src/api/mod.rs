@@ -21,6 +21,7 @@
 //! A server that was killed leaves `control.sock` behind. Whoever holds the lock of the pool next removes it.
 
 pub mod answer;
+mod checkpoint;
 pub mod client;
 mod execute;
 mod exports;

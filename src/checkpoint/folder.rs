@@ -176,8 +176,7 @@ impl Folder {
             Access::Direct => self.media.open_direct(&path, Open::ReadCached),
         };
         let file = opened.map_err(|e| match e.kind() {
-            ErrorKind::NotFound => Error::not_found(format!("there is no checkpoint {name}"))
-                .hint("'afterimage checkpoint ls' lists what there is"),
+            ErrorKind::NotFound => self.missing(name),
             _ => Error::io(format!("cannot open the checkpoint {name}"), e),
         })?;
         match file.try_lock_shared() {
@@ -185,6 +184,12 @@ impl Folder {
             Ok(false) => Err(Error::busy(format!("the checkpoint {name} is being removed"))),
             Err(e) => Err(Error::io(format!("cannot lock the checkpoint {name}"), e)),
         }
+    }
+
+    /// Makes the error that there is no such checkpoint.
+    #[expect(clippy::unused_self, reason = "it is of this folder")]
+    pub(super) fn missing(&self, name: &Name) -> Error {
+        Error::not_found(format!("there is no checkpoint {name}")).hint("'afterimage checkpoint ls' lists what there is")
     }
 
     /// Returns the names of all checkpoints, in order.

@@ -206,8 +206,10 @@ impl Layer {
             hot.extend(cells.as_chunks::<4>().0.iter().map(|cell| StorageBlock(u32::from_le_bytes(*cell))));
             Ok(())
         })?;
-        if hot.iter().any(|block| block.0 >= self.footer.blocks) {
-            return Err(Error::corrupt(format!("{} is damaged: a hot storage block is none", self.what)));
+        let mut sorted = hot.clone();
+        sorted.sort_unstable();
+        if hot.iter().any(|block| block.0 >= self.footer.blocks) || sorted.windows(2).any(|pair| pair[0] == pair[1]) {
+            return Err(Error::corrupt(format!("{} is damaged: its list of hot storage blocks makes no sense", self.what)));
         }
         Ok(hot)
     }

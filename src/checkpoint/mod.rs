@@ -24,21 +24,29 @@
 //!
 #![doc = include_str!("FORMAT.md")]
 
+mod flatten;
 mod folder;
 mod geometry;
 pub mod header;
 mod layer;
+mod list;
 mod place;
 mod reader;
+mod remove;
 mod staging;
 mod table;
+mod verify;
 mod writer;
 
+pub use flatten::flatten;
 pub use folder::{Access, CHECKPOINTS_DIR, Folder, Name};
 pub use geometry::{Geometry, PAGE, PAGE_BLOCKS_MAX, PageBlock, REGIONS_MAX, Region, Sizes, Span, StorageBlock};
 pub use header::{DiskSnapshot, Footer, Header, Layout, Parent};
 pub use layer::{Layer, Source};
+pub use list::{Checkpoint, DiskInfo, RegionInfo, info, list};
 pub use place::{Codec, Place, Stored, is_zero};
 pub use reader::{CHAIN_MAX, Found, Reader};
+pub use remove::{attend, hold, let_go, remove};
 pub use staging::{ITEMS_MAX, Pushed, Staging};
+pub use verify::{FAULTS_MAX, Fault, VerifyReport, verify, verify_chain};
 pub use writer::{Cut, Plan, Writer, Written};

@@ -25,10 +25,11 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use uuid::Uuid;
 
-use super::folder::{Folder, Name};
+use super::folder::{Access, Folder, Name};
 use super::geometry::{Geometry, PAGE, PageBlock, StorageBlock};
 use super::header::{DISKS_MAX, DiskSnapshot, Footer, Header, Layout, Parent, STATE_MAX, block_at, crc_of, state_crc};
 use super::place::{CELL, Place};
+use super::reader::{CHAIN_MAX, Reader};
 use super::staging::Staging;
 use super::table;
 use crate::error::{Error, Result};
@@ -46,8 +47,8 @@ pub struct Plan {
     pub uuid: Uuid,
     /// Who makes the state of the devices, such as `afterimage`.
     pub maker: String,
-    /// What it is based on.
-    pub parent: Option<Parent>,
+    /// What it is based on, which must be of the same memory.
+    pub parent: Option<Name>,
     /// The memory.
     pub geometry: Geometry,
     /// Replaces a checkpoint of that name; otherwise there must be none.
@@ -62,23 +63,6 @@ impl Plan {
     pub fn new(name: Name, maker: &str, geometry: Geometry) -> Self {
         let (uuid, maker) = (Uuid::new_v4(), maker.to_owned());
         Self { name, uuid, maker, parent: None, geometry, replace: false, direct: true }
-    }
-
-    /// Bases it on another checkpoint, whose name is `name` now.
-    ///
-    /// # Errors
-    /// `Failed` when the other one is of another memory.
-    pub fn based_on(mut self, name: &Name, header: &Header) -> Result<Self> {
-        if !self.geometry.fits(&header.geometry) {
-            return Err(Error::failed(format!(
-                "{} cannot be based on the checkpoint {name}: that has other memory",
-                self.name
-            ))
-            .hint("save it without a parent"));
-        }
-        let (machine, name) = (name.machine().to_owned(), name.name().to_owned());
-        self.parent = Some(Parent { uuid: header.uuid, machine, name });
-        Ok(self)
     }
 }
 
@@ -131,6 +115,8 @@ pub struct Writer {
     folder: Folder,
     plan: Plan,
     file: Arc<dyn File>,
+    /// What it is based on. While this is open nobody can remove it.
+    parent: Option<Reader>,
     next: AtomicU32,
     cells: Mutex<Cells>,
     failed: AtomicBool,
@@ -142,11 +128,13 @@ impl Writer {
     /// Begins a checkpoint.
     ///
     /// # Errors
-    /// `Exists` when there is one of that name, `Busy` when somebody saves one of that name, any error of the host.
+    /// `Exists` when there is one of that name, `Busy` when somebody saves one of that name, what opening the parent runs into, any
+    /// error of the host.
     pub fn create(folder: &Folder, plan: Plan) -> Result<Self> {
         let name = &plan.name;
         let fail = |e| Error::io(format!("cannot make the checkpoint {name}"), e);
         let busy = || Error::busy(format!("a checkpoint {name} is being saved already"));
+        let parent = plan.parent.as_ref().map(|parent| open_parent(folder, &plan, parent)).transpose()?;
         folder.make(name.machine())?;
         if !plan.replace && folder.exists(name)? {
             return Err(Error::exists(format!("there is a checkpoint {name} already"))
@@ -178,6 +166,7 @@ impl Writer {
             folder: folder.clone(),
             plan,
             file,
+            parent,
             next: AtomicU32::new(0),
             cells: Mutex::new(cells),
             failed: AtomicBool::new(false),
@@ -205,7 +194,7 @@ impl Writer {
         let mut cells = self.cells.lock();
         let right = match place {
             Place::Zero => true,
-            Place::Parent => self.plan.parent.is_some(),
+            Place::Parent => self.parent.is_some(),
             Place::Stored(_) => false,
         };
         let entered = right && cells.enter(&self.plan.geometry, number, place);
@@ -274,7 +263,7 @@ impl Writer {
         let header = self.header(cut)?;
         let bytes = header.encode()?;
         let fail = |e| Error::io(format!("cannot write the checkpoint {name}"), e);
-        self.require_whole(cut)?;
+        self.require_whole()?;
         self.write_rest(cut, &bytes)?;
         self.file.sync().map_err(fail)?;
         let media = self.folder.media();
@@ -298,20 +287,25 @@ impl Writer {
             )));
         }
         let Plan { name, uuid, maker, parent, geometry, .. } = &self.plan;
+        let parent = parent.as_ref().zip(self.parent.as_ref()).map(|(name, open)| Parent {
+            uuid: open.header().uuid,
+            machine: name.machine().to_owned(),
+            name: name.name().to_owned(),
+        });
         Ok(Header {
             uuid: *uuid,
             machine: name.machine().to_owned(),
             name: name.name().to_owned(),
             maker: maker.clone(),
             created: cut.created,
-            parent: parent.clone(),
+            parent,
             geometry: geometry.clone(),
             disks: cut.disks.clone(),
         })
     }
 
     /// Refuses a commit when something is missing.
-    fn require_whole(&self, _cut: &Cut<'_>) -> Result<()> {
+    fn require_whole(&self) -> Result<()> {
         let sum = self.written();
         let (entered, all) = (sum.stored + sum.zeros + sum.inherited, self.plan.geometry.page_blocks());
         if self.failed.load(Ordering::Relaxed) {
@@ -364,6 +358,20 @@ impl Writer {
         write_padded(file, header, 0).map_err(fail)?;
         file.write_at(&footer.encode(geometry), layout.footer).map_err(fail)
     }
+}
+
+/// Opens what a checkpoint is to be based on, with all that is based on.
+fn open_parent(folder: &Folder, plan: &Plan, parent: &Name) -> Result<Reader> {
+    let reader = Reader::open(folder, parent, Access::Cached)?;
+    let why = if reader.layers().len() >= CHAIN_MAX {
+        format!("that is based on {} others already, the most there can be", CHAIN_MAX - 1)
+    } else if !plan.geometry.fits(reader.geometry()) {
+        "that is of other memory".to_owned()
+    } else {
+        return Ok(reader);
+    };
+    Err(Error::failed(format!("{} cannot be based on the checkpoint {parent}: {why}", plan.name))
+        .hint("save it whole, or flatten the other one first with 'afterimage checkpoint flatten'"))
 }
 
 impl Drop for Writer {
