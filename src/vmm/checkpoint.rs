@@ -37,6 +37,8 @@ use crate::memory::{SaveFigures, SaveOptions, Saver, Watch};
 
 /// How long requests to disks may take before the checkpoint is given up.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// How often it is noted how a checkpoint is going.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// A checkpoint that was made.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -83,7 +85,7 @@ impl Runner {
         let name = Name::new(self.home.name(), name)?;
         let disks = self.disks_to_snapshot()?;
         let machine = self.machine()?;
-        let watch = self.watch(&machine)?;
+        let watch = self.watched(&machine)?;
         let mut plan = Plan::new(name.clone(), frozen::MAKER, watch.geometry().clone());
         if incremental {
             let Some(last) = &*last else {
@@ -93,11 +95,16 @@ impl Runner {
             plan = plan.based_on(&last.name, &last.header)?;
         }
         let parent = plan.parent.as_ref().map(|parent| parent.name.clone());
-        let writer = Writer::create(self.folder()?, plan)?;
+        let writer = Writer::create(&self.folder, plan)?;
         let options = SaveOptions { keep_tracking: true, ..SaveOptions::default() };
         let mut saver = Saver::begin(&watch, writer, options)?;
         let instant = self.stand_still(&machine, &mut saver, &disks, &name)?;
         let taken = instant.disks.map_or_else(|| Ok(Vec::new()), Taking::durable)?;
+        while !saver.is_done() {
+            *self.saving.lock() = Some(saver.figures());
+            clock::sleep(LOOK);
+        }
+        *self.saving.lock() = None;
         let made = self.commit(saver, instant.state, instant.created, &taken);
         let (header, memory) = made.inspect_err(|_| {
             if !taken.is_empty() {
@@ -145,32 +152,28 @@ impl Runner {
         if runs {
             machine.drain(PATIENCE)?;
         }
-        saver.settle().inspect_err(|_| self.go_on(machine, runs))?;
+        let go_on = || if runs { machine.resume() };
+        saver.settle().inspect_err(|_| go_on())?;
         let begun = clock::now();
-        if runs {
-            machine.pause();
-        }
-        let taken = self.take(machine, saver, disks, name);
-        self.go_on(machine, runs);
+        let taken = self.pause_and_take(machine, saver, runs, disks, name);
+        go_on();
         let pause = if runs { begun.elapsed() } else { Duration::ZERO };
         drop(now);
         let (state, disks, created) = taken?;
         Ok(Instant { state, disks, created, pause })
     }
 
-    fn go_on(&self, machine: &Machine, runs: bool) {
-        if runs {
-            machine.resume();
-        }
-    }
-
-    fn take(
+    fn pause_and_take(
         &self,
         machine: &Machine,
         saver: &mut Saver,
+        runs: bool,
         disks: &[String],
         name: &Name,
     ) -> Result<(MachineState, Option<Box<dyn Taking>>, u64)> {
+        if runs {
+            machine.pause_unless_stuck().map_err(|stuck| self.cannot_be_had(&stuck))?;
+        }
         // On its way while the rest is done.
         let mut taking = (!disks.is_empty()).then(|| self.disks.snapshot(disks, name.name())).transpose()?;
         saver.cut()?;

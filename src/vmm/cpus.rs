@@ -112,6 +112,20 @@ impl Cpus {
         self.shared.wait_for_rest();
     }
 
+    /// As [`Cpus::pause`], but gives up when the guest is stuck: a processor that waits for a page in the kernel may never
+    /// come out. The others rest then.
+    pub(super) fn pause_unless_stuck(&self) -> Result<(), Stuck> {
+        self.shared.want(Wanted::Pause);
+        let mut state = self.shared.state.lock();
+        while state.resting < self.cpus.len() {
+            if let Some(stuck) = &state.stuck {
+                return Err(stuck.clone());
+            }
+            self.shared.changed.wait(&mut state);
+        }
+        Ok(())
+    }
+
     /// Ends them for a reason, if nothing ended them before.
     pub(super) fn end(&self, ending: Ending) {
         self.shared.end(ending);

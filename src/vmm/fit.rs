@@ -10,7 +10,7 @@
 use std::collections::BTreeSet;
 
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
-use kvm_ioctls::{Cap, Kvm};
+use kvm_ioctls::{Cap, Kvm, VcpuFd};
 use serde::{Deserialize, Serialize};
 
 use super::cpu_state::CpuState;
@@ -88,6 +88,19 @@ pub(super) fn check(state: &MachineState, settings: &Settings, kvm: &Kvm, cpus: 
     if let (Some(had), Some(cpu)) = (state.cpus.first(), cpus.first()) {
         found.extend(Host::ask(kvm, cpu, settings.cpus)?.lacks(had));
     }
+    refuse(&found)
+}
+
+/// As [`check`], of what the host has alone; the processor is any.
+///
+/// # Errors
+/// As [`check`].
+pub(super) fn check_host(state: &MachineState, settings: &Settings, kvm: &Kvm, cpu: &VcpuFd) -> Result<()> {
+    let Some(had) = state.cpus.first() else { return Ok(()) };
+    refuse(&Host::ask(kvm, cpu, settings.cpus)?.lacks(had))
+}
+
+fn refuse(found: &[String]) -> Result<()> {
     if found.is_empty() {
         return Ok(());
     }
@@ -219,7 +232,7 @@ fn bits(word: u64) -> impl Iterator<Item = u32> {
 }
 
 impl Host {
-    fn ask(kvm: &Kvm, cpu: &Cpu, cpus: u8) -> Result<Self> {
+    fn ask(kvm: &Kvm, cpu: &VcpuFd, cpus: u8) -> Result<Self> {
         let cannot = |e: kvm_ioctls::Error| Error::io("cannot ask KVM what its processors have", e.into());
         let model = kvm.get_msr_index_list().map_err(cannot)?;
         Ok(Self {

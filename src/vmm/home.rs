@@ -25,6 +25,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::{Boot, NetSettings};
+use crate::checkpoint::CHECKPOINTS_DIR;
 use crate::error::{Error, Kind, Result};
 use crate::media::{HostMedia, Media, Open};
 use crate::sys;
@@ -202,6 +203,18 @@ impl Home {
     #[must_use]
     pub fn exists(&self) -> bool {
         self.path(DEFINITION).exists()
+    }
+
+    /// Returns the folder of its checkpoints, which is made if it is not there.
+    ///
+    /// # Errors
+    /// Those of the host.
+    pub fn checkpoints(&self) -> Result<PathBuf> {
+        let pool = self.dir.parent().and_then(Path::parent).expect("it is in a folder of the pool");
+        let path = pool.join(CHECKPOINTS_DIR).join(&self.name);
+        let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&path);
+        made.map_err(|e| Error::io(format!("cannot make {}", path.display()), e))?;
+        Ok(path)
     }
 
     /// Makes the folder.

@@ -145,9 +145,20 @@ impl Machine {
         state: &MachineState,
         fill: impl FnOnce(&GuestMemoryMmap<()>) -> Result<()>,
     ) -> Result<Self> {
-        check(settings)?;
-        let means = Means::open_to_go_on(settings)?;
-        let parts = Parts::make(settings, &means, Some(&state.serial))?;
+        Self::go_on(settings, &Means::open_to_go_on(settings)?, state, fill)
+    }
+
+    /// As [`Machine::restore`], of what was opened for these settings.
+    ///
+    /// # Errors
+    /// As [`Machine::restore`].
+    pub fn go_on(
+        settings: &Settings,
+        means: &Means,
+        state: &MachineState,
+        fill: impl FnOnce(&GuestMemoryMmap<()>) -> Result<()>,
+    ) -> Result<Self> {
+        let parts = Parts::make(settings, means, Some(&state.serial))?;
         fit::check(state, settings, &parts.kvm, &parts.cpus)?;
         if state.cpus.len() != parts.cpus.len() || state.virtio.len() != parts.bus.virtio.len() {
             return Err(Error::corrupt("the state is that of a machine with other processors or devices"));
@@ -242,6 +253,25 @@ impl Machine {
         self.bus.virtio.iter().for_each(|device| device.lock().pause());
     }
 
+    /// As [`Machine::pause`], but does not wait for memory that cannot be had.
+    ///
+    /// # Errors
+    /// Why the guest is stuck: then it stands still anyway.
+    pub fn pause_unless_stuck(&self) -> Result<(), Stuck> {
+        *self.runs.lock() = false;
+        self.cpus.pause_unless_stuck()?;
+        self.bus.virtio.iter().for_each(|device| device.lock().drain());
+        while !self.bus.virtio.iter().all(|device| device.lock().is_drained()) {
+            // A device touches memory as well.
+            if let Some(stuck) = self.stuck() {
+                return Err(stuck);
+            }
+            clock::sleep(LOOK);
+        }
+        self.bus.virtio.iter().for_each(|device| device.lock().pause());
+        Ok(())
+    }
+
     /// Has the devices finish what they took and take nothing more, while the guest runs: a pause after that waits for
     /// nobody. Devices work again when the machine is resumed.
     ///
@@ -251,7 +281,7 @@ impl Machine {
         self.bus.virtio.iter().for_each(|device| device.lock().drain());
         let until = clock::now() + patience;
         while !self.bus.virtio.iter().all(|device| device.lock().is_drained()) {
-            if clock::now() >= until {
+            if clock::now() >= until || self.stuck().is_some() {
                 self.work_on()?;
                 let what = format!("a request to a disk takes longer than {} ms", patience.as_millis());
                 return Err(Error::busy(what).hint("try again; the log says what the disk waits for"));

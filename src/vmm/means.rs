@@ -13,8 +13,10 @@ use kvm_ioctls::Kvm;
 
 use super::boot::BootFiles;
 use super::filter::Confinement;
+use super::fit;
 use super::machine::Settings;
 use super::nursery::Nursery;
+use super::state::MachineState;
 use super::virtio;
 use crate::error::{Error, Kind, Result};
 
@@ -40,6 +42,27 @@ impl Means {
     pub fn open(settings: &Settings) -> Result<Self> {
         let boot = Some(BootFiles::open(&settings.boot)?);
         Ok(Self { boot, ..Self::open_to_go_on(settings)? })
+    }
+
+    /// Opens what a machine that goes on where another was needs, and what it would take to reboot, if that is there: a
+    /// machine whose kernel was removed meanwhile goes on, and only does not begin again.
+    ///
+    /// # Errors
+    /// What the host lacks.
+    pub(super) fn open_to_go_on_and_reboot(settings: &Settings) -> Result<Self> {
+        let boot = BootFiles::open(&settings.boot);
+        let boot = boot.inspect_err(|e| tracing::warn!("the guest goes on, and will not reboot: {e}")).ok();
+        Ok(Self { boot, ..Self::open_to_go_on(settings)? })
+    }
+
+    /// Finds out whether this host can have a state, without making a machine of it.
+    ///
+    /// # Errors
+    /// As [`fit::check_host`].
+    pub(super) fn check_host(&self, state: &MachineState, settings: &Settings) -> Result<()> {
+        let vm = self.kvm.create_vm().map_err(|e| Error::io("KVM cannot make a machine", e.into()))?;
+        let cpu = vm.create_vcpu(0).map_err(|e| Error::io("KVM cannot make a processor", e.into()))?;
+        fit::check_host(state, settings, &self.kvm, &cpu)
     }
 
     /// Opens what a machine that goes on where another was needs.
