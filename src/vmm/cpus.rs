@@ -26,6 +26,7 @@ use super::memory::Memory;
 use crate::error::{Error, Result};
 use crate::sync::{Condvar, Mutex};
 use crate::sys::kvm::{Cpu, Kick, Vm};
+use crate::sys::shared::Shared as Guard;
 
 /// What the threads are to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,6 +51,8 @@ struct Shared {
     state: Mutex<State>,
     changed: Condvar,
     kicks: Vec<Arc<Kick>>,
+    /// Of the regions of memory.
+    guards: Vec<Guard>,
     vm: Arc<Vm>,
     bus: Arc<Bus>,
     confinement: Confinement,
@@ -68,12 +71,18 @@ impl Cpus {
     ///
     /// # Errors
     /// When the host has no thread.
-    pub(super) fn start(vm: &Arc<Vm>, cpus: Vec<Cpu>, bus: Arc<Bus>, confinement: &Confinement) -> Result<Self> {
+    pub(super) fn start(
+        vm: &Arc<Vm>,
+        cpus: Vec<Cpu>,
+        bus: Arc<Bus>,
+        guards: Vec<Guard>,
+        confinement: &Confinement,
+    ) -> Result<Self> {
         let state = State { wanted: Wanted::Pause, resting: 0, stuck: None, ending: None };
         let kicks = cpus.iter().map(Cpu::kick).collect();
         let (state, changed) = (Mutex::new(state), Condvar::new());
         let (vm, confinement) = (Arc::clone(vm), confinement.clone());
-        let shared = Arc::new(Shared { state, changed, kicks, vm, bus, confinement });
+        let shared = Arc::new(Shared { state, changed, kicks, guards, vm, bus, confinement });
         let cpus: Vec<_> = cpus.into_iter().map(|cpu| Arc::new(Mutex::new(cpu))).collect();
         // Threads that did start end when this is dropped.
         let mut started = Self { shared, cpus, threads: Vec::new() };
@@ -291,6 +300,11 @@ impl Shared {
         loop {
             match self.step(cpu) {
                 Step::Came(None) => {}
+                // A bus error calls it as well, and has put zeros where its memory was.
+                Step::Called if self.guards.iter().any(Guard::is_lost) => {
+                    let what = "the host has lost a page of it".into();
+                    return Some(Stop::Stick(Stuck { what, for_good: true }));
+                }
                 Step::Called => return None,
                 Step::Came(stop) => return stop,
             }

@@ -395,7 +395,8 @@ impl Parts {
 
     fn finish(self, settings: &Settings) -> Result<Machine> {
         let Self { kvm, confinement, vm, bus, cpus } = self;
-        let cpus = Cpus::start(&vm, cpus, Arc::clone(&bus), &confinement)?;
+        let guards = memory::guard(vm.memory())?;
+        let cpus = Cpus::start(&vm, cpus, Arc::clone(&bus), guards, &confinement)?;
         let (socket, start, settings) = (Mutex::new(None), Uuid::new_v4(), settings.clone());
         Ok(Machine { cpus, socket, bus, start, settings, runs: Mutex::new(false), vm, kvm })
     }

@@ -22,16 +22,19 @@ use serde::{Deserialize, Serialize};
 
 use super::frozen::Frozen;
 use super::means::Means;
-use super::runner::{Runner, State};
+use super::runner::Runner;
 use super::{Definition, Machine, MachineState, Settings, Stuck};
 use crate::checkpoint::{Access, Folder, Name, Reader};
+use crate::clock;
 use crate::error::Result;
 use crate::memory::{Event, Failure, RestoreFigures, RestoreOptions, Restorer, Touched, Watch, restore_all};
 use crate::progress::Silent;
 use crate::sys::userfaultfd::Userfault;
 
 /// How often it is looked whether a restore is to be attended to any more.
-const LOOK: Duration = Duration::from_millis(500);
+const LOOK: Duration = Duration::from_millis(100);
+/// How often whoever ends a restore looks whether others have let go of it.
+const LET_GO: Duration = Duration::from_millis(1);
 
 /// A checkpoint that a machine goes on from.
 pub struct Restore<'a> {
@@ -137,7 +140,7 @@ impl Runner {
                     break;
                 }
                 Event::Stopped => break,
-                Event::Nothing if self.now.lock().state == State::Ended => break,
+                Event::Nothing if self.filling.lock().is_none() => break,
                 Event::Nothing => continue,
             };
             // Not by way of the state of the runner: whoever has that may wait for just this memory.
@@ -154,6 +157,16 @@ impl Runner {
             && let Err(error) = filling.restorer.touched().store(&self.folder, &filling.name)
         {
             tracing::debug!("what the guest touched first is not noted: {error}");
+        }
+    }
+
+    /// Ends what brings memory that nobody wants any more.
+    pub(super) fn end_filling(&self) {
+        let Some(filling) = self.filling.lock().take() else { return };
+        filling.restorer.poison_all();
+        // Whoever attends to it notices, and it is to end here.
+        while Arc::strong_count(&filling.restorer) > 1 {
+            clock::sleep(LET_GO);
         }
     }
 

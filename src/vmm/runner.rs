@@ -315,8 +315,7 @@ impl Runner {
 
     /// Forgets the machine, whose guest has ended, and its memory.
     fn let_go(&self) {
-        // Nobody waits for it any more; what has not come is not fetched.
-        drop(self.filling.lock().take());
+        self.end_filling();
         let mut now = self.now.lock();
         let gone = (now.machine.take(), now.watch.take());
         drop(now);
