@@ -30,12 +30,15 @@ use hyper::Method;
 use hyper::body::Bytes;
 use hyper_util::rt::TokioIo;
 use tokio::net::{UnixListener, UnixStream};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
+use tokio::task::JoinError;
 
 use super::{Failure, Line};
 use crate::error::{Error, Kind, Result};
 use crate::media::socket::{ShortPath, Socket};
-use crate::vmm::{self, Home, Info, PATIENCE, Runner};
+use crate::vmm::{self, Home, Info, PATIENCE, Runner, Saved};
 
 /// File name of the socket in the folder of the machine.
 const NAME: &str = "api.sock";
@@ -44,6 +47,8 @@ const LOOKS: u32 = 50;
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 /// How long the process of a machine may take to end after its guest has.
 const END_TIME_MAX: Duration = Duration::from_secs(60);
+/// Bytes of an order for a checkpoint at most.
+const ORDER_MAX: usize = 4096;
 /// Connections the kernel keeps before they are accepted.
 const BACKLOG: i32 = 16;
 /// Bytes of an answer at most.
@@ -76,6 +81,7 @@ impl MachineServer {
         let (stop, stopped) = oneshot::channel::<()>();
         let router = axum::Router::new()
             .route("/v1/vm", get(tell))
+            .route("/v1/vm/checkpoint", post(checkpoint))
             .route("/v1/vm/{what}", post(act))
             .fallback(async || failure(&Error::not_found("there is nothing at this address")))
             .with_state(runner);
@@ -134,12 +140,36 @@ async fn act(State(runner): State<Arc<Runner>>, UrlPath(what): UrlPath<String>, 
     }
 }
 
+/// What is wanted of a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Order {
+    /// Its name, without the machine.
+    pub name: String,
+    /// It has what was written since the last one, and needs that.
+    #[serde(default)]
+    pub incremental: bool,
+}
+
+async fn checkpoint(State(runner): State<Arc<Runner>>, body: Body) -> HttpResponse {
+    let bytes = axum::body::to_bytes(body, ORDER_MAX).await;
+    let order = bytes.ok().and_then(|bytes| serde_json::from_slice::<Order>(&bytes).ok());
+    let Some(Order { name, incremental }) = order else {
+        let error = Error::usage("this does not say what checkpoint is wanted");
+        return failure(&error.hint("give {\"name\": NAME, \"incremental\": true or false}"));
+    };
+    tell_done(tokio::task::spawn_blocking(move || runner.checkpoint(&name, incremental)).await)
+}
+
 /// Does something and tells about the machine.
 async fn answer(runner: Arc<Runner>, act: impl FnOnce(&Runner) -> Result<()> + Send + 'static) -> HttpResponse {
-    let done = tokio::task::spawn_blocking(move || act(&runner).map(|()| runner.info())).await;
+    tell_done(tokio::task::spawn_blocking(move || act(&runner).map(|()| runner.info())).await)
+}
+
+fn tell_done<T: Serialize>(done: Result<Result<T>, JoinError>) -> HttpResponse {
     match done {
-        Ok(Ok(info)) => {
-            let bytes = serde_json::to_vec(&info).expect("it holds nothing JSON cannot say");
+        Ok(Ok(answer)) => {
+            let bytes = serde_json::to_vec(&answer).expect("it holds nothing JSON cannot say");
             http(StatusCode::OK, Body::from(bytes))
         }
         Ok(Err(error)) => failure(&error),
@@ -195,7 +225,29 @@ pub fn ask_machine(home: &Home, act: Act) -> Result<Option<Info>> {
     exchange(home, act)
 }
 
+/// Has the process that runs a machine make a checkpoint, and returns when that is done; `None` when none runs it.
+///
+/// # Errors
+/// What that process says, or that it went away.
+pub fn checkpoint_machine(home: &Home, order: &Order) -> Result<Option<Saved>> {
+    let body = serde_json::to_vec(order).expect("it holds nothing JSON cannot say");
+    send(home, Method::POST, "/v1/vm/checkpoint", body)
+}
+
 fn exchange(home: &Home, act: Act) -> Result<Option<Info>> {
+    let (method, path) = match act {
+        Act::Tell => (Method::GET, "/v1/vm".to_owned()),
+        Act::Pause => (Method::POST, "/v1/vm/pause".to_owned()),
+        Act::Resume => (Method::POST, "/v1/vm/resume".to_owned()),
+        Act::Retry => (Method::POST, "/v1/vm/resume?retry=true".to_owned()),
+        Act::Stop(seconds) => (Method::POST, format!("/v1/vm/stop?patience={seconds}")),
+        Act::Kill => (Method::POST, "/v1/vm/kill".to_owned()),
+    };
+    send(home, method, &path, Vec::new())
+}
+
+/// Sends a request to the process that runs a machine; `None` when none does.
+fn send<T: DeserializeOwned>(home: &Home, method: Method, path: &str, body: Vec<u8>) -> Result<Option<T>> {
     let gone = || Error::failed(format!("the virtual machine {} ended before it answered", home.name()));
     let cannot = |e| Error::io(format!("cannot reach the virtual machine {}", home.name()), e);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(cannot)?;
@@ -213,14 +265,6 @@ fn exchange(home: &Home, act: Act) -> Result<Option<Info>> {
                 };
             }
         };
-        let (method, path) = match act {
-            Act::Tell => (Method::GET, "/v1/vm".to_owned()),
-            Act::Pause => (Method::POST, "/v1/vm/pause".to_owned()),
-            Act::Resume => (Method::POST, "/v1/vm/resume".to_owned()),
-            Act::Retry => (Method::POST, "/v1/vm/resume?retry=true".to_owned()),
-            Act::Stop(seconds) => (Method::POST, format!("/v1/vm/stop?patience={seconds}")),
-            Act::Kill => (Method::POST, "/v1/vm/kill".to_owned()),
-        };
         let lost = |e: hyper::Error| gone().because(e);
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(lost)?;
@@ -230,7 +274,7 @@ fn exchange(home: &Home, act: Act) -> Result<Option<Info>> {
             .method(method)
             .uri(path)
             .header(hyper::header::HOST, "afterimage")
-            .body(Full::new(Bytes::new()))
+            .body(Full::new(Bytes::from(body)))
             .expect("all parts are constants");
         let response = sender.send_request(request).await.map_err(lost)?;
         let good = response.status().is_success();

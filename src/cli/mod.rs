@@ -34,6 +34,7 @@ mod table;
 mod umount;
 mod upkeep;
 mod vm;
+mod vm_checkpoint;
 mod vm_disks;
 
 use std::path::PathBuf;

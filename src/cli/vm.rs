@@ -20,15 +20,18 @@ use std::sync::Arc;
 use clap::{Args, Subcommand};
 
 use super::screen::Screen;
+use super::vm_checkpoint::{Checkpoint, Restore};
 use super::vm_disks::Disks;
 use super::{Global, daemon, signal};
+use crate::api::instant::PoolDisks;
 use crate::api::machine::{Act, MachineServer, ask_machine, list_machines, wait_for_end};
 use crate::api::{Failure, Line, Target};
 use crate::error::{Error, Kind, Result};
 use crate::media::socket::ShortPath;
 use crate::units::{parse_size, show_size};
 use crate::vmm::{
-    Boot, Definition, DiskDefinition, DiskSource, Ending, Home, HomeLock, Info, NetSettings, PATIENCE, Runner, State,
+    Begin, Boot, Definition, DiskDefinition, DiskSource, Ending, Home, HomeLock, Info, NetSettings, PATIENCE, Pool, Runner,
+    State,
 };
 
 /// Run virtual machines
@@ -63,6 +66,8 @@ enum VmCommand {
     Stop(Stop),
     Rm(Rm),
     Console(Console),
+    Checkpoint(Checkpoint),
+    Restore(Restore),
 }
 
 /// Define a virtual machine and run it
@@ -193,14 +198,14 @@ impl Vm {
                     // The background half is told the same words.
                     return detached(&home, &std::env::args_os().skip(1).collect::<Vec<_>>(), screen);
                 }
-                start(&home, Some(definition), &pool, global, screen)
+                start(&home, Life::New(definition), &pool, global, screen)
             }
             VmCommand::Start(wanted) => {
                 let home = Home::of(&pool, &wanted.name)?;
                 if wanted.how.detach && !daemon::is_child() {
                     return detached(&home, &std::env::args_os().skip(1).collect::<Vec<_>>(), screen);
                 }
-                start(&home, None, &pool, global, screen)
+                start(&home, Life::Defined, &pool, global, screen)
             }
             VmCommand::Ls(Ls {}) => {
                 let machines = list_machines(&pool)?;
@@ -234,6 +239,15 @@ impl Vm {
                 let value = serde_json::json!({ "answer": "removed", "name": home.name() });
                 screen.confirm(&value, &format!("removed the virtual machine {}\n", home.name()));
                 Ok(0)
+            }
+            VmCommand::Checkpoint(wanted) => wanted.run(&pool, screen),
+            VmCommand::Restore(wanted) => {
+                let home = wanted.home(&pool)?;
+                if wanted.detach && !daemon::is_child() {
+                    home.make()?;
+                    return detached(&home, &std::env::args_os().skip(1).collect::<Vec<_>>(), screen);
+                }
+                wanted.run(&pool, global, screen)
             }
             VmCommand::Console(wanted) => console(&Home::of(&pool, &wanted.name)?, screen),
         }
@@ -297,10 +311,7 @@ fn parse_disk(text: &str) -> Result<DiskDefinition> {
 /// Parses `tap=T[,mac=M]`; without an address it gets one of its own.
 fn parse_net(text: &str) -> Result<NetSettings> {
     let bad = || Error::usage(format!("--net {text} is not understood")).hint("give tap=T[,mac=02:00:00:00:00:01]");
-    let mut mac = [0; 6];
-    getrandom::fill(&mut mac).map_err(|e| Error::failed(format!("the host has no random numbers: {e}")))?;
-    // Given by no maker, and of one card.
-    mac[0] = mac[0] & 0xfc | 2;
+    let mut mac = new_address()?;
     let mut tap = None;
     for part in text.split(',') {
         match part.split_once('=') {
@@ -320,6 +331,25 @@ fn parse_net(text: &str) -> Result<NetSettings> {
     Ok(NetSettings { tap: tap.ok_or_else(bad)?, mac })
 }
 
+/// Makes an address for a network card.
+pub(super) fn new_address() -> Result<[u8; 6]> {
+    let mut mac = [0; 6];
+    getrandom::fill(&mut mac).map_err(|e| Error::failed(format!("the host has no random numbers: {e}")))?;
+    // Given by no maker, and of one card.
+    mac[0] = mac[0] & 0xfc | 2;
+    Ok(mac)
+}
+
+/// How a machine comes to run.
+pub(super) enum Life {
+    /// It is defined anew.
+    New(Definition),
+    /// It is defined.
+    Defined,
+    /// It goes on from a checkpoint.
+    Restored(Restore),
+}
+
 /// A machine that is made.
 struct Ready {
     runner: Arc<Runner>,
@@ -328,13 +358,13 @@ struct Ready {
     disks: Disks,
 }
 
-/// Runs a machine in this process: a new one, or the one that is defined.
-fn start(home: &Home, new: Option<Definition>, pool: &Path, global: &Global, screen: &Screen) -> Result<u8> {
+/// Runs a machine in this process.
+pub(super) fn start(home: &Home, life: Life, pool: &Path, global: &Global, screen: &Screen) -> Result<u8> {
     let child = daemon::is_child();
     if child {
         daemon::detach()?;
     }
-    let ready = match prepare(home, new, pool, global) {
+    let ready = match prepare(home, life, pool, global, screen) {
         Ok(ready) => ready,
         Err(error) if child => {
             screen.bytes(&Line::Error(Failure::from(&error)).encode());
@@ -343,6 +373,7 @@ fn start(home: &Home, new: Option<Definition>, pool: &Path, global: &Global, scr
         Err(error) => return Err(error),
     };
     let Ready { runner, server, disks } = ready;
+    runner.confine()?;
     if child {
         screen.bytes(format!("{}\n", value(&runner.info())).as_bytes());
     }
@@ -363,21 +394,38 @@ fn start(home: &Home, new: Option<Definition>, pool: &Path, global: &Global, scr
 }
 
 /// Makes a machine and all that belongs to it. A new one is defined when nothing can be wrong with it any more.
-fn prepare(home: &Home, new: Option<Definition>, pool: &Path, global: &Global) -> Result<Ready> {
-    let Some(definition) = new else { return make(home, home.definition()?, home.lock()?, false, (pool, global)) };
+fn prepare(home: &Home, life: Life, pool: &Path, global: &Global, screen: &Screen) -> Result<Ready> {
+    if let Life::Defined = life {
+        return make(home, home.definition()?, home.lock()?, Begin::Boot, (pool, global));
+    }
     home.make()?;
-    make(home, definition, home.lock()?, true, (pool, global)).inspect_err(|_| {
+    let made = match life {
+        Life::New(definition) => define(home, definition, Begin::Boot, (pool, global)),
+        Life::Restored(restore) => restore.open(pool, home, screen).and_then(|opened| {
+            let (from, definition, undo) = opened.split();
+            define(home, definition, Begin::Restore(from), (pool, global)).inspect_err(|_| undo.undo(home.name()))
+        }),
+        Life::Defined => unreachable!("see above"),
+    };
+    made.inspect_err(|_| {
         if let Ok(lock) = home.lock() {
             home.forget(lock);
         }
     })
 }
 
+/// Makes a machine and defines it.
+fn define(home: &Home, definition: Definition, begin: Begin<'_>, (pool, global): (&Path, &Global)) -> Result<Ready> {
+    let ready = make(home, definition.clone(), home.lock()?, begin, (pool, global))?;
+    home.define(&definition)?;
+    Ok(ready)
+}
+
 fn make(
     home: &Home,
     definition: Definition,
     lock: HomeLock,
-    new: bool,
+    begin: Begin<'_>,
     (pool, global): (&Path, &Global),
 ) -> Result<Ready> {
     if definition.user.is_some() && definition.disks.iter().any(|disk| disk.disk.is_some()) {
@@ -386,7 +434,8 @@ fn make(
     }
     let (disks, cpus) = (Disks::new(pool, home.name()), usize::from(definition.cpus));
     let open = |name: &str, disk: &DiskDefinition| disks.open(name, disk.read_only, cpus, global);
-    let runner = Arc::new(Runner::new(home.clone(), definition.clone(), lock, &open)?);
+    let of_pool = Pool { open: &open, disks: Arc::new(PoolDisks::new(pool)) };
+    let runner = Arc::new(Runner::new(home.clone(), definition, lock, of_pool, begin)?);
     let server = MachineServer::start(home, Arc::clone(&runner))?;
     let watched = Arc::clone(&runner);
     signal::watch(move |_| {
@@ -394,10 +443,6 @@ fn make(
             tracing::debug!("a signal came too late: {error}");
         }
     })?;
-    if new {
-        home.define(&definition)?;
-    }
-    runner.confine()?;
     Ok(Ready { runner, server, disks })
 }
 
@@ -444,7 +489,7 @@ fn stop(home: &Home, patience: u32, screen: &Screen) -> Result<u8> {
 }
 
 /// Says that nobody runs a machine that is defined.
-fn does_not_run(home: &Home) -> Result<Error> {
+pub(super) fn does_not_run(home: &Home) -> Result<Error> {
     home.definition()?;
     Ok(Error::not_found(format!("the virtual machine {} does not run", home.name()))
         .hint(format!("'afterimage vm start {}' starts it", home.name())))
