@@ -36,6 +36,7 @@ mod upkeep;
 mod vm;
 mod vm_checkpoint;
 mod vm_disks;
+mod vm_parts;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

@@ -22,16 +22,16 @@ use clap::{Args, Subcommand};
 use super::screen::Screen;
 use super::vm_checkpoint::{Checkpoint, Restore};
 use super::vm_disks::Disks;
+use super::vm_parts::{parse_disk, parse_net};
 use super::{Global, daemon, signal};
 use crate::api::instant::PoolDisks;
 use crate::api::machine::{Act, MachineServer, ask_machine, list_machines, wait_for_end};
-use crate::api::{Failure, Line, Target};
+use crate::api::{Failure, Line};
 use crate::error::{Error, Kind, Result};
 use crate::media::socket::ShortPath;
 use crate::units::{parse_size, show_size};
 use crate::vmm::{
-    Begin, Boot, Definition, DiskDefinition, DiskSource, Ending, Home, HomeLock, Info, NetSettings, PATIENCE, Pool, Runner,
-    State,
+    Begin, Boot, Definition, DiskDefinition, DiskSource, Ending, Home, HomeLock, Info, PATIENCE, Pool, Runner, State,
 };
 
 /// Run virtual machines
@@ -282,64 +282,6 @@ impl Run {
     }
 }
 
-/// Parses `DISK[,ro][,serial=S]`; a `DISK` with a slash is a file, and one with an `@` a snapshot.
-fn parse_disk(text: &str) -> Result<DiskDefinition> {
-    let mut parts = text.split(',');
-    let name = parts.next().unwrap_or_default();
-    let (mut file, mut of_pool) = (None, None);
-    let mut read_only = false;
-    if name.contains('/') {
-        file = Some(PathBuf::from(name));
-    } else {
-        read_only = matches!(Target::parse(name)?, Target::Snapshot(..));
-        of_pool = Some(name.to_owned());
-    }
-    let mut disk = DiskDefinition { file, disk: of_pool, read_only, serial: String::new() };
-    for part in parts {
-        match part.split_once('=') {
-            None if part == "ro" => disk.read_only = true,
-            Some(("serial", serial)) if serial.is_ascii() && serial.len() <= 20 => serial.clone_into(&mut disk.serial),
-            _ => {
-                return Err(Error::usage(format!("--disk {text}: '{part}' is not understood"))
-                    .hint("give DISK[,ro][,serial=S], with at most 20 characters of ASCII in S"));
-            }
-        }
-    }
-    Ok(disk)
-}
-
-/// Parses `tap=T[,mac=M]`; without an address it gets one of its own.
-fn parse_net(text: &str) -> Result<NetSettings> {
-    let bad = || Error::usage(format!("--net {text} is not understood")).hint("give tap=T[,mac=02:00:00:00:00:01]");
-    let mut mac = new_address()?;
-    let mut tap = None;
-    for part in text.split(',') {
-        match part.split_once('=') {
-            Some(("tap", name)) => tap = Some(name.to_owned()),
-            Some(("mac", address)) => {
-                let mut bytes = address.split(':').map(|byte| u8::from_str_radix(byte, 16));
-                for byte in &mut mac {
-                    *byte = bytes.next().and_then(Result::ok).ok_or_else(bad)?;
-                }
-                if bytes.next().is_some() || mac[0] & 1 == 1 {
-                    return Err(bad());
-                }
-            }
-            _ => return Err(bad()),
-        }
-    }
-    Ok(NetSettings { tap: tap.ok_or_else(bad)?, mac })
-}
-
-/// Makes an address for a network card.
-pub(super) fn new_address() -> Result<[u8; 6]> {
-    let mut mac = [0; 6];
-    getrandom::fill(&mut mac).map_err(|e| Error::failed(format!("the host has no random numbers: {e}")))?;
-    // Given by no maker, and of one card.
-    mac[0] = mac[0] & 0xfc | 2;
-    Ok(mac)
-}
-
 /// How a machine comes to run.
 pub(super) enum Life {
     /// It is defined anew.
@@ -373,7 +315,6 @@ pub(super) fn start(home: &Home, life: Life, pool: &Path, global: &Global, scree
         Err(error) => return Err(error),
     };
     let Ready { runner, server, disks } = ready;
-    runner.confine()?;
     if child {
         screen.bytes(format!("{}\n", value(&runner.info())).as_bytes());
     }
@@ -396,7 +337,8 @@ pub(super) fn start(home: &Home, life: Life, pool: &Path, global: &Global, scree
 /// Makes a machine and all that belongs to it. A new one is defined when nothing can be wrong with it any more.
 fn prepare(home: &Home, life: Life, pool: &Path, global: &Global, screen: &Screen) -> Result<Ready> {
     if let Life::Defined = life {
-        return make(home, home.definition()?, home.lock()?, Begin::Boot, (pool, global));
+        let ready = make(home, home.definition()?, home.lock()?, Begin::Boot, (pool, global))?;
+        return ready.runner.confine().map(|()| ready);
     }
     home.make()?;
     let made = match life {
@@ -418,6 +360,7 @@ fn prepare(home: &Home, life: Life, pool: &Path, global: &Global, screen: &Scree
 fn define(home: &Home, definition: Definition, begin: Begin<'_>, (pool, global): (&Path, &Global)) -> Result<Ready> {
     let ready = make(home, definition.clone(), home.lock()?, begin, (pool, global))?;
     home.define(&definition)?;
+    ready.runner.confine()?;
     Ok(ready)
 }
 
@@ -589,34 +532,6 @@ fn console(home: &Home, screen: &Screen) -> Result<u8> {
         match stream.read(&mut said) {
             Ok(0) | Err(_) => return Ok(0),
             Ok(len) => screen.bytes(&said[..len]),
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn disks_are_files_with_their_wishes() {
-        let disk = parse_disk("/srv/web.raw,ro,serial=web-1").unwrap();
-        assert_eq!((disk.file, disk.read_only, disk.serial), (Some("/srv/web.raw".into()), true, "web-1".into()));
-        let disk = parse_disk("web,serial=x").unwrap();
-        assert_eq!((disk.file, disk.disk.as_deref(), disk.read_only), (None, Some("web"), false));
-        assert!(parse_disk("web@monday").unwrap().read_only);
-        for bad in ["", "a@b@c", "web,rw", "/a,rw", "/a,serial=", "/a,serial=123456789012345678901", "/a,ro=1"] {
-            assert!(parse_disk(bad).is_err() || bad == "/a,serial=", "{bad}");
-        }
-    }
-
-    #[test]
-    fn network_cards_have_a_tap_and_an_address() {
-        let net = parse_net("tap=tap0,mac=02:00:00:00:00:fe").unwrap();
-        assert_eq!((net.tap.as_str(), net.mac), ("tap0", [2, 0, 0, 0, 0, 0xfe]));
-        assert_eq!(parse_net("tap=t").unwrap().mac[0] & 3, 2);
-        for bad in ["", "tap0", "mac=02:00:00:00:00:01", "tap=t,mac=02:00", "tap=t,mac=01:00:00:00:00:00", "tap=t,x=1"]
-        {
-            assert!(parse_net(bad).is_err(), "{bad}");
         }
     }
 }

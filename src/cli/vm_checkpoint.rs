@@ -19,7 +19,8 @@ use clap::Args;
 use super::bar::{Bar, Units};
 use super::screen::Screen;
 use super::show::{self, Style};
-use super::vm::{Life, does_not_run, new_address, start};
+use super::vm::{Life, does_not_run, start};
+use super::vm_parts::new_address;
 use super::Global;
 use crate::api::answer::Snapshot;
 use crate::api::machine::{Act, Order, ask_machine, checkpoint_machine};
@@ -60,7 +61,8 @@ pub(super) struct Checkpoint {
 /// other addresses of its network cards.
 ///
 /// A guest is told that it is another life of itself (VM generation ID), and its clocks are right. Connections that it had are
-/// not its any more; what it keeps beyond that, such as leases of addresses and names, is its own matter.
+/// not its any more; what it keeps beyond that, such as leases of addresses and names, is its own matter. So is the address
+/// of a network card: a guest reads it when its driver begins, and goes on with the one it knows until then.
 #[derive(Debug, Args)]
 pub(super) struct Restore {
     /// The checkpoint
