@@ -118,7 +118,7 @@ impl Cpu {
         }
         let mut fitted = Xsave::new(own).map_err(|e| io::Error::other(format!("no room: {e:?}")))?;
         // SAFETY: only the bytes change, not how many there are.
-        unsafe { fitted.as_mut_fam_struct() }.xsave = state.as_fam_struct_ref().xsave;
+        unsafe { fitted.as_mut_fam_struct() }.xsave.region = state.as_fam_struct_ref().xsave.region;
         fitted.as_mut_slice().iter_mut().zip(words).for_each(|(to, from)| *to = *from);
         // SAFETY: it is as long as this machine says the state is.
         Ok(unsafe { self.fd.set_xsave2(&fitted) }?)

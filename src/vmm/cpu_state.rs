@@ -14,9 +14,10 @@
 use std::time::Duration;
 
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, KvmNestedStateBuffer, Msrs, Xsave, kvm_debugregs, kvm_lapic_state, kvm_mp_state,
-    kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+    CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, Xsave, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs,
+    kvm_sregs, kvm_vcpu_events, kvm_xcrs,
 };
+use kvm_ioctls::KvmNestedStateBuffer;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};

@@ -9,7 +9,7 @@
 
 use std::collections::BTreeSet;
 
-use kvm_bindings::{CpuId, kvm_cpuid_entry2};
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm, VcpuFd};
 use serde::{Deserialize, Serialize};
 
@@ -232,11 +232,14 @@ fn bits(word: u64) -> impl Iterator<Item = u32> {
 }
 
 impl Host {
-    fn ask(kvm: &Kvm, cpu: &VcpuFd, cpus: u8) -> Result<Self> {
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_ioctls::{Cap, Kvm, VcpuFd};
         let cannot = |e: kvm_ioctls::Error| Error::io("cannot ask KVM what its processors have", e.into());
         let model = kvm.get_msr_index_list().map_err(cannot)?;
+        // What it reads back is what a guest is told, which on some hosts is more than KVM says that it supports.
+        cpu.set_cpuid2(&Supported::ask(kvm, cpus)?.of(0)).map_err(cannot)?;
         Ok(Self {
-            cpuid: Supported::ask(kvm, cpus)?.of(0),
+            cpuid: cpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(cannot)?,
             model: model.as_slice().iter().copied().collect(),
             clock_khz: cpu.get_tsc_khz().map_err(cannot)?,
             scales_clock: kvm.check_extension(Cap::TscControl),
