@@ -1,10 +1,10 @@
 //! Checkpoints: golden, damaged, cut, hostile, and as their page says.
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use afterimage::checkpoint::{
-    self, Codec, Cut, DiskSnapshot, Folder, Footer, Geometry, Header, Name, PageBlock, Place, Plan, Pushed, Region, Sizes,
-    Staging, StorageBlock, Stored, Writer,
+    self, Codec, Cut, DiskSnapshot, Folder, Footer, Geometry, Header, Name, PageBlock, Place, Plan, Pushed, Region,
+    Sizes, Staging, StorageBlock, Stored, Writer,
 };
 use afterimage::codec::crc32;
 use afterimage::error::{Kind, Result};
@@ -22,6 +22,8 @@ const INDEX: usize = 4 * 16_384;
 const CONTENTS: usize = INDEX + 4096;
 const STATE: usize = CONTENTS + 4096;
 const FOOTER: usize = STATE + 4096;
+
+static WHOLE: LazyLock<Vec<u8>> = LazyLock::new(|| fixture("checkpoint"));
 
 fn geometry() -> Geometry {
     // The last page block of the first region is a short one.
@@ -129,7 +131,7 @@ fn folder_of(bytes: &[u8]) -> (SimMedia, Folder) {
     let media = SimMedia::new(1);
     media.make_dir("checkpoints").unwrap();
     media.make_dir("checkpoints/vm").unwrap();
-    for (path, bytes) in [("it", bytes), ("whole", &fixture("checkpoint"))] {
+    for (path, bytes) in [("it", bytes), ("whole", &WHOLE)] {
         media.open(&format!("checkpoints/vm/{path}.ckpt"), Open::New).unwrap().write_at(bytes, 0).unwrap();
     }
     let shared: Arc<dyn Media> = Arc::new(media.clone());
@@ -183,7 +185,8 @@ fn checkpoints_are_golden_and_come_back() {
 fn means_nothing(bytes: &[u8], at: usize) -> bool {
     let header = u32::from_le_bytes(bytes[12..16].try_into().unwrap()) as usize;
     let state = STATE + b"state of the devices".len();
-    let used = [packed(0, 8192).len() + 8192, packed(6, 8192).len() + packed(5, 8192).len(), 8192 + packed(3, 4096).len()];
+    let used =
+        [packed(0, 8192).len() + 8192, packed(6, 8192).len() + packed(5, 8192).len(), 8192 + packed(3, 4096).len()];
     let block = (at / 16_384).wrapping_sub(1);
     (header..16_384).contains(&at)
         || used.get(block).is_some_and(|used| at % 16_384 >= *used)
@@ -266,7 +269,7 @@ pub fn parts() -> Vec<(usize, Vec<u8>)> {
 #[test]
 fn hostile_numbers_are_refused() {
     let put = |at: usize, bytes: &[u8]| {
-        let mut bad = fixture("checkpoint");
+        let mut bad = WHOLE.clone();
         bad[at..at + bytes.len()].copy_from_slice(bytes);
         seal(&mut bad);
         bad
@@ -297,7 +300,7 @@ fn hostile_numbers_are_refused() {
         ("an offset beyond the storage block", put(cell(0) + 1, &[0xff, 0xff, 0xff])),
         ("a storage block that is not there", put(cell(0) + 4, &3u32.to_le_bytes())),
         ("stored bytes of no length", put(cell(0) + 8, &[0; 4])),
-        ("stored bytes beyond the storage block", put(cell(0) + 8, &8191u32.to_le_bytes())),
+        ("more stored bytes than there are", put(cell(0) + 8, &8191u32.to_le_bytes())),
         ("a raw page block of another length", put(cell(1) + 8, &8191u32.to_le_bytes())),
         ("zeros with a place", put(cell(2) + 4, &[1])),
         ("contents that go back", put(CONTENTS + 4, &9u32.to_le_bytes())),
@@ -311,8 +314,11 @@ fn hostile_numbers_are_refused() {
         refused(what, read_all(&bytes));
         // It is also refused by who only reads what it needs, or read as what it was; never something else.
         let (_, folder) = folder_of(&bytes);
-        let Ok(reader) = checkpoint::Reader::open(&folder, &name("vm@it"), checkpoint::Access::Cached) else { continue };
-        let (sound, mut scratch) = (checkpoint::Reader::open(&folder, &name("vm@whole"), checkpoint::Access::Cached), vec![0; 16_384]);
+        let Ok(reader) = checkpoint::Reader::open(&folder, &name("vm@it"), checkpoint::Access::Cached) else {
+            continue;
+        };
+        let (sound, mut scratch) =
+            (checkpoint::Reader::open(&folder, &name("vm@whole"), checkpoint::Access::Cached), vec![0; 16_384]);
         for number in (0..7).map(PageBlock) {
             let (mut out, mut right) = (vec![0; 8192], vec![0; 8192]);
             let length = reader.geometry().length(number).unwrap();
