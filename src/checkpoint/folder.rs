@@ -106,7 +106,7 @@ impl Folder {
         Self { media: Arc::clone(media), root: String::new() }
     }
 
-    pub(super) fn media(&self) -> &dyn Media {
+    pub(crate) fn media(&self) -> &dyn Media {
         &*self.media
     }
 
