@@ -30,7 +30,8 @@ pub fn flatten(folder: &Folder, name: &Name, progress: &dyn Progress) -> Result<
         return list::info(folder, name);
     }
     let header = reader.header();
-    let plan = Plan { uuid: header.uuid, replace: true, ..Plan::new(name.clone(), &header.maker, header.geometry.clone()) };
+    let plan =
+        Plan { uuid: header.uuid, replace: true, ..Plan::new(name.clone(), &header.maker, header.geometry.clone()) };
     let state = reader.state()?;
     let cut = Cut {
         created: header.created,

@@ -142,7 +142,9 @@ impl Folder {
         for dir in [root, &self.of_machine(machine)] {
             match self.media.make_dir(dir) {
                 _ if dir.is_empty() => continue,
-                Err(e) if e.kind() != ErrorKind::AlreadyExists => return Err(Error::io(format!("cannot make {dir}"), e)),
+                Err(e) if e.kind() != ErrorKind::AlreadyExists => {
+                    return Err(Error::io(format!("cannot make {dir}"), e));
+                }
                 _ => {}
             }
             self.media.sync_dir(above).map_err(|e| Error::io(format!("cannot make {dir}"), e))?;
@@ -175,7 +177,8 @@ impl Folder {
     /// Makes the error that there is no such checkpoint.
     #[expect(clippy::unused_self, reason = "it is of this folder")]
     pub(super) fn missing(&self, name: &Name) -> Error {
-        Error::not_found(format!("there is no checkpoint {name}")).hint("'afterimage checkpoint ls' lists what there is")
+        Error::not_found(format!("there is no checkpoint {name}"))
+            .hint("'afterimage checkpoint ls' lists what there is")
     }
 
     /// Returns the names of all checkpoints, in order.

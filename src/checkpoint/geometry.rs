@@ -238,7 +238,8 @@ mod tests {
         assert_eq!(span(3), Some(Span { region: 1, offset: 0, address: 1 << 32, length: 16_384 }));
         assert_eq!(span(4), None);
         assert_eq!(span(u64::MAX), None);
-        for (address, number) in [(0, Some(0)), (40_959, Some(2)), (40_960, None), (1 << 32, Some(3)), (u64::MAX, None)] {
+        for (address, number) in [(0, Some(0)), (40_959, Some(2)), (40_960, None), (1 << 32, Some(3)), (u64::MAX, None)]
+        {
             assert_eq!(geometry.at(address), number.map(PageBlock), "{address:#x}");
         }
         assert_eq!(geometry.of_region(1, 16_383), Some(PageBlock(3)));

@@ -209,7 +209,10 @@ impl Layer {
         let mut sorted = hot.clone();
         sorted.sort_unstable();
         if hot.iter().any(|block| block.0 >= self.footer.blocks) || sorted.windows(2).any(|pair| pair[0] == pair[1]) {
-            return Err(Error::corrupt(format!("{} is damaged: its list of hot storage blocks makes no sense", self.what)));
+            return Err(Error::corrupt(format!(
+                "{} is damaged: its list of hot storage blocks makes no sense",
+                self.what
+            )));
         }
         Ok(hot)
     }
@@ -224,8 +227,11 @@ impl Layer {
         let mut state = vec![0; to_usize(self.footer.state_length)];
         self.file.read_exact_at(&mut state, self.layout.state).map_err(fail)?;
         if state_crc(&state) != self.footer.state_crc {
-            return Err(Error::corrupt(format!("the state of the devices in {} does not match its checksum", self.what))
-                .hint("restore the file from a copy"));
+            return Err(Error::corrupt(format!(
+                "the state of the devices in {} does not match its checksum",
+                self.what
+            ))
+            .hint("restore the file from a copy"));
         }
         Ok(state)
     }
@@ -237,7 +243,10 @@ impl Layer {
     pub fn read_block(&self, block: StorageBlock, out: &mut [u8]) -> Result<()> {
         assert_eq!(out.len(), self.geometry().storage_block(), "a storage block is read whole");
         self.source.read_block(block, out).map_err(|e| {
-            Error::io(format!("cannot read storage block {block} (byte {}) of {}", self.layout.block(block), self.what), e)
+            Error::io(
+                format!("cannot read storage block {block} (byte {}) of {}", self.layout.block(block), self.what),
+                e,
+            )
         })
     }
 
@@ -248,7 +257,10 @@ impl Layer {
             let at = self.layout.block(block) + u64::from(offset);
             format!(" in storage block {block} at byte {offset} (byte {at} of the file)")
         });
-        Error::corrupt(format!("{} is damaged: page block {number} (guest address {address:#x}){place}: {why}", self.what))
-            .hint("restore the file from a copy; 'afterimage checkpoint verify' names all that is damaged")
+        Error::corrupt(format!(
+            "{} is damaged: page block {number} (guest address {address:#x}){place}: {why}",
+            self.what
+        ))
+        .hint("restore the file from a copy; 'afterimage checkpoint verify' names all that is damaged")
     }
 }

@@ -178,8 +178,7 @@ mod tests {
         let plain: Vec<u8> = (0..4096u32).map(|n| (n / 64) as u8).collect();
         let bytes = lz4_flex::block::compress(&plain);
         let length = u32::try_from(bytes.len()).unwrap();
-        let stored =
-            Stored { block: StorageBlock(0), offset: 0, length, codec: Codec::Lz4, crc: crc32(&bytes) };
+        let stored = Stored { block: StorageBlock(0), offset: 0, length, codec: Codec::Lz4, crc: crc32(&bytes) };
         let mut out = vec![0; 4096];
         stored.expand(&bytes, &mut out).unwrap();
         assert_eq!(out, plain);

@@ -53,10 +53,14 @@ impl Reader {
             }
             let other = Name::new(&parent.machine, &parent.name)?;
             let needed = layers.last().map(|layer| layer.what().to_owned()).unwrap_or_default();
-            layers.push(layer(&other).map_err(|error| match error.kind() {
-                Kind::NotFound => Error::not_found(format!("{needed} is based on the checkpoint {other}, which is gone"))
-                    .hint("put its file back; without it nothing can be restored from this one"),
-                _ => error.context(format!("{needed} is based on another one")),
+            layers.push(layer(&other).map_err(|error| {
+                match error.kind() {
+                    Kind::NotFound => {
+                        Error::not_found(format!("{needed} is based on the checkpoint {other}, which is gone"))
+                            .hint("put its file back; without it nothing can be restored from this one")
+                    }
+                    _ => error.context(format!("{needed} is based on another one")),
+                }
             })?);
         }
         Self::of(layers)

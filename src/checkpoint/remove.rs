@@ -62,21 +62,27 @@ fn tag(name: &Name) -> String {
 /// # Errors
 /// `NotFound` when one of them is not there, or is retired; `ReadOnly`. None is held then.
 pub fn hold(store: &Arc<Store>, name: &Name, disks: &[DiskSnapshot]) -> Result<()> {
-    change(store, |tables| {
-        let mut ids = Vec::new();
-        for disk in disks {
-            let id = find(tables, disk).ok_or_else(|| {
-                let DiskSnapshot { disk_name, snapshot_name, .. } = disk;
-                Error::not_found(format!("the snapshot {disk_name}@{snapshot_name} of the checkpoint {name} is gone"))
-            })?;
-            ids.push(id);
-        }
-        Ok(ids)
-    }, |holds| {
-        if !holds.contains(&tag(name)) {
-            holds.push(tag(name));
-        }
-    })
+    change(
+        store,
+        |tables| {
+            let mut ids = Vec::new();
+            for disk in disks {
+                let id = find(tables, disk).ok_or_else(|| {
+                    let DiskSnapshot { disk_name, snapshot_name, .. } = disk;
+                    Error::not_found(format!(
+                        "the snapshot {disk_name}@{snapshot_name} of the checkpoint {name} is gone"
+                    ))
+                })?;
+                ids.push(id);
+            }
+            Ok(ids)
+        },
+        |holds| {
+            if !holds.contains(&tag(name)) {
+                holds.push(tag(name));
+            }
+        },
+    )
 }
 
 /// Lets go of what a checkpoint has held that is not there any more, or was not committed.
@@ -159,4 +165,3 @@ fn set_right(store: &Arc<Store>) -> Result<()> {
     }
     Ok(())
 }
-

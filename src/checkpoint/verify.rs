@@ -208,7 +208,9 @@ fn check_page_block(
 ) -> Result<(), (Option<u32>, String)> {
     let begin = end.take();
     let stored = match layer.place(number) {
-        Ok(Place::Stored(stored)) if stored.block == block && begin.is_none_or(|begin| begin == stored.offset) => stored,
+        Ok(Place::Stored(stored)) if stored.block == block && begin.is_none_or(|begin| begin == stored.offset) => {
+            stored
+        }
         Ok(_) => return Err((None, "the index has it in another place than the contents".to_owned())),
         Err(error) => return Err((None, error.to_string())),
     };

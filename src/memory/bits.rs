@@ -78,7 +78,10 @@ mod tests {
         for number in [0, 63, 64, 130, 199] {
             assert!(!bits.insert(number) && bits.insert(number) && bits.contains(number));
         }
-        assert_eq!((bits.next(0), bits.next(1), bits.next(64), bits.next(65)), (Some(0), Some(63), Some(64), Some(130)));
+        assert_eq!(
+            (bits.next(0), bits.next(1), bits.next(64), bits.next(65)),
+            (Some(0), Some(63), Some(64), Some(130))
+        );
         assert_eq!((bits.next(131), bits.next(200), bits.count()), (Some(199), None, 5));
         assert!(bits.remove(130) && !bits.remove(130) && !bits.contains(130));
         bits.clear();

@@ -90,7 +90,11 @@ mod tests {
         assert!((990..=1000).contains(&told.p99_us), "{told:?}");
         for nanos in [0, 1, 3, 4, 5, 100, 12_345, 1 << 40, u64::MAX] {
             let of = bucket(nanos);
-            assert!(of < BUCKETS && end(of) >= nanos && end(of) / 5 * 4 <= nanos.max(8), "{nanos}: {of} ends at {}", end(of));
+            assert!(
+                of < BUCKETS && end(of) >= nanos && end(of) / 5 * 4 <= nanos.max(8),
+                "{nanos}: {of} ends at {}",
+                end(of)
+            );
         }
     }
 }

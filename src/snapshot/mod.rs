@@ -27,7 +27,7 @@ pub use branch::{RevertReport, clone, clone_into, revert};
 pub use check::{check, record_faults};
 pub use device::{SnapshotDevice, open, open_by_id};
 pub use prune::{Keep, PruneLine, prune};
-pub use remove::{CHECKPOINT_HOLD, hold, release, remove, rename, unique};
 pub(crate) use remove::refuse_held;
+pub use remove::{CHECKPOINT_HOLD, hold, release, remove, rename, unique};
 pub use retire::{attend, import_record, retire, wait_retired};
 pub use take::take;

@@ -161,7 +161,10 @@ mod tests {
         });
         let memory = GuestMemoryMmap::<()>::from_ranges_with_files(ranges).unwrap();
         let regions = GuestRegion::all(&memory).unwrap();
-        assert_eq!(regions.iter().map(|r| (r.address(), r.len())).collect::<Vec<_>>(), [(0, 64 * PAGE), (1 << 32, 16 * PAGE)]);
+        assert_eq!(
+            regions.iter().map(|r| (r.address(), r.len())).collect::<Vec<_>>(),
+            [(0, 64 * PAGE), (1 << 32, 16 * PAGE)]
+        );
         memory.write_slice(&[7; 100], GuestAddress((1 << 32) + 3 * PAGE)).unwrap();
         let mut bytes = vec![1; 5 * PAGE as usize];
         regions[1].read(&mut bytes, 0).unwrap();
@@ -175,7 +178,10 @@ mod tests {
         let mapped = regions[0].mapped_at();
         assert_eq!(regions[0].offset_of(mapped + 5), Some(5));
         let part = |start, end| regions[0].part_of(mapped + start, mapped + end);
-        assert_eq!((part(10, 20), part(64 * PAGE, 65 * PAGE), part(0, 90 * PAGE)), (Some(10..20), None, Some(0..64 * PAGE)));
+        assert_eq!(
+            (part(10, 20), part(64 * PAGE, 65 * PAGE), part(0, 90 * PAGE)),
+            (Some(10..20), None, Some(0..64 * PAGE))
+        );
         assert_eq!(regions[0].part_of(mapped - 10, mapped + 5), Some(0..5));
         assert_eq!((regions[0].offset_of(mapped - 1), regions[0].offset_of(mapped + 64 * PAGE)), (None, None));
     }

@@ -323,7 +323,8 @@ fn open() -> io::Result<OwnedFd> {
     }
     let error = io::Error::last_os_error();
     let missing = matches!(error.raw_os_error(), Some(libc::ENOSYS)).then_some(io::ErrorKind::Unsupported);
-    let first = by_device.err().map(|error| format!("/dev/userfaultfd: {}; ", io::Error::from(error))).unwrap_or_default();
+    let first =
+        by_device.err().map(|error| format!("/dev/userfaultfd: {}; ", io::Error::from(error))).unwrap_or_default();
     Err(io::Error::new(missing.unwrap_or(error.kind()), format!("{first}userfaultfd: {error}")))
 }
 

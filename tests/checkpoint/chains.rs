@@ -87,7 +87,12 @@ fn a_flat_one_is_the_same_and_needs_no_other() {
     let hot = |reader: &checkpoint::Reader| {
         let mut all = Vec::new();
         for block in reader.hot().unwrap() {
-            reader.contents(0, block, |number, _| { all.push(number.0); Ok(()) }).unwrap();
+            reader
+                .contents(0, block, |number, _| {
+                    all.push(number.0);
+                    Ok(())
+                })
+                .unwrap();
         }
         all
     };

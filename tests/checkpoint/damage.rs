@@ -43,7 +43,9 @@ fn each_damaged_page_block_is_named_with_its_address_and_place() {
             None => assert!(out == super::content(1, number, out.len())),
             Some((_, address, block, offset)) => {
                 let text = read.unwrap_err().to_string();
-                let named = format!("page block {number} (guest address {address:#x}) in storage block {block} at byte {offset}");
+                let named = format!(
+                    "page block {number} (guest address {address:#x}) in storage block {block} at byte {offset}"
+                );
                 assert!(text.contains(&named), "{text}");
             }
         }

@@ -136,10 +136,7 @@ fn golden() -> Vec<(Request, &'static str)> {
         (Request::ReceiveAbort { disk: web() }, r#"{"command":"receive-abort","disk":"web"}"#),
         (Request::CheckpointLs { machine: None }, r#"{"command":"checkpoint-ls"}"#),
         (Request::CheckpointLs { machine: Some("vm".into()) }, r#"{"command":"checkpoint-ls","machine":"vm"}"#),
-        (
-            Request::CheckpointInfo { checkpoint: "vm@a".into() },
-            r#"{"command":"checkpoint-info","checkpoint":"vm@a"}"#,
-        ),
+        (Request::CheckpointInfo { checkpoint: "vm@a".into() }, r#"{"command":"checkpoint-info","checkpoint":"vm@a"}"#),
         (
             Request::CheckpointVerify { checkpoint: "vm@a".into() },
             r#"{"command":"checkpoint-verify","checkpoint":"vm@a"}"#,

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use afterimage::checkpoint::{
-    self, Codec, Cut, DiskSnapshot, Folder, Footer, Geometry, Header, Name, PageBlock, Place, Plan, Pushed, Region, Sizes,
-    Staging, StorageBlock, Stored, Writer,
+    self, Codec, Cut, DiskSnapshot, Folder, Footer, Geometry, Header, Name, PageBlock, Place, Plan, Pushed, Region,
+    Sizes, Staging, StorageBlock, Stored, Writer,
 };
 use afterimage::codec::crc32;
 use afterimage::error::{Kind, Result};
@@ -183,7 +183,8 @@ fn checkpoints_are_golden_and_come_back() {
 fn means_nothing(bytes: &[u8], at: usize) -> bool {
     let header = u32::from_le_bytes(bytes[12..16].try_into().unwrap()) as usize;
     let state = STATE + b"state of the devices".len();
-    let used = [packed(0, 8192).len() + 8192, packed(6, 8192).len() + packed(5, 8192).len(), 8192 + packed(3, 4096).len()];
+    let used =
+        [packed(0, 8192).len() + 8192, packed(6, 8192).len() + packed(5, 8192).len(), 8192 + packed(3, 4096).len()];
     let block = (at / 16_384).wrapping_sub(1);
     (header..16_384).contains(&at)
         || used.get(block).is_some_and(|used| at % 16_384 >= *used)
@@ -311,8 +312,11 @@ fn hostile_numbers_are_refused() {
         refused(what, read_all(&bytes));
         // It is also refused by who only reads what it needs, or read as what it was; never something else.
         let (_, folder) = folder_of(&bytes);
-        let Ok(reader) = checkpoint::Reader::open(&folder, &name("vm@it"), checkpoint::Access::Cached) else { continue };
-        let (sound, mut scratch) = (checkpoint::Reader::open(&folder, &name("vm@whole"), checkpoint::Access::Cached), vec![0; 16_384]);
+        let Ok(reader) = checkpoint::Reader::open(&folder, &name("vm@it"), checkpoint::Access::Cached) else {
+            continue;
+        };
+        let (sound, mut scratch) =
+            (checkpoint::Reader::open(&folder, &name("vm@whole"), checkpoint::Access::Cached), vec![0; 16_384]);
         for number in (0..7).map(PageBlock) {
             let (mut out, mut right) = (vec![0; 8192], vec![0; 8192]);
             let length = reader.geometry().length(number).unwrap();

@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 use afterimage::error::Kind;
 use afterimage::media::sim::Fault;
 use afterimage::memory::Event;
-use vm_memory::GuestMemory;
 
 use super::restores::{Between, only_when_touched, saved, something, through};
 use super::*;
@@ -193,7 +192,10 @@ fn a_save_while_memory_cannot_come_fails() {
     let other = something(&twin, 100) as u64;
     guest.store(other, 1);
     assert_eq!(guest.load(other), 1);
-    assert_eq!(afterimage::memory::save_stopped(&watch, &writer(&folder, "b", &watch, None), &Silent).unwrap_err().kind(), Kind::Corrupt);
+    assert_eq!(
+        afterimage::memory::save_stopped(&watch, &writer(&folder, "b", &watch, None), &Silent).unwrap_err().kind(),
+        Kind::Corrupt
+    );
     drop(restorer);
 }
 

@@ -89,7 +89,10 @@ impl Guest {
             block.fill(0);
             match random.below(6) {
                 0 => block.iter_mut().for_each(|byte| *byte = random.next() as u8),
-                1 => block.iter_mut().enumerate().for_each(|(n, byte)| *byte = b"the memory of a guest "[(n + n / 300) % 22]),
+                1 => block
+                    .iter_mut()
+                    .enumerate()
+                    .for_each(|(n, byte)| *byte = b"the memory of a guest "[(n + n / 300) % 22]),
                 2 => (0..40).for_each(|_| block[usize::try_from(random.below(BLOCK)).unwrap()] = random.next() as u8),
                 _ => continue,
             }
@@ -152,12 +155,8 @@ fn cut() -> Cut<'static> {
 }
 
 fn writer(folder: &Folder, to: &str, watch: &Watch, based_on: Option<&str>) -> Writer {
-    let mut plan = Plan::new(name(to), "test", watch.geometry().clone());
-    if let Some(parent) = based_on {
-        let reader = Reader::open(folder, &name(parent), Access::Cached).unwrap();
-        plan = plan.based_on(&name(parent), reader.header()).unwrap();
-    }
-    Writer::create(folder, plan).unwrap()
+    let parent = based_on.map(name);
+    Writer::create(folder, Plan { parent, ..Plan::new(name(to), "test", watch.geometry().clone()) }).unwrap()
 }
 
 /// Threads that write to random places, and are held when an instant is wanted.

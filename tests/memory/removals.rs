@@ -16,7 +16,8 @@ fn what_is_given_back_while_memory_comes_is_zeros() {
         let guest = empty_like(&like);
         let watch = guest.watch();
         let between = Arc::new(Between { delay: Duration::from_micros(300 * round), ..Between::default() });
-        let restorer = Restorer::begin(&watch, through(open(&folder, "a"), &between), RestoreOptions::default()).unwrap();
+        let restorer =
+            Restorer::begin(&watch, through(open(&folder, "a"), &between), RestoreOptions::default()).unwrap();
         let region = &guest.regions[0];
         std::thread::scope(|scope| {
             for number in 0..2 {

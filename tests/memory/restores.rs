@@ -179,11 +179,13 @@ fn what_was_touched_is_noted_and_comes_first_the_next_time() {
     let options = RestoreOptions { workers: 1, touched: Some(touched.clone()), ..RestoreOptions::default() };
     let restorer = Restorer::begin(&watch, through(reader, &between), options).unwrap();
     let patience = Instant::now() + Duration::from_secs(10);
-    let there = || touched.blocks().iter().all(|block| {
-        let at = usize::try_from(block.0).unwrap() << 16;
-        // Beyond the first region page blocks do not begin at multiples of their size.
-        at >= usize::try_from(guest.low).unwrap() || guest.content()[at..at + (1 << 16)] == twin[at..at + (1 << 16)]
-    });
+    let there = || {
+        touched.blocks().iter().all(|block| {
+            let at = usize::try_from(block.0).unwrap() << 16;
+            // Beyond the first region page blocks do not begin at multiples of their size.
+            at >= usize::try_from(guest.low).unwrap() || guest.content()[at..at + (1 << 16)] == twin[at..at + (1 << 16)]
+        })
+    };
     while !there() {
         assert!(Instant::now() < patience, "{:?}", restorer.figures());
     }
@@ -196,7 +198,9 @@ fn what_was_touched_is_noted_and_comes_first_the_next_time() {
 /// Page blocks that are not there yet are taken from where they are; those that were written to are the guest's.
 #[test]
 fn a_save_while_memory_comes_is_right() {
-    for (threads, background, based) in [(0, false, false), (2, false, false), (4, true, false), (2, false, true), (4, true, true)] {
+    for (threads, background, based) in
+        [(0, false, false), (2, false, false), (4, true, false), (2, false, true), (4, true, true)]
+    {
         let (_, folder) = media();
         let (like, source) = saved(&folder, 11 + threads);
         let guest = empty_like(&like);

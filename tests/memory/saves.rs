@@ -20,7 +20,10 @@ fn a_live_save_is_the_instant_of_the_cut() {
             ["a", "b"].map(|to| {
                 let options = SaveOptions { ring, keep_tracking: false };
                 let (twin, figures) = save_live(&guest, &watch, &writers, writer(&folder, to, &watch, None), options);
-                assert!(threads == 0 || figures.caught > 0, "the guest wrote to nothing that was not saved: {figures:?}");
+                assert!(
+                    threads == 0 || figures.caught > 0,
+                    "the guest wrote to nothing that was not saved: {figures:?}"
+                );
                 assert!(figures.inherited == 0 && figures.zeros > 0 && figures.writes * (1 << 20) >= figures.bytes);
                 let hot = open(&folder, to).hot().unwrap();
                 assert_eq!(hot.is_empty(), figures.caught == 0, "what was caught is hot");
@@ -53,7 +56,8 @@ fn holes_stay_holes() {
         pages
     };
     assert_eq!(data(), 1);
-    let (twin, figures) = save_live(&guest, &watch, &writers, writer(&folder, "a", &watch, None), SaveOptions::default());
+    let (twin, figures) =
+        save_live(&guest, &watch, &writers, writer(&folder, "a", &watch, None), SaveOptions::default());
     assert_eq!((data(), figures.writes), (1, 1));
     assert_eq!(figures.zeros, figures.page_blocks - 1);
     // What nobody watches any more is written without anybody being asked.

@@ -35,12 +35,7 @@ impl Cache {
     }
 
     /// Calls `work` with a storage block.
-    pub(super) fn with<T>(
-        &self,
-        reader: &Reader,
-        key: Key,
-        work: impl FnOnce(&[u8]) -> Result<T>,
-    ) -> Result<T> {
+    pub(super) fn with<T>(&self, reader: &Reader, key: Key, work: impl FnOnce(&[u8]) -> Result<T>) -> Result<T> {
         let entry = self.entry(key);
         let read = entry.get_or_init(|| self.read(reader, key));
         match read {
@@ -59,7 +54,9 @@ impl Cache {
         let size = reader.layers()[layer].geometry().storage_block();
         let mut bytes = match free.filter(|free| free.len() == size) {
             Some(bytes) => bytes,
-            None => Pages::new(size).map_err(|error| Error::io("there is no memory to read a checkpoint into", error))?,
+            None => {
+                Pages::new(size).map_err(|error| Error::io("there is no memory to read a checkpoint into", error))?
+            }
         };
         reader.read_block(layer, block, &mut bytes)?;
         Ok(bytes)

@@ -85,7 +85,10 @@ impl Work<'_> {
         let mut turn = self.next.fetch_add(1, Ordering::Relaxed);
         for (layer, blocks) in self.blocks.iter().enumerate() {
             if turn < *blocks {
-                return Some((layer, StorageBlock(u32::try_from(turn).expect("a file has at most 2^32 storage blocks"))));
+                return Some((
+                    layer,
+                    StorageBlock(u32::try_from(turn).expect("a file has at most 2^32 storage blocks")),
+                ));
             }
             turn -= blocks;
         }

@@ -22,7 +22,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::time::Duration;
 
-use super::cache::{Cache, Key};
+use super::cache::Cache;
 use super::order::Order;
 use super::status::{Failure, Status};
 use crate::checkpoint::{Found, PageBlock, Reader};
@@ -71,7 +71,6 @@ pub(super) struct Demand {
 /// The rest of a storage block.
 #[derive(Debug, Clone)]
 pub(super) struct Rest {
-    pub(super) key: Key,
     pub(super) blocks: Arc<[PageBlock]>,
     pub(super) next: usize,
 }
@@ -249,7 +248,10 @@ impl Filling {
             }
             let all = (0..span.length as u64 / PAGE).all(|page| self.removed.contains(number * self.pages + page));
             // Nothing is left to bring. One that is being brought finds that out itself.
-            if all && (self.change(block, Where::Absent, Where::Present) || self.change(block, Where::Failed, Where::Present)) {
+            if all
+                && (self.change(block, Where::Absent, Where::Present)
+                    || self.change(block, Where::Failed, Where::Present))
+            {
                 self.status.present();
                 // A worker that has just seen that something is left waits by now.
                 drop(self.queue.lock());
@@ -316,7 +318,14 @@ impl Filling {
         core.wake(span.region, span.offset, whole);
     }
 
-    fn put_pages(&self, core: &Core, block: PageBlock, data: &[u8], range: Range<u64>, wake: bool) -> std::io::Result<()> {
+    fn put_pages(
+        &self,
+        core: &Core,
+        block: PageBlock,
+        data: &[u8],
+        range: Range<u64>,
+        wake: bool,
+    ) -> std::io::Result<()> {
         let span = core.span(block);
         let region = &core.regions[span.region];
         let mut at = range.start;
@@ -428,7 +437,8 @@ impl Filling {
     /// Returns the first page block from one on that nobody has begun to bring.
     pub(super) fn absent(&self, from: u64) -> Option<PageBlock> {
         let first = usize::try_from(from).unwrap_or(usize::MAX).min(self.states.len());
-        let found = self.states[first..].iter().position(|state| state.load(Ordering::SeqCst) == Where::Absent as u8)?;
+        let found =
+            self.states[first..].iter().position(|state| state.load(Ordering::SeqCst) == Where::Absent as u8)?;
         Some(PageBlock((first + found) as u64))
     }
 

@@ -100,8 +100,7 @@ impl Restorer {
         let cached = options.workers * 2 + 4;
         let filling = Arc::new(Filling::new(reader, Arc::clone(&status), &present, cached, options.background));
         core.fill_from(Some(Arc::clone(&filling)));
-        let mut restorer =
-            Self { core, filling: Arc::downgrade(&filling), status, workers: Vec::new(), checkpoint };
+        let mut restorer = Self { core, filling: Arc::downgrade(&filling), status, workers: Vec::new(), checkpoint };
         // From here on dropping it undoes everything.
         restorer.core.watch_missing(watched(&restorer.core, &present)).map_err(host)?;
         if options.keep_tracking {
@@ -209,7 +208,9 @@ fn check(core: &Core, reader: &Reader) -> Result<()> {
         let data = region.next_data(0).map_err(|error| Error::io("the memory of the guest cannot be read", error))?;
         if let Some((at, _)) = data {
             let address = region.address() + at;
-            return Err(Error::usage(format!("memory that is restored must be empty, and there is something at {address:#x}")));
+            return Err(Error::usage(format!(
+                "memory that is restored must be empty, and there is something at {address:#x}"
+            )));
         }
     }
     Ok(())

@@ -10,8 +10,8 @@ use crate::error::Result;
 /// What is to be brought next.
 #[derive(Debug, Clone)]
 pub(super) enum Next {
-    /// These page blocks of a storage block.
-    These(Key, Vec<PageBlock>),
+    /// These page blocks, of one storage block.
+    These(Vec<PageBlock>),
     /// A whole storage block.
     All(Key),
     /// The storage block that this page block is in.
@@ -38,9 +38,9 @@ impl Order {
             }
         }
         let mut first = Vec::new();
-        for (key, mut blocks) in places {
+        for mut blocks in places.into_values() {
             blocks.sort_unstable();
-            first.push(Next::These(key, blocks.into_iter().map(|(_, block)| block).collect()));
+            first.push(Next::These(blocks.into_iter().map(|(_, block)| block).collect()));
         }
         first.extend(reader.hot()?.into_iter().map(|block| Next::All((0, block))));
         Ok(first)

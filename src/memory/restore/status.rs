@@ -180,10 +180,6 @@ impl Status {
         std::mem::take(&mut inner.failures)
     }
 
-    pub(super) fn failed_blocks(&self) -> u64 {
-        self.inner.lock().failures.len() as u64
-    }
-
     fn end(&self, end: End) {
         let mut inner = self.inner.lock();
         if matches!(inner.end, End::None) {

@@ -40,7 +40,9 @@ pub(super) fn run(core: &Arc<Core>, filling: &Arc<Filling>, plan: Option<Option<
         let buffer = Pages::new(core.geometry.page_block());
         match buffer.map(|buffer| Worker { core, filling, buffer }) {
             Ok(mut worker) => worker.work(),
-            Err(error) => filling.break_down(&format!("the host has no memory to restore the memory of a guest: {error}")),
+            Err(error) => {
+                filling.break_down(&format!("the host has no memory to restore the memory of a guest: {error}"))
+            }
         }
     }));
     if worked.is_err() {
@@ -127,7 +129,7 @@ impl Worker<'_> {
     /// Notes what else is in a storage block that somebody wanted a page block of.
     fn rest_of(&self, key: Key, wanted: PageBlock) {
         match self.contents(key) {
-            Ok(blocks) if !blocks.is_empty() => self.later(Rest { key, blocks: blocks.into(), next: 0 }),
+            Ok(blocks) if !blocks.is_empty() => self.later(Rest { blocks: blocks.into(), next: 0 }),
             Ok(_) => {}
             Err(error) => tracing::warn!("what else is beside page block {wanted} is not known: {error}"),
         }
@@ -177,22 +179,21 @@ impl Worker<'_> {
 
     fn begin(&mut self, next: Next) {
         let found = match next {
-            Next::These(key, blocks) => Ok((key, blocks)),
-            Next::All(key) => self.contents(key).map(|blocks| (key, blocks)),
+            Next::These(blocks) => Ok(blocks),
+            Next::All(key) => self.contents(key),
             Next::With(block) => self.beside(block),
         };
         match found {
-            Ok((key, blocks)) => self.rest(Rest { key, blocks: blocks.into(), next: 0 }),
+            Ok(blocks) => self.rest(Rest { blocks: blocks.into(), next: 0 }),
             Err(error) => tracing::warn!("memory is filled in another order than it should: {error}"),
         }
     }
 
-    /// Returns the storage block that a page block is in, with all that is in it; the page block alone when that is not known.
-    fn beside(&mut self, block: PageBlock) -> Result<(Key, Vec<PageBlock>)> {
+    /// Returns what is in the storage block of a page block; the page block alone when that is not known.
+    fn beside(&mut self, block: PageBlock) -> Result<Vec<PageBlock>> {
         match self.filling.reader.place(block) {
             Ok(Found::Stored { layer, stored }) => {
-                let key = (layer, stored.block);
-                Ok((key, self.contents(key).unwrap_or_else(|_| vec![block])))
+                Ok(self.contents((layer, stored.block)).unwrap_or_else(|_| vec![block]))
             }
             Ok(Found::Zero) => Err(Error::failed("a page block of zeros is not there")),
             Err(error) => {

@@ -172,7 +172,9 @@ impl Capture {
             return Err(Error::io("the memory of the guest cannot be read", error));
         }
         let error = self.error.lock();
-        Err(error.as_ref().map_or_else(|| Error::new(crate::error::Kind::Cancelled, "the save was given up"), Error::again))
+        Err(error
+            .as_ref()
+            .map_or_else(|| Error::new(crate::error::Kind::Cancelled, "the save was given up"), Error::again))
     }
 
     /// Captures a page block that the guest is about to write. Called by the thread of the faults alone.
@@ -220,9 +222,10 @@ impl Capture {
     pub(in crate::memory) fn removed(&self, block: PageBlock) {
         let cut = *self.stage.lock() == Stage::Cut;
         if cut && matches!(self.claim(block), Claim::Clean | Claim::Copying) {
-            self.fail(Error::failed(format!(
-                "memory of the guest (page block {block}) was taken away before it was saved"
-            )).hint("save again when nothing gives memory back to the host"));
+            self.fail(
+                Error::failed(format!("memory of the guest (page block {block}) was taken away before it was saved"))
+                    .hint("save again when nothing gives memory back to the host"),
+            );
         }
     }
 }

@@ -129,7 +129,7 @@ impl Saver {
         if plan.geometry != core.geometry {
             return Err(Error::usage("a checkpoint of another memory cannot be saved from this one"));
         }
-        let (uuid, parent) = (plan.uuid, plan.parent.as_ref().map(|parent| parent.uuid));
+        let (uuid, parent) = (plan.uuid, writer.parent());
         let capture = Arc::new(Capture::new(&core, options.ring).map_err(no_memory)?);
         core.begin_save(&capture, parent)?;
         let work = Work {
@@ -237,7 +237,7 @@ impl Saver {
         if core.removals.load(Ordering::SeqCst) != removals || filling.as_ref().is_some_and(|f| f.has_parts()) {
             return Err(busy());
         }
-        *self.capture.source.lock() = filling;
+        *self.capture.source.lock() = filling.clone();
         core.changed.clear();
         core.set_since(None);
         core.set_phase(Phase::Saving);
@@ -334,4 +334,3 @@ impl Drop for Saver {
 fn no_memory(error: std::io::Error) -> Error {
     Error::io("the host has not what saving the memory of a guest takes", error)
 }
-

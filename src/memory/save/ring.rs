@@ -146,7 +146,9 @@ mod tests {
                     ring.taken_by_this_thread();
                     let mut seen = 0;
                     while let Some(fits) = ring.take(|number, bytes| {
-                        number.0 == seen && bytes.len() == 4096 - to_usize(seen % 7) && bytes.iter().all(|b| u64::from(*b) == seen % 251)
+                        number.0 == seen
+                            && bytes.len() == 4096 - to_usize(seen % 7)
+                            && bytes.iter().all(|b| u64::from(*b) == seen % 251)
                     }) {
                         assert!(fits, "page block {seen}");
                         seen += 1;

@@ -14,7 +14,7 @@ use crate::sys::pages::Pages;
 pub fn save_stopped(watch: &Watch, writer: &Writer, progress: &dyn Progress) -> Result<()> {
     let core = watch.core();
     let plan = writer.plan();
-    if plan.geometry != core.geometry || plan.parent.is_some() {
+    if plan.geometry != core.geometry || writer.parent().is_some() {
         return Err(Error::usage("what is saved like this is a whole checkpoint of this memory"));
     }
     let host = |e| Error::io("the memory of the guest cannot be saved", e);
