@@ -135,8 +135,11 @@ impl Core {
         let span = self.span(block);
         match self.faults.protect(&self.regions[span.region], span.offset, span.length as u64, false) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(error),
-            // It is not registered any more: who waited was woken by that.
-            Err(error) => tracing::debug!("a page block is not protected any more: {error}"),
+            // It is not registered any more.
+            Err(error) => {
+                tracing::debug!("a page block is not protected any more: {error}");
+                self.wake(span.region, span.offset, span.length as u64);
+            }
             Ok(()) => {}
         }
         self.open.insert(block.0);
@@ -318,6 +321,8 @@ impl Core {
             if let Err(error) = self.faults.unregister(&self.regions[run.region], 0, run.len) {
                 tracing::error!("the memory of a guest stays watched, which slows it down: {error}");
             }
+            // The kernel itself wakes those who wait for missing pages, and not those who wait to write.
+            self.wake(run.region, 0, run.len);
         }
     }
 }

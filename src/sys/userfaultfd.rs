@@ -238,7 +238,8 @@ impl Userfault {
         unsafe { call(&self.fd, REGISTER, &raw mut argument) }
     }
 
-    /// Ends watching a range: protection is gone, and who waits there goes on.
+    /// Ends watching a range: protection is gone. The kernel wakes those who wait for missing pages; those who wait to write are to be
+    /// woken by [`Self::wake`].
     ///
     /// # Errors
     /// Errors of the host.
@@ -346,4 +347,81 @@ unsafe fn call<T>(fd: &OwnedFd, number: u32, argument: *mut T) -> io::Result<()>
         return Ok(());
     }
     Err(io::Error::last_os_error())
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::fs::MemfdFlags;
+    use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
+
+    use super::*;
+    use crate::sys::guest::PAGE;
+
+    fn memory(pages: u64) -> (GuestMemoryMmap<()>, GuestRegion) {
+        let file = std::fs::File::from(rustix::fs::memfd_create("watched", MemfdFlags::CLOEXEC).unwrap());
+        file.set_len(pages * PAGE).unwrap();
+        let range = (GuestAddress(0), crate::units::to_usize(pages * PAGE), Some(FileOffset::new(file, 0)));
+        let memory = GuestMemoryMmap::<()>::from_ranges_with_files([range]).unwrap();
+        let region = GuestRegion::all(&memory).unwrap().remove(0);
+        (memory, region)
+    }
+
+    /// Waits for a message.
+    fn next(faults: &Userfault, messages: &mut Messages) -> Message {
+        loop {
+            if faults.read(messages).unwrap() {
+                return messages.iter().next().unwrap();
+            }
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn numbers_are_those_of_the_kernel() {
+        // As strace and the headers of the kernel have them.
+        assert_eq!(IOCTLS, [0xc020_aa00, 0x8010_aa01, 0x8010_aa02, 0xc028_aa03, 0xc018_aa06, 0xc020_aa08]);
+        assert_eq!(UFFDIO_API, 0xc018_aa3f);
+    }
+
+    #[test]
+    fn faults_are_told_and_answered() {
+        let (memory, region) = memory(16);
+        let faults = Userfault::new().unwrap();
+        let both = Watched { missing: true, protected: true };
+        faults.register(&region, 0, region.len(), both).unwrap();
+        let mut messages = Messages::new(4);
+        assert!(!faults.read(&mut messages).unwrap());
+        let at = |page: u64| region.mapped_at() + page * PAGE;
+        std::thread::scope(|scope| {
+            let reading = scope.spawn(|| memory.read_obj::<u64>(GuestAddress(3 * PAGE + 8)).unwrap());
+            assert_eq!(next(&faults, &mut messages), Message::Missing(at(3)));
+            let data = [7; 2 * PAGE as usize];
+            let copied = faults.copy(&region, 2 * PAGE, &data, How { wake: true, protect: true });
+            assert!(copied.bytes == data.len() && copied.stopped.is_none());
+            assert_eq!(reading.join().unwrap(), u64::from_le_bytes([7; 8]));
+            // The second page is there: the copy ends before it, and says so.
+            let copied = faults.copy(&region, PAGE, &data, How { wake: false, protect: false });
+            assert_eq!(copied.bytes, PAGE as usize);
+            let again = faults.copy(&region, 2 * PAGE, &data[..PAGE as usize], How { wake: false, protect: false });
+            assert_eq!(again.stopped.unwrap().kind(), io::ErrorKind::AlreadyExists);
+            let writing = scope.spawn(|| memory.write_obj(1_u64, GuestAddress(3 * PAGE)).unwrap());
+            assert_eq!(next(&faults, &mut messages), Message::Protected(at(3)));
+            faults.protect(&region, 3 * PAGE, PAGE, false).unwrap();
+            writing.join().unwrap();
+            let removing = scope.spawn(|| region.give_back(3 * PAGE, 2 * PAGE).unwrap());
+            assert_eq!(next(&faults, &mut messages), Message::Removed(at(3), at(5)));
+            removing.join().unwrap();
+        });
+        faults.unregister(&region, 0, region.len()).unwrap();
+        assert_eq!(memory.read_obj::<u64>(GuestAddress(3 * PAGE)).unwrap(), 0);
+        assert_eq!(faults.protect(&region, 0, PAGE, true).unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    #[should_panic(expected = "are not in a region")]
+    fn nothing_beside_a_region_is_reached() {
+        let (_memory, region) = memory(4);
+        let faults = Userfault::new().unwrap();
+        faults.wake(&region, 3 * PAGE, 2 * PAGE).unwrap();
+    }
 }

@@ -24,7 +24,7 @@ fn a_live_save_is_the_instant_of_the_cut() {
                     threads == 0 || figures.caught > 0,
                     "the guest wrote to nothing that was not saved: {figures:?}"
                 );
-                assert!(figures.inherited == 0 && figures.zeros > 0 && figures.writes * (1 << 20) >= figures.bytes);
+                assert!(figures.inherited == 0 && figures.writes * (1 << 20) >= figures.bytes, "{figures:?}");
                 let hot = open(&folder, to).hot().unwrap();
                 assert_eq!(hot.is_empty(), figures.caught == 0, "what was caught is hot");
                 (to, twin)
