@@ -14,6 +14,7 @@ mod guest;
 mod import;
 mod instant;
 mod limits;
+mod memory;
 mod model;
 mod nbd;
 mod past;

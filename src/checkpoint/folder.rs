@@ -114,7 +114,7 @@ impl Folder {
         Self { media: Arc::clone(media), root: String::new(), own: Some(machine.to_owned()) }
     }
 
-    pub(super) fn media(&self) -> &dyn Media {
+    pub(crate) fn media(&self) -> &dyn Media {
         &*self.media
     }
 

@@ -180,6 +180,12 @@ impl Writer {
         &self.plan
     }
 
+    /// Returns the identity of what it is based on.
+    #[must_use]
+    pub fn parent(&self) -> Option<Uuid> {
+        self.parent.as_ref().map(|parent| parent.header().uuid)
+    }
+
     /// Returns what was written so far.
     #[must_use]
     pub fn written(&self) -> Written {

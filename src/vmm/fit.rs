@@ -232,8 +232,8 @@ fn bits(word: u64) -> impl Iterator<Item = u32> {
 }
 
 impl Host {
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
-use kvm_ioctls::{Cap, Kvm, VcpuFd};
+    /// Asks KVM; the processor has not run and is told what all of such a machine are.
+    fn ask(kvm: &Kvm, cpu: &VcpuFd, cpus: u8) -> Result<Self> {
         let cannot = |e: kvm_ioctls::Error| Error::io("cannot ask KVM what its processors have", e.into());
         let model = kvm.get_msr_index_list().map_err(cannot)?;
         // What it reads back is what a guest is told, which on some hosts is more than KVM says that it supports.
