@@ -34,6 +34,7 @@ mod umount;
 mod upkeep;
 mod vm;
 mod vm_disks;
+mod vm_steward;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

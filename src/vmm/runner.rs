@@ -7,14 +7,15 @@
 //! 3. Asked to stop, the guest is asked in turn (the power button); asked again, or when it takes longer than whoever asked
 //!    has patience for, it ends as by a power cut.
 //! 4. Everything is opened when it is made. [`Runner::confine`] gives up rights after that, and reboots need none.
-//! 5. Files that are disks are looked at every second: a guest is told when one has grown.
-//! 6. A disk of the pool may wait for its server. Such a machine is not paused, which would wait, too; and ending it ends
-//!    the waiting.
+//! 5. Disks are looked at every second: a guest is told when one has grown.
+//! 6. A disk of the pool may wait for its server. The machine is paused and goes on all the same, and ending it ends the
+//!    waiting.
 
 use std::fs::File;
 use std::io::{self, Seek, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -72,7 +73,7 @@ pub struct Runner {
     /// The disks that are files, by their numbers.
     files: Vec<(usize, Arc<FileDisk>)>,
     /// The disks that have a server.
-    served: Vec<Arc<nbd::Client>>,
+    served: Vec<Served>,
     /// Whose rights the process will have.
     user: Option<User>,
     serial: Arc<Socket>,
@@ -80,6 +81,23 @@ pub struct Runner {
     now: Mutex<Now>,
     changed: Condvar,
     _lock: HomeLock,
+}
+
+/// A disk that has a server.
+#[derive(Debug)]
+struct Served {
+    /// Its number.
+    number: usize,
+    client: Arc<nbd::Client>,
+    /// Its size when it was looked at last.
+    size: AtomicU64,
+}
+
+impl Served {
+    fn look(&self) -> bool {
+        let size = self.client.size();
+        self.size.swap(size, Ordering::Relaxed) != size
+    }
 }
 
 /// Opens a disk of the pool for a machine.
@@ -121,6 +139,7 @@ impl Runner {
     /// # Errors
     /// `Busy` when a disk is in use, and what [`Machine::new`] finds.
     pub fn new(home: Home, definition: Definition, lock: HomeLock, open: &OpenDisk<'_>) -> Result<Self> {
+        let user = definition.user.as_deref().map(find_user).transpose()?;
         let (mut disks, mut files, mut served) = (Vec::new(), Vec::new(), Vec::new());
         for disk in &definition.disks {
             let device: Arc<dyn BlockDevice> = match disk.source()? {
@@ -131,7 +150,8 @@ impl Runner {
                 }
                 DiskSource::Pool(name) => {
                     let client = Arc::new(open(name, disk)?);
-                    served.push(Arc::clone(&client));
+                    let (number, size) = (disks.len(), AtomicU64::new(client.size()));
+                    served.push(Served { number, client: Arc::clone(&client), size });
                     client
                 }
             };
@@ -145,7 +165,6 @@ impl Runner {
             nets: definition.nets.clone(),
             generation: Uuid::new_v4(),
         };
-        let user = definition.user.as_deref().map(find_user).transpose()?;
         let means = Means::open(&settings)?.confined()?;
         let machine = Arc::new(Machine::of(&settings, &means)?);
         let serial = Arc::new(Socket::listen(&home.path("serial.sock"), BACKLOG)?);
@@ -245,7 +264,8 @@ impl Runner {
                 None
             }
         };
-        self.files.iter().filter_map(changed).collect()
+        let served = self.served.iter().filter(|disk| disk.look()).map(|disk| disk.number);
+        self.files.iter().filter_map(changed).chain(served).collect()
     }
 
     /// Stops the guest where it is. One that stands still already stays so.
@@ -258,10 +278,6 @@ impl Runner {
             State::Running | State::Paused => {}
             State::Stopping => return Err(Error::busy("the virtual machine is about to end")),
             State::Ended => return Err(Error::failed("the virtual machine has ended")),
-        }
-        if self.served.iter().any(|disk| !disk.is_connected()) {
-            return Err(Error::busy("a disk of the virtual machine waits for the server of the pool")
-                .hint("start one with 'afterimage serve --daemon' or 'afterimage mount'"));
         }
         if let Some(machine) = &now.machine {
             machine.pause();
@@ -295,7 +311,7 @@ impl Runner {
     /// When it has ended.
     pub fn stop(&self, patience: Duration) -> Result<()> {
         if patience.is_zero() {
-            // Before the lock: a pause may have it, and wait for a disk.
+            // Before the lock: a pause may have it, and wait for the host.
             self.cancel();
         }
         let mut now = self.now.lock();
@@ -321,7 +337,7 @@ impl Runner {
 
     /// Ends all waiting for a server: the guest is not to go on.
     fn cancel(&self) {
-        self.served.iter().for_each(|disk| disk.cancel());
+        self.served.iter().for_each(|disk| disk.client.cancel());
     }
 
     /// Tells about it.
