@@ -114,6 +114,9 @@ pub enum Response {
     Exports {
         /// The exports.
         exports: Vec<Export>,
+        /// For whom disks are kept.
+        #[serde(default)]
+        awaited: Vec<Awaited>,
     },
     /// An increment directory was written.
     Exported(Exported),
@@ -349,6 +352,20 @@ pub struct Export {
     pub error: Option<String>,
 }
 
+/// Somebody who wrote to a disk when the last server ended, and may come back to it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Awaited {
+    /// The disk.
+    pub disk: String,
+    /// Who.
+    pub holder: String,
+    /// The virtual machine that this is, if it is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vm: Option<String>,
+    /// For how long the disk is kept; `None` when that begins with the next server.
+    pub seconds: Option<u64>,
+}
+
 /// Where a virtual machine finds its disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmDisk {
@@ -412,4 +429,7 @@ pub struct Status {
     pub available: u64,
     /// Size of the host file system.
     pub total: u64,
+    /// Whether the server is about to end: what it refuses now, the next one may not.
+    #[serde(default)]
+    pub ending: bool,
 }

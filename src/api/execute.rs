@@ -308,5 +308,6 @@ fn status(store: &Arc<Store>) -> Result<Response> {
         free: room.free,
         available: room.available(),
         total: room.total,
+        ending: false,
     }))
 }

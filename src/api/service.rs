@@ -129,7 +129,10 @@ impl Answer for Service {
             Request::AttachVm { .. } => return self.exports.attach_vm(&request).map(Response::VmDisk),
             Request::DetachVm { vm } => return Ok(Response::Detached { exports: self.exports.detach_vm(vm)? }),
             Request::Detach { name } => return Ok(Response::Detached { exports: self.exports.detach(name)? }),
-            Request::Exports {} => return Ok(Response::Exports { exports: self.exports.list()? }),
+            Request::Exports {} => {
+                let (exports, awaited) = self.exports.list()?;
+                return Ok(Response::Exports { exports, awaited });
+            }
             _ => {}
         }
         let mut response = execute(&self.store, request, progress)?;
@@ -137,6 +140,7 @@ impl Answer for Service {
             Response::Status(status) => {
                 status.pool = self.pool.to_string_lossy().into_owned();
                 status.mount = self.mount.lock().as_ref().map(|path| path.to_string_lossy().into_owned());
+                status.ending = self.stop.is_some() && !self.exports.serves();
             }
             Response::Metrics { text } => text.push_str(&self.exports.metrics()),
             _ => {}

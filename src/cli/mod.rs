@@ -37,6 +37,7 @@ mod vm;
 mod vm_checkpoint;
 mod vm_disks;
 mod vm_parts;
+mod vm_steward;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

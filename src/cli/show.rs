@@ -52,7 +52,7 @@ pub(super) fn show(response: &Response, style: Style) -> String {
         Response::Detached { exports } => {
             exports.iter().map(|export| super::exports::show_export(export, "no longer at")).collect()
         }
-        Response::Exports { exports } => super::exports::show_exports(exports),
+        Response::Exports { exports, awaited } => super::exports::show_exports(exports, awaited),
         Response::Exported(report) => exported(report),
         Response::Sent(report) => sent(report),
         Response::Received(report) => received(report),

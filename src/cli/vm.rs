@@ -47,8 +47,8 @@ use crate::vmm::{
 ///
 /// The guest is not trusted, and neither is the process that runs it: when all it needs is open it confines itself to the
 /// system calls it needs (seccomp), a set for each kind of thread. Any other ends it, and the log names the call. With --user
-/// a process that root started has the rights of somebody else from then on. Such a process could not
-/// come back to the server of the pool, so --user is for machines whose disks are files.
+/// a process that root started has the rights of somebody else from then on. If it has disks of the pool, a second process
+/// keeps those to come back to its server, for these disks alone, and ends with it.
 #[derive(Debug, Args)]
 pub(super) struct Vm {
     #[command(subcommand)]
@@ -100,8 +100,6 @@ struct Run {
     #[arg(long, value_name = "N", default_value_t = 1)]
     cpus: u8,
     /// As root: run it with the rights of this user, once all that it needs has been opened
-    ///
-    /// Its disks are files then: disks of the pool come from a server that only root reaches.
     #[arg(long, value_name = "NAME")]
     user: Option<String>,
     #[command(flatten)]
@@ -371,11 +369,13 @@ fn make(
     begin: Begin<'_>,
     (pool, global): (&Path, &Global),
 ) -> Result<Ready> {
-    if definition.user.is_some() && definition.disks.iter().any(|disk| disk.disk.is_some()) {
-        return Err(Error::usage("--user is not for a virtual machine with a disk of the pool")
-            .hint("only root reaches the server of this pool; leave --user out, or give the disk as a file"));
-    }
-    let (disks, cpus) = (Disks::new(pool, home.name()), usize::from(definition.cpus));
+    let from_pool = definition.disks.iter().any(|disk| disk.disk.is_some());
+    let disks = if definition.user.is_some() && from_pool {
+        Disks::with_steward(pool, home.name(), global)?
+    } else {
+        Disks::new(pool, home.name())
+    };
+    let cpus = usize::from(definition.cpus);
     let open = |name: &str, disk: &DiskDefinition| disks.open(name, disk.read_only, cpus, global);
     let of_pool = Pool { open: &open, disks: Arc::new(PoolDisks::new(pool)) };
     let runner = Arc::new(Runner::new(home.clone(), definition, lock, of_pool, begin)?);
@@ -386,6 +386,7 @@ fn make(
             tracing::debug!("a signal came too late: {error}");
         }
     })?;
+    disks.begin()?;
     Ok(Ready { runner, server, disks })
 }
 

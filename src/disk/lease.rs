@@ -105,6 +105,11 @@ impl Disk {
         self.head.tenancy.reserve(holder, time);
     }
 
+    /// Notes that `holder`, for which nothing is kept, has to be told why something it had written may be lost, if it comes.
+    pub fn owe_loss(&self, holder: &str, why: String) {
+        self.head.tenancy.note_loss(holder, why);
+    }
+
     /// Keeps the lease for `holder`, which may or may not have written and cannot come to this process.
     pub fn keep_for(&self, holder: &str) {
         self.head.tenancy.reserve(holder, None);

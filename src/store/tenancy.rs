@@ -43,8 +43,8 @@ struct State {
     closing_since: Option<Instant>,
     /// Whom the lease is kept for, and until when.
     reserved: Option<(String, Option<Instant>)>,
-    /// Who has to be told that acknowledged changes may be lost, and why.
-    loss: Option<(String, String)>,
+    /// Who has to be told that acknowledged changes may be lost, and why; each once.
+    losses: Vec<(String, String)>,
     /// What the disk is attached to.
     attached: Vec<String>,
 }
@@ -57,7 +57,7 @@ pub struct Tenancy {
     /// Held while a foreign holder takes over, until the kernel has forgotten what it had.
     taking_over: Mutex<()>,
     foreign: AtomicBool,
-    /// `State::loss` is of the holder.
+    /// One of `State::losses` is of the holder.
     owes_loss: AtomicBool,
     watched: AtomicBool,
     announcing: AtomicBool,
@@ -106,6 +106,11 @@ impl State {
             }
             _ => None,
         }
+    }
+
+    /// Finds what a holder has to be told.
+    fn loss_of(&self, holder: &str) -> Option<usize> {
+        self.losses.iter().position(|(of, _)| of == holder)
     }
 
     /// Until when it may be that the lease falls, for one who came at `begun`.
@@ -187,7 +192,7 @@ impl Tenancy {
             let first = state.holder.is_none();
             state.holder = Some(holder.to_owned());
             self.foreign.store(foreign, Ordering::SeqCst);
-            self.owes_loss.store(state.loss.as_ref().is_some_and(|(of, _)| of == holder), Ordering::SeqCst);
+            self.owes_loss.store(state.loss_of(holder).is_some(), Ordering::SeqCst);
             first
         };
         if foreign && first {
@@ -243,23 +248,25 @@ impl Tenancy {
 
     /// Notes that `holder`, if it comes back, has to be told that something it had written may be lost, and why.
     pub fn note_loss(&self, holder: &str, why: String) {
-        self.state.lock().loss = Some((holder.to_owned(), why));
+        let mut state = self.state.lock();
+        state.losses.retain(|(of, _)| of != holder);
+        state.losses.push((holder.to_owned(), why));
     }
 
     /// Tells whether anybody has still to be told of a loss, whether it has the lease, is awaited or has let go.
     pub fn owes_loss(&self) -> bool {
-        self.state.lock().loss.is_some()
+        !self.state.lock().losses.is_empty()
     }
 
     /// Tells whether `holder` has still to be told of a loss.
     pub fn owes_loss_to(&self, holder: &str) -> bool {
-        self.state.lock().loss.as_ref().is_some_and(|(of, _)| of == holder)
+        self.state.lock().loss_of(holder).is_some()
     }
 
     /// Ends what [`Tenancy::note_loss`] began, for a holder that begins anew.
     pub fn forgive_loss(&self, holder: &str) {
         let mut state = self.state.lock();
-        state.loss = state.loss.take().filter(|(of, _)| of != holder);
+        state.losses.retain(|(of, _)| of != holder);
         if state.holder.as_deref() == Some(holder) {
             self.owes_loss.store(false, Ordering::SeqCst);
         }
@@ -271,12 +278,9 @@ impl Tenancy {
             return None;
         }
         let mut state = self.state.lock();
-        let mine = state.loss.as_ref().is_some_and(|(of, _)| state.holder.as_ref() == Some(of));
-        if !mine {
-            return None;
-        }
+        let own = state.holder.as_ref().and_then(|holder| state.loss_of(holder))?;
         self.owes_loss.store(false, Ordering::SeqCst);
-        state.loss.take().map(|(_, why)| why)
+        Some(state.losses.swap_remove(own).1)
     }
 
     /// Notes what the disk is attached to.
@@ -416,7 +420,10 @@ mod tests {
         tenancy.take("a", true, || {}).unwrap();
         assert_eq!(tenancy.tell_loss().as_deref(), Some("a kill"));
         tenancy.note_loss("a", "a kill".into());
+        tenancy.note_loss("c", "another".into());
         tenancy.forgive_loss("a");
+        assert!(tenancy.owes_loss_to("c"), "that of another one stays");
+        tenancy.forgive_loss("c");
         assert!(!tenancy.owes_loss_to("a") && !tenancy.owes_loss());
         assert_eq!(tenancy.tell_loss(), None);
     }

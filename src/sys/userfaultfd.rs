@@ -205,6 +205,14 @@ impl Userfault {
         Ok(Self { fd, features: wanted })
     }
 
+    /// Returns another descriptor of it: a range of memory that is watched through either is watched through both.
+    ///
+    /// # Errors
+    /// Errors of the host.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self { fd: self.fd.try_clone()?, features: self.features })
+    }
+
     /// Tells whether pages can be poisoned (Linux 6.6).
     #[must_use]
     pub fn can_poison(&self) -> bool {

@@ -9,7 +9,8 @@
 //! # Rules
 //! 1. A thread inherits the filter of the one that starts it, and of two filters the stricter answer counts. So the filter of
 //!    the whole contains the others, and is set first, for all threads there are; each processor and device adds its own.
-//! 2. `ioctl` is let through by number: no driver but KVM's is ever reached, and of that only what is used.
+//! 2. `ioctl` is let through by number: no driver but those of KVM and userfaultfd is ever reached, and of these only what is
+//!    used.
 //! 3. No memory becomes code, no process and no program is started, none but this one gets a signal, nothing is opened for
 //!    writing or renamed by name but from the folder of the machine's checkpoints, whose descriptor the process has from the
 //!    start, and no socket but local ones is made. A filter does not see the names themselves: what lies beyond that folder
@@ -37,7 +38,7 @@ use seccompiler::{
 };
 
 use crate::error::{Error, Result};
-use crate::sys::{forbidden, process};
+use crate::sys::{forbidden, process, userfaultfd};
 
 /// What a call that the kernel does not have returns.
 const ENOSYS: u32 = libc::ENOSYS.cast_unsigned();
@@ -341,7 +342,7 @@ fn device() -> Result<Rules> {
 fn whole(folder: Option<BorrowedFd<'_>>) -> Result<Rules> {
     let mut rules = device()?;
     rules.extend(rules_of(WHOLE));
-    let ioctls = PROCESSOR_IOCTLS.into_iter().chain(WHOLE_IOCTLS).map(u64::from);
+    let ioctls = PROCESSOR_IOCTLS.into_iter().chain(WHOLE_IOCTLS).chain(userfaultfd::IOCTLS).map(u64::from);
     rules.insert(libc::SYS_ioctl, one_of(1, ioctls.chain(DESCRIPTOR_IOCTLS))?);
     let names_and_rights = [libc::PR_SET_NAME, libc::PR_SET_NO_NEW_PRIVS].map(|what| u64::from(what.cast_unsigned()));
     rules.insert(libc::SYS_prctl, one_of(0, names_and_rights)?);

@@ -21,12 +21,14 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use super::{Boot, NetSettings};
 use crate::checkpoint::CHECKPOINTS_DIR;
-use crate::error::{Error, Kind, Result};
+use crate::clock;
+use crate::error::{Error, Result};
 use crate::media::{HostMedia, Media, Open};
 use crate::sys;
 
@@ -40,6 +42,9 @@ const VERSION: u32 = 1;
 const DEFINITION_MAX: u64 = 1 << 20;
 /// Bytes of the name of a machine at most: what a host name has.
 const NAME_MAX: usize = 64;
+
+/// How long whoever wants the lock waits for one who only looks whether somebody has it.
+const LOOK_TIME: Duration = Duration::from_millis(50);
 
 /// What a machine is made of, as it is kept.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -241,28 +246,37 @@ impl Home {
     /// # Errors
     /// `Busy` when the machine runs, `NotFound` when there is none.
     pub fn lock(&self) -> Result<HomeLock> {
+        let begun = clock::now();
+        loop {
+            if let Some(lock) = self.try_lock()? {
+                return Ok(lock);
+            }
+            if begun.elapsed() >= LOOK_TIME {
+                return Err(Error::busy(format!("the virtual machine {} runs", self.name))
+                    .hint(format!("'afterimage vm stop {}' ends it", self.name)));
+            }
+            clock::sleep(LOOK_TIME / 10);
+        }
+    }
+
+    fn try_lock(&self) -> Result<Option<HomeLock>> {
         let dir = File::open(&self.dir).map_err(|e| match e.kind() {
             io::ErrorKind::NotFound => self.missing(),
             _ => Error::io(format!("cannot open {}", self.dir.display()), e),
         })?;
         match sys::lock::try_exclusive(&dir) {
-            Ok(true) => Ok(HomeLock { _dir: dir }),
-            Ok(false) => Err(Error::busy(format!("the virtual machine {} runs", self.name))
-                .hint(format!("'afterimage vm stop {}' ends it", self.name))),
+            Ok(true) => Ok(Some(HomeLock { _dir: dir })),
+            Ok(false) => Ok(None),
             Err(error) => Err(Error::io(format!("cannot lock {}", self.dir.display()), error)),
         }
     }
 
-    /// Tells whether somebody has the lock.
+    /// Tells whether somebody has the lock. It is taken for a moment to find out.
     ///
     /// # Errors
     /// As [`Home::lock`], but for the lock itself.
     pub fn is_locked(&self) -> Result<bool> {
-        match self.lock() {
-            Ok(_) => Ok(false),
-            Err(error) if error.kind() == Kind::Busy => Ok(true),
-            Err(error) => Err(error),
-        }
+        Ok(self.try_lock()?.is_none())
     }
 
     /// Writes what the machine is made of, durably.
@@ -329,6 +343,7 @@ impl Home {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Kind;
 
     fn definition() -> Definition {
         let boot = Boot { kernel: "/boot/vmlinuz".into(), initrd: None, command_line: "quiet".into() };

@@ -7,17 +7,18 @@
 //! 3. Asked to stop, the guest is asked in turn (the power button); asked again, or when it takes longer than whoever asked
 //!    has patience for, it ends as by a power cut.
 //! 4. Everything is opened when it is made. [`Runner::confine`] gives up rights after that, and reboots need none.
-//! 5. Files that are disks are looked at every second: a guest is told when one has grown.
+//! 5. Disks are looked at every second: a guest is told when one has grown.
 //! 6. A guest whose memory cannot be had stands still, and everything else goes on: it can be looked at, told to try again,
 //!    and always be ended.
-//! 7. A disk of the pool may wait for its server. Such a machine is not paused, which would wait, too; and ending it ends
-//!    the waiting.
+//! 7. A disk of the pool may wait for its server. The machine is paused and goes on all the same, and ending it ends the
+//!    waiting.
 
 use std::fs::File;
 use std::io::{self, Seek, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -93,7 +94,7 @@ pub struct Runner {
     /// The disks that are files, by their numbers.
     files: Vec<(usize, Arc<FileDisk>)>,
     /// The disks that have a server.
-    served: Vec<Arc<nbd::Client>>,
+    served: Vec<Served>,
     /// Whoever takes snapshots of them.
     pub(super) disks: Arc<dyn Disks>,
     /// Where its checkpoints are.
@@ -113,6 +114,23 @@ pub struct Runner {
     pub(super) now: Mutex<Now>,
     changed: Condvar,
     _lock: HomeLock,
+}
+
+/// A disk that has a server.
+#[derive(Debug)]
+struct Served {
+    /// Its number.
+    number: usize,
+    client: Arc<nbd::Client>,
+    /// Its size when it was looked at last.
+    size: AtomicU64,
+}
+
+impl Served {
+    fn look(&self) -> bool {
+        let size = self.client.size();
+        self.size.swap(size, Ordering::Relaxed) != size
+    }
 }
 
 /// Opens a disk of the pool for a machine.
@@ -156,7 +174,7 @@ impl Begin<'_> {
 struct Opened {
     disks: Vec<DiskSettings>,
     files: Vec<(usize, Arc<FileDisk>)>,
-    served: Vec<Arc<nbd::Client>>,
+    served: Vec<Served>,
 }
 
 /// What is told about a machine.
@@ -379,7 +397,8 @@ impl Runner {
                 None
             }
         };
-        self.files.iter().filter_map(changed).collect()
+        let served = self.served.iter().filter(|disk| disk.look()).map(|disk| disk.number);
+        self.files.iter().filter_map(changed).chain(served).collect()
     }
 
     /// Stops the guest where it is. One that stands still already stays so.
@@ -395,10 +414,6 @@ impl Runner {
         }
         if let Some(stuck) = now.stuck() {
             return Err(self.cannot_be_had(&stuck));
-        }
-        if self.served.iter().any(|disk| !disk.is_connected()) {
-            return Err(Error::busy("a disk of the virtual machine waits for the server of the pool")
-                .hint("start one with 'afterimage serve --daemon' or 'afterimage mount'"));
         }
         if let Some(machine) = &now.machine {
             machine.pause_unless_stuck().map_err(|stuck| self.cannot_be_had(&stuck))?;
@@ -443,7 +458,7 @@ impl Runner {
     /// When it has ended.
     pub fn stop(&self, patience: Duration) -> Result<()> {
         if patience.is_zero() {
-            // Before the lock: a pause may have it, and wait for a disk.
+            // Before the lock: a pause may have it, and wait for the host.
             self.cancel();
         }
         self.poison(patience.is_zero());
@@ -484,7 +499,7 @@ impl Runner {
 
     /// Ends all waiting for a server: the guest is not to go on.
     fn cancel(&self) {
-        self.served.iter().for_each(|disk| disk.cancel());
+        self.served.iter().for_each(|disk| disk.client.cancel());
     }
 
     /// Tells about it.
@@ -543,7 +558,8 @@ fn open_disks(definition: &Definition, open: &OpenDisk<'_>) -> Result<Opened> {
             }
             DiskSource::Pool(name) => {
                 let client = Arc::new(open(name, disk)?);
-                opened.served.push(Arc::clone(&client));
+                let (number, size) = (opened.disks.len(), AtomicU64::new(client.size()));
+                opened.served.push(Served { number, client: Arc::clone(&client), size });
                 client
             }
         };

@@ -4,22 +4,40 @@ use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use afterimage::disk::BlockDevice;
-use afterimage::error::{Error, Kind};
+use afterimage::disk::{self, BlockDevice};
+use afterimage::error::{Error, Kind, Result};
 use afterimage::nbd::Client;
 use afterimage::nbd::client::{Place, Sought};
 use afterimage::nbd::option::{self, kind, reply};
 use afterimage::nbd::wire::{Reply, Request, chunk, transmission};
+use afterimage::store::Cancel;
 
 use super::{MIB, Rig};
+use crate::real::wait_for;
 
 /// Opens the disk `web` at a socket.
 fn open(socket: &Path, connections: usize) -> Client {
-    let place = Place { path: socket.to_owned(), name: "web".into() };
+    let place = Place::at(socket, "web");
     Client::open("disk 'web'", connections, Box::new(move |_| Sought::At(place.clone()))).unwrap()
+}
+
+/// Lets a request wait as those who serve guests do; returns what it is told then.
+fn wait(client: &Client, error: &Error, cancel: &Arc<Cancel>) -> Option<Result<()>> {
+    let need = client.waits_for(error)?;
+    let (go, went) = std::sync::mpsc::channel();
+    client.wait(need, cancel, Box::new(move |turn| go.send(turn).unwrap()));
+    Some(went.recv().unwrap())
+}
+
+/// Asks again until there is an answer.
+fn patiently(client: &Client, mut ask: impl FnMut() -> Result<()>) -> Result<()> {
+    loop {
+        let Err(error) = ask() else { return Ok(()) };
+        wait(client, &error, &Arc::default()).ok_or(error)??;
+    }
 }
 
 #[test]
@@ -67,10 +85,10 @@ fn requests_wait_for_a_server_that_is_gone_and_are_done_when_it_is_back() {
         let writer = std::thread::spawn({
             let client = Arc::clone(&client);
             move || {
-                client.write(&[round; 65536], MIB).unwrap();
-                client.flush().unwrap();
+                patiently(&client, || client.write(&[round; 65536], MIB)).unwrap();
+                patiently(&client, || client.flush()).unwrap();
                 let mut back = vec![0; 65536];
-                client.read(&mut back, MIB).unwrap();
+                patiently(&client, || client.read(&mut back, MIB)).unwrap();
                 back
             }
         });
@@ -89,7 +107,7 @@ fn a_client_that_is_cancelled_waits_no_longer() {
     rig.stop();
     let waiting = std::thread::spawn({
         let client = Arc::clone(&client);
-        move || client.flush()
+        move || patiently(&client, || client.flush())
     });
     std::thread::sleep(Duration::from_millis(20));
     assert!(!waiting.is_finished());
@@ -98,20 +116,89 @@ fn a_client_that_is_cancelled_waits_no_longer() {
     assert!(client.read(&mut [0; 512], 0).is_err());
 }
 
+/// Whoever stops a guest waits for what its disks are doing, which may be to wait for room.
+#[test]
+fn what_is_called_back_comes_back_although_the_server_is_gone_or_lets_it_wait() {
+    let mut rig = Rig::new();
+    rig.disk("web", 16 * MIB);
+    for (key, value) in [("quota", "4K"), ("enospc", "wait")] {
+        disk::set(&rig.store, "web", key, value).unwrap();
+    }
+    let client = Arc::new(open(&rig.socket(), 2));
+    client.write(&[1; 4096], 0).unwrap();
+    let cancel: Arc<Cancel> = Arc::default();
+    client.heed(&cancel);
+    let writing = std::thread::spawn({
+        let client = Arc::clone(&client);
+        move || client.write(&[2; 65536], MIB).unwrap_err()
+    });
+    std::thread::sleep(Duration::from_millis(100));
+    assert!(!writing.is_finished(), "there is no room");
+    cancel.cancel();
+    let error = writing.join().unwrap();
+    assert_eq!(wait(&client, &error, &cancel).unwrap().unwrap_err().kind(), Kind::Cancelled);
+    disk::set(&rig.store, "web", "quota", "none").unwrap();
+    patiently(&client, || client.write(&[2; 65536], MIB)).unwrap();
+    // And where it waits for the server.
+    rig.stop();
+    wait_for("it has gone", || !client.is_connected());
+    let cancel: Arc<Cancel> = Arc::default();
+    let waiting = std::thread::spawn({
+        let (client, cancel) = (Arc::clone(&client), Arc::clone(&cancel));
+        move || wait(&client, &client.flush().unwrap_err(), &cancel).unwrap().unwrap_err().kind()
+    });
+    std::thread::sleep(Duration::from_millis(50));
+    assert!(!waiting.is_finished());
+    cancel.cancel();
+    assert_eq!(waiting.join().unwrap(), Kind::Cancelled);
+    rig.start(16);
+    patiently(&client, || client.flush()).unwrap();
+}
+
+#[test]
+fn a_server_that_parts_is_come_back_to_and_tells_a_new_size() {
+    let mut rig = Rig::new();
+    let disk = rig.disk("web", MIB);
+    let client = Arc::new(open(&rig.socket(), 3));
+    let end = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            let mut rounds = 0_u64;
+            while !end.load(Ordering::SeqCst) {
+                rounds += 1;
+                let byte = rounds as u8;
+                patiently(&client, || client.write(&[byte; 8192], 4096)).unwrap();
+                let mut back = vec![0; 8192];
+                patiently(&client, || client.read(&mut back, 4096)).unwrap();
+                assert!(back.iter().all(|is| *is == byte), "round {rounds}");
+            }
+        });
+        for size in 2..10 {
+            disk.resize(size * MIB, false).unwrap();
+            rig.part();
+            wait_for("it knows the new size", || client.size() == size * MIB);
+        }
+        end.store(true, Ordering::SeqCst);
+        writer.join().unwrap();
+    });
+    patiently(&client, || client.write(&[3; 4096], 9 * MIB - 4096)).unwrap();
+    rig.stop();
+}
+
 #[test]
 fn a_disk_that_was_not_kept_fails_and_what_the_server_has_against_it_is_told() {
     let mut rig = Rig::new();
     rig.disk("web", MIB);
-    let place = Place { path: rig.socket(), name: "web".into() };
+    let place = Place::at(&rig.socket(), "web");
     let seek = move |again| {
         if again { Sought::Never(Error::new(Kind::Denied, "not kept")) } else { Sought::At(place.clone()) }
     };
     let client = Client::open("disk 'web'", 1, Box::new(seek)).unwrap();
     assert_eq!(client.flush().map_err(|e| e.kind()), Ok(()));
     rig.stop();
-    assert_eq!(client.flush().unwrap_err().message(), "not kept");
+    assert_eq!(patiently(&client, || client.flush()).unwrap_err().message(), "not kept");
     rig.start(16);
-    let place = Place { path: rig.socket(), name: "other".into() };
+    let place = Place::at(&rig.socket(), "other");
     let error = Client::open("disk 'other'", 1, Box::new(move |_| Sought::At(place.clone()))).unwrap_err();
     assert_eq!(error.kind(), Kind::NotFound, "{error}");
 }
@@ -195,7 +282,7 @@ fn a_server_that_makes_no_sense_is_given_up_and_nothing_it_says_is_taken() {
         let sessions = hostile(&socket, answer);
         let client = open(&socket, 3);
         let mut back = [1; 512];
-        let error = client.read(&mut back, 4096).unwrap_err();
+        let error = patiently(&client, || client.read(&mut back, 4096)).unwrap_err();
         assert_eq!((error.kind(), back), (Kind::Corrupt, [1; 512]), "{what}: {error}");
         assert!(sessions.load(Ordering::SeqCst) <= 6, "{what}");
     }

@@ -105,6 +105,10 @@ impl Rig {
         self.server = Some(nbd::start(options, Arc::new(Pool(Arc::clone(&self.store)))).unwrap());
     }
 
+    fn part(&self) {
+        self.server.as_ref().unwrap().part();
+    }
+
     fn stop(&mut self) {
         self.server.take().unwrap().stop();
     }

@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use super::toy::{Way, kernel, require_kvm};
 use crate::cli::{Afterimage, text};
-use crate::real::wait_for;
+use crate::real::{require, wait_for};
 
 /// A pool with a disk `web`, and no server.
 struct Place(Afterimage);
@@ -69,6 +69,17 @@ impl Place {
         let client = Client::find(&self.0.pool()).unwrap()?;
         let Ok(Response::Status(status)) = client.ask(&Request::Status {}, &Silent) else { return None };
         Pid::from_raw(i32::try_from(status.pid).unwrap())
+    }
+
+    /// Returns how many stewards there are for the machines of this pool.
+    fn stewards(&self) -> usize {
+        let pool = self.0.pool();
+        let is = |process: &fs::DirEntry| {
+            let words = fs::read(process.path().join("cmdline")).unwrap_or_default();
+            let words = String::from_utf8_lossy(&words).into_owned();
+            words.contains("--steward") && words.contains(pool.to_str().unwrap())
+        };
+        fs::read_dir("/proc").unwrap().filter(|process| process.as_ref().is_ok_and(is)).count()
     }
 
     fn wait_for_no_server(&self) {
@@ -146,14 +157,84 @@ fn a_guest_outlives_its_server_and_loses_nothing() {
 }
 
 #[test]
-fn a_guest_without_a_server_is_not_paused_and_can_be_stopped() {
+fn a_guest_without_a_server_is_paused_goes_on_and_can_be_stopped() {
     let Some(place) = Place::new() else { return };
-    place.start("toy", "say=begun write=0,100000,5 off", "web");
+    place.start("toy", "say=begun write=0,3000,5 check=0,3000,5 write=0,100000,6", "web");
     place.hear("toy", "begun");
     place.kill_server();
-    wait_for("it waits", || place.0.run(&["vm", "pause", "toy"]).status.code() == Some(4));
+    std::thread::sleep(Duration::from_millis(100));
+    place.0.json(&["vm", "pause", "toy"]);
+    place.0.json(&["serve", "--daemon"]);
+    wait_for("it has come back", || place.holder() == "VM toy");
+    assert_eq!(place.info("toy")["state"], "paused");
+    place.0.json(&["vm", "resume", "toy"]);
+    place.hear("toy", "checked");
+    place.kill_server();
     place.0.json(&["vm", "stop", "toy", "--force"]);
     place.wait_for_end("toy");
+}
+
+/// The pause waited for room that nobody made, and nothing else was done for the machine meanwhile.
+#[test]
+fn a_guest_whose_disk_waits_for_room_is_paused_and_goes_on_when_there_is_some() {
+    let Some(place) = Place::new() else { return };
+    place.0.json(&["set", "web", "quota=64K", "enospc=wait"]);
+    place.start("toy", "say=begun write=0,2000,5 check=0,2000,5 button off", "web");
+    wait_for("it waits", || place.0.json(&["info", "web"])["waiting"] != 0);
+    for _ in 0..2 {
+        place.0.json(&["vm", "pause", "toy"]);
+        place.0.json(&["vm", "resume", "toy"]);
+    }
+    place.0.json(&["vm", "pause", "toy"]);
+    place.0.json(&["set", "web", "quota=none"]);
+    place.0.json(&["vm", "resume", "toy"]);
+    place.hear("toy", "waiting");
+    assert_eq!(place.said("toy"), "begun\nwritten\nchecked\nwaiting\n");
+}
+
+#[test]
+fn a_guest_is_told_when_its_disk_grows_and_goes_on_meanwhile() {
+    let Some(place) = Place::new() else { return };
+    place.start("toy", "size write=140000,1000,7 check=140000,1000,7 button off", "web");
+    place.hear("toy", "sectors 131072\n");
+    place.0.json(&["resize", "web", "128M"]);
+    place.hear("toy", "waiting");
+    assert_eq!(place.said("toy"), "sectors 131072\nsectors 262144\nwritten\nchecked\nwaiting\n");
+    assert_eq!(place.holder(), "VM toy");
+}
+
+/// Only root reaches the server of this pool, and the machine is nobody's by then.
+#[test]
+fn a_machine_of_another_user_comes_back_to_its_disks_and_to_no_others() {
+    if !require(rustix::process::geteuid().is_root(), "root") {
+        return;
+    }
+    let Some(place) = Place::new() else { return };
+    let words = ["--disk", "web", "--user", "nobody", "--detach"];
+    let output = place.run("toy", "say=begun write=0,1500,5 check=0,1500,5 flush button off", &words);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    for _ in 0..3 {
+        place.hear("toy", "begun");
+        std::thread::sleep(Duration::from_millis(150));
+        place.kill_server();
+        std::thread::sleep(Duration::from_millis(100));
+        place.0.json(&["serve", "--daemon"]);
+        wait_for("it has come back", || place.holder() == "VM toy");
+    }
+    place.hear("toy", "waiting");
+    assert_eq!(place.said("toy"), "begun\nwritten\nchecked\nflushed\nwaiting\n");
+    let status = fs::read_to_string(format!("/proc/{}/status", place.info("toy")["pid"])).unwrap();
+    assert!(status.contains("\nUid:\t65534\t65534\t65534"), "{status}");
+    // Ended in order, its disk is free when it has ended; killed, a little later. No steward stays behind.
+    place.0.json(&["vm", "stop", "toy"]);
+    place.wait_for_no_server();
+    place.0.json(&["snapshot", "web@one"]);
+    place.0.json(&["vm", "start", "toy", "--detach"]);
+    assert_eq!(place.holder(), "VM toy");
+    place.kill_machine("toy");
+    place.wait_for_no_server();
+    assert_eq!(place.stewards(), 0);
+    assert_eq!(place.guest("check=0,1500,5 off", "web"), "checked\n");
 }
 
 #[test]
@@ -166,6 +247,11 @@ fn a_command_without_a_server_keeps_the_disk_for_a_machine_that_runs_and_for_non
         let (code, error) = place.0.error(words);
         assert!(code == 4 && error["message"].as_str().unwrap().contains("VM toy"), "{error}");
     }
+    let exports = place.0.json(&["exports"]);
+    let kept = serde_json::json!({"disk": "web", "holder": "VM toy", "vm": "toy", "seconds": null});
+    assert_eq!((&exports["exports"], &exports["awaited"][0]), (&serde_json::json!([]), &kept));
+    let shown = place.0.run(&["exports"]).stdout;
+    assert!(text(&shown).contains("disk 'web' is kept for VM toy until a minute after"), "{}", text(&shown));
     // The machine has gone on waiting, and what it has is still its own.
     place.0.json(&["serve", "--daemon"]);
     wait_for("it has come back", || place.holder() == "VM toy");
@@ -202,9 +288,27 @@ fn a_disk_in_use_is_refused_with_the_name_of_who_has_it() {
     assert_eq!(place.guest("zero=0,1 off", "web,ro"), "zeros\n");
     let exports = place.0.json(&["exports"])["exports"].clone();
     assert_eq!((&exports[0]["vm"], &exports[0]["writing"]), (&"toy".into(), &serde_json::json!(["web"])), "{exports}");
-    // What a person detaches is taken away from the guest, for good.
+    // What a person detaches is taken away from the guest, for good: the disk is free at once, and a server that comes next
+    // does not give it back.
     place.0.json(&["detach", "web"]);
-    wait_for("it is free", || place.0.run(&["rm", "web"]).status.success());
+    place.wait_for_no_server();
+    assert_eq!(place.0.json(&["exports"])["awaited"], serde_json::json!([]));
+    place.0.json(&["snapshot", "web@one"]);
+    place.0.json(&["revert", "web@one"]);
+    place.0.json(&["rm", "web", "--recursive"]);
+    assert_eq!(place.info("toy")["state"], "running");
+}
+
+#[test]
+fn a_guest_whose_disk_was_taken_gets_errors_and_does_not_wait() {
+    let Some(place) = Place::new() else { return };
+    place.start("toy", "say=begun write=0,100000,5 off", "web");
+    place.hear("toy", "begun");
+    place.0.json(&["detach", "web"]);
+    place.wait_for_end("toy");
+    assert_eq!(place.said("toy"), "begun\nFAILED: the disk failed a request\n");
+    // In another life it has it again.
+    assert_eq!(place.guest("write=0,1,5 check=0,1,5 off", "web"), "written\nchecked\n");
 }
 
 #[test]
@@ -232,10 +336,8 @@ fn what_a_disk_of_the_pool_cannot_be_is_told_before_anything_starts() {
             assert!(text(&output.stderr).contains(why), "{disk} {}", text(&output.stderr));
         }
     }
-    for more in [&["--disk", "web", "--disk", "web"][..], &["--disk", "web", "--user", "nobody"]] {
-        let output = place.run("toy", "off", more);
-        assert_eq!(output.status.code(), Some(2), "{}", text(&output.stderr));
-    }
+    let output = place.run("toy", "off", &["--disk", "web", "--disk", "web"]);
+    assert_eq!(output.status.code(), Some(2), "{}", text(&output.stderr));
     place.wait_for_no_server();
     // Somebody has the pool, and does not answer.
     let lock = PoolLock::take(&place.0.pool()).unwrap();

@@ -27,7 +27,7 @@ impl Exports {
         let ExportList { exports: mut rows, mut leases, .. } = self.book.read()?;
         rows.retain_mut(|row| self.drop_gone(row));
         leases.retain_mut(|lease| self.is_claim(lease, &rows));
-        leases.iter().for_each(|lease| self.reserve(lease, book::time_left(lease).map(|(left, _)| left)));
+        leases.iter().for_each(|lease| self.reserve(lease, true));
         self.book.restore(rows.clone(), leases.clone())?;
         for row in rows {
             let (id, address) = (row.id, row.address());
@@ -47,7 +47,7 @@ impl Exports {
     }
 
     fn await_again(&self, lease: &LeaseRow) {
-        self.reserve(lease, book::time_left(lease).map(|(left, _)| left));
+        self.reserve(lease, true);
         self.book.await_again(lease);
     }
 
@@ -82,7 +82,7 @@ impl Exports {
         drop(kept);
         leases.retain_mut(|lease| self.is_claim(lease, &rows));
         // Last: who was writing is the one to be named.
-        leases.iter().for_each(|lease| self.reserve(lease, None));
+        leases.iter().for_each(|lease| self.reserve(lease, false));
         self.book.note_losses(leases)
     }
 
@@ -115,14 +115,16 @@ impl Exports {
         !(row.disks.is_empty() && row.snapshots.is_empty())
     }
 
-    /// Tells whether somebody may still come back for a disk, and brings up to date what it may have lost.
+    /// Tells whether somebody may still come back for a disk or has to be told of a loss, and brings up to date what it may
+    /// have lost.
     fn is_claim(&self, lease: &mut LeaseRow, rows: &[ExportRow]) -> bool {
-        if !What::Disk(DiskId(lease.disk)).is_readable(&self.store) || book::time_left(lease).is_none() {
+        if !What::Disk(DiskId(lease.disk)).is_readable(&self.store) {
             return false;
         }
         if self.has_machine_ended(&lease.holder) == Some(true) {
             return false;
         }
+        let over = book::time_left(lease).is_none();
         if !self.store.was_closed() {
             // A client of a Unix socket is a program of this host and ended with it: who connects there now is another
             // one, which has nothing to be told.
@@ -130,15 +132,20 @@ impl Exports {
             if self.store.restarted() && rows.iter().any(local) {
                 return false;
             }
-            lease.lost = self.store.lost_changes(DiskId(lease.disk));
+            // Who did not write then was not told of an older one, either.
+            let older = lease.lost.take().filter(|_| over);
+            lease.lost = self.store.lost_changes(DiskId(lease.disk)).or(older);
         }
-        true
+        !over || lease.lost.is_some()
     }
 
-    /// Keeps a disk for who was writing to it.
-    fn reserve(&self, lease: &LeaseRow, time: Option<std::time::Duration>) {
-        if let Ok(disk) = disk::open_by_id(&self.store, DiskId(lease.disk)) {
-            disk.reserve_after(&lease.holder, time, lease.lost.clone());
+    /// Keeps a disk for who was writing to it, while its time lasts; without an end where nobody can come back.
+    fn reserve(&self, lease: &LeaseRow, serves: bool) {
+        let Ok(disk) = disk::open_by_id(&self.store, DiskId(lease.disk)) else { return };
+        match (book::time_left(lease), &lease.lost) {
+            (Some((left, _)), lost) => disk.reserve_after(&lease.holder, serves.then_some(left), lost.clone()),
+            (None, Some(why)) => disk.owe_loss(&lease.holder, why.clone()),
+            (None, None) => {}
         }
     }
 }

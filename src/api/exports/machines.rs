@@ -8,12 +8,14 @@
 //! # Rules
 //! 1. The export has the lease in the name of the machine, which is in the book: after a restart of the server the disk is
 //!    kept for it for a minute. The exports themselves are not kept: a machine asks again, and one that has gone does not.
-//! 2. A machine that asks for a disk it has begins anew: what its old connections had under way is finished first.
+//! 2. A machine that asks for a disk it has begins anew: what its old connections had under way is finished first. One that
+//!    runs has a minute to come back when its connections have ended, as after a restart; one that runs no more, [`LINGER`].
 //! 3. A machine that comes back, with its claim, gets the very disk it had, and only if nobody else can have changed it.
 //!    Otherwise what it knows of the disk may be wrong, and it must not go on.
 //! 4. One that has ended is not waited for, in whatever process the pool is opened: nobody has its folder locked then. One that
 //!    begins again is told of nothing that its former life may have lost: it begins as after a power cut.
-//! 5. What is detached by a person is taken from the machine: it does not come back to it in this life.
+//! 5. What is detached by a person is taken from the machine: it does not come back to it in this life. It is told so before
+//!    the server ends for want of other exports, or it would wait for the next one.
 //! 6. A claim is of an id: a disk that was renamed meanwhile is found.
 //!
 //! # After a crash
@@ -25,7 +27,7 @@ use std::time::Duration;
 
 use super::served::{Served, Writer};
 use super::wish::What;
-use super::{Exports, Front, Running, begin_nbd, book, nbd};
+use super::{Exports, Front, Running, Table, begin_nbd, book, nbd};
 use crate::api::Request;
 use crate::api::answer::{Export, VmDisk};
 use crate::clock;
@@ -35,9 +37,12 @@ use crate::pool::{ExportKind, ExportRow};
 use crate::units::{DiskId, SnapshotId};
 use crate::vmm::Home;
 
-/// How long an export stays without a client: one whose connection broke comes back sooner, and one that was killed is not
-/// missed.
+/// How long an export stays when its machine was killed, and how often that is looked at.
 const LINGER: Duration = Duration::from_secs(1);
+
+/// How long it may take a machine to ask again for what was taken from it, and how often that is looked at.
+const TOLD_TIME: Duration = Duration::from_secs(2);
+const LOOK: Duration = Duration::from_millis(10);
 
 /// What begins the name of the holder that a machine is; no other holder's begins so.
 const HOLDER: &str = "VM ";
@@ -47,12 +52,24 @@ pub(super) fn holder(vm: &str) -> String {
     format!("{HOLDER}{vm}")
 }
 
+/// Returns where a machine finds a disk: beside the socket where it found it before, which may still be in use.
+fn socket_of(home: &Home, what: What, old: Option<&str>) -> Result<String> {
+    let names = ["", "-again"].map(|more| home.path(&format!("{}{more}.sock", what.claim())));
+    let free = names.iter().filter_map(|path| path.to_str()).find(|path| old != Some(path));
+    free.map(str::to_owned).ok_or_else(|| Error::usage("the path of the pool is not UTF-8"))
+}
+
+/// Returns the machine that a holder is, if it is one.
+pub(super) fn vm_of(holder: &str) -> Option<&str> {
+    holder.strip_prefix(HOLDER)
+}
+
 /// The machine that an export is for.
 #[derive(Debug)]
 pub(super) struct Tenant {
     pub(super) name: String,
-    /// When its last client had gone.
-    left_at: Option<clock::Instant>,
+    /// Since when it has no client.
+    left_at: clock::Instant,
     /// What it writes under, together with its clients.
     writer: Option<Arc<Writer>>,
 }
@@ -98,41 +115,65 @@ impl Exports {
             Some(claim) => What::of_claim(claim)?,
             None => What::find(&self.store, disk)?,
         };
-        let socket = home.path(&format!("{}.sock", what.claim()));
-        let socket = socket.to_str().ok_or_else(|| Error::usage("the path of the pool is not UTF-8"))?.to_owned();
         let read_only = *read_only || matches!(what, What::Snapshot(_));
         let key = (vm.clone(), what.claim());
         if claim.is_none() {
             self.table.lock().dismissed.remove(&key);
+        } else {
+            // Before it has anything again: what it had may be somebody else's by now.
+            self.refuse_dismissed(&key)?;
         }
         // Taken before the old one lets go, so that nobody comes in between.
         let writer = self.lease_for(vm, what, read_only, claim.is_some())?;
-        let old = {
-            let mut table = self.table.lock();
-            let is = |running: &Running| running.is_of(vm) && What::of(&running.row) == [what];
-            let id = table.running.iter().find(|(_, running)| is(running)).map(|(id, _)| *id);
-            id.and_then(|id| table.running.remove(&id))
-        };
-        old.into_iter().for_each(Running::end);
+        let old = self.table.lock().of_machine(vm, what).and_then(|running| running.row.socket.clone());
+        let socket = socket_of(&home, what, old.as_deref())?;
         let row = self.row_for(what, socket.clone(), read_only);
         let id = row.id;
         let running = self.begin_for(row, vm, what, writer)?;
-        let mut table = self.table.lock();
-        let refusal = match (table.serves, table.dismissed.contains(&key)) {
-            (false, _) => Some(Error::busy("the server is ending")),
-            (true, true) => Some(Error::new(Kind::Denied, format!("'{disk}' was detached from {}", holder(vm)))),
-            (true, false) => None,
+        let old = {
+            let mut table = self.table.lock();
+            if !table.serves || table.dismissed.contains_key(&key) {
+                drop(table);
+                running.end();
+                self.refuse_dismissed(&key)?;
+                return Err(book::ending());
+            }
+            // At once: there is always one to be detached.
+            let old = table.of_machine(vm, what).map(|running| running.row.id);
+            let old = old.and_then(|old| table.running.remove(&old));
+            table.running.insert(id, running);
+            old
         };
-        if let Some(refusal) = refusal {
-            drop(table);
-            running.end();
-            return Err(refusal);
-        }
-        table.running.insert(id, running);
-        drop(table);
-        // A machine that dies before it connects is not waited for.
-        self.end_unless_used(id, book::RESERVED);
+        // Before the machine knows where to ask.
+        old.into_iter().for_each(Running::end);
+        // One that dies before it connects is not waited for.
+        self.end_unless_used(id);
         Ok(VmDisk { export: id, socket, name: what.name(&self.store)?, claim: what.claim(), read_only })
+    }
+
+    /// Fails when a disk was taken from a machine, which knows it by then, and sees to it that nothing is kept for it.
+    fn refuse_dismissed(&self, key: &(String, String)) -> Result<()> {
+        match self.table.lock().dismissed.get_mut(key) {
+            None => return Ok(()),
+            Some(told) => *told = true,
+        }
+        let (vm, claim) = key;
+        if let Ok(What::Disk(id)) = What::of_claim(claim) {
+            // It may have come between the end of its export and now.
+            self.book.forget(id, &holder(vm));
+        }
+        Err(Error::new(Kind::Denied, format!("{claim} was detached from {}", holder(vm)))
+            .hint("stop the machine and start it again"))
+    }
+
+    /// Waits a little until machines that run know that disks were taken from them.
+    pub(super) fn wait_until_told(&self, keys: &[(String, String)]) {
+        let until = clock::now() + TOLD_TIME;
+        let runs = |vm: &str| self.has_machine_ended(&holder(vm)) == Some(false);
+        let waits = |key: &&(String, String)| self.table.lock().dismissed.get(*key) == Some(&false);
+        while keys.iter().filter(waits).any(|(vm, _)| runs(vm)) && clock::now() < until {
+            clock::sleep(LOOK);
+        }
     }
 
     /// Takes the lease for a machine that writes.
@@ -206,27 +247,30 @@ impl Exports {
         };
         let front = Front::Nbd(begin_nbd(&row, shown, &self.budget)?);
         tracing::info!("export {id}: {} for {holder}", what.claim());
-        let machine = Some(Tenant { name: vm.to_owned(), left_at: None, writer });
+        let machine = Some(Tenant { name: vm.to_owned(), left_at: clock::now(), writer });
         Ok(Running { row, persist: false, front, clients, served, machine, attached })
     }
 
-    /// The last client of an export has gone: it may come back, for a moment.
+    /// The last client of an export has gone: it may come back.
     fn all_left(self: &Arc<Self>, id: u64) {
         if let Some(machine) = self.table.lock().running.get_mut(&id).and_then(|running| running.machine.as_mut()) {
-            machine.left_at = Some(clock::now());
-            // Who wants the disk now waits that moment, too.
+            machine.left_at = clock::now();
+            // Who wants the disk now waits a moment, too.
             machine.writer.iter().for_each(|writer| writer.closing());
         }
-        self.end_unless_used(id, LINGER);
+        self.end_unless_used(id);
     }
 
-    /// Ends an export that has no client then, and had none for [`LINGER`].
-    fn end_unless_used(self: &Arc<Self>, id: u64, time: Duration) {
+    /// Ends an export whose machine does not come to it.
+    fn end_unless_used(self: &Arc<Self>, id: u64) {
         let exports: Weak<Self> = Arc::downgrade(self);
         let end = move || {
-            clock::sleep(time);
-            if let Some(exports) = exports.upgrade() {
-                exports.end_unused(id);
+            loop {
+                clock::sleep(LINGER);
+                let Some(exports) = exports.upgrade() else { return };
+                if !exports.awaits_machine(id) {
+                    return;
+                }
             }
         };
         if let Err(error) = std::thread::Builder::new().name("vm-disk".into()).spawn(end) {
@@ -234,15 +278,24 @@ impl Exports {
         }
     }
 
-    fn end_unused(&self, id: u64) {
+    /// Ends an export that has had no client for too long; tells whether one is still awaited.
+    fn awaits_machine(&self, id: u64) -> bool {
+        let unused = |running: &Running| {
+            let since = running.machine.as_ref().map(|machine| machine.left_at);
+            since.filter(|since| running.clients() == 0 && since.elapsed() >= LINGER)
+        };
+        let found = self.table.lock().running.get(&id).and_then(|running| Some((unused(running)?, running.holder())));
+        let Some((since, holder)) = found else {
+            // It is used, or was left a moment ago: somebody else looks at that.
+            return false;
+        };
+        if self.has_machine_ended(&holder) == Some(false) && since.elapsed() < book::RESERVED {
+            return true;
+        }
         let (gone, left) = {
             let mut table = self.table.lock();
-            let unused = |running: &Running| {
-                let left = running.machine.as_ref().and_then(|machine| machine.left_at);
-                running.clients() == 0 && left.is_none_or(|left| left.elapsed() >= LINGER)
-            };
-            if !table.running.get(&id).is_some_and(unused) {
-                return;
+            if !table.running.get(&id).is_some_and(|running| unused(running).is_some()) {
+                return false;
             }
             (table.running.remove(&id), table.running.len())
         };
@@ -250,6 +303,7 @@ impl Exports {
         if left == 0 {
             self.tell_idle();
         }
+        false
     }
 
     /// Ends all that is served to a machine, and keeps nothing for it.
@@ -278,20 +332,33 @@ impl Exports {
 
     fn keep_nothing_for(&self, vm: &str) {
         let holder = holder(vm);
-        for disk in self.book.awaited(&holder).into_iter().filter_map(|id| disk::open_by_id(&self.store, id).ok()) {
-            disk.unreserve(&holder);
+        for (id, _, _) in self.book.awaited().into_iter().filter(|(_, awaited, _)| *awaited == holder) {
+            self.keep_disk_no_more(id, &holder);
         }
-        self.book.forget(&holder);
+    }
+
+    fn keep_disk_no_more(&self, id: DiskId, holder: &str) {
+        if let Ok(disk) = disk::open_by_id(&self.store, id) {
+            disk.unreserve(holder);
+        }
+        self.book.forget(id, holder);
     }
 
     /// Tells whether a holder is a machine that runs no more: it comes back to nothing. `None` for one that is no machine.
     pub(super) fn has_machine_ended(&self, holder: &str) -> Option<bool> {
-        let vm = holder.strip_prefix(HOLDER)?;
+        let vm = vm_of(holder)?;
         // Whoever runs it has its folder locked. One that cannot be looked at may run.
         Some(match Home::of(&self.pool, vm).and_then(|home| home.is_locked()) {
             Ok(runs) => !runs,
             Err(error) => error.kind() == Kind::NotFound,
         })
+    }
+}
+
+impl Table {
+    /// Finds what is served to a machine.
+    fn of_machine(&self, vm: &str, what: What) -> Option<&Running> {
+        self.running.values().find(|running| running.is_of(vm) && What::of(&running.row) == [what])
     }
 }
 
@@ -306,5 +373,54 @@ impl Running {
 
     fn is_of(&self, vm: &str) -> bool {
         self.machine.as_ref().is_some_and(|machine| machine.name == vm)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::media::{HostMedia, Media};
+    use crate::pool::ExportList;
+    use crate::store::{InitOptions, OpenOptions, Store};
+
+    fn request(claim: Option<&str>) -> Request {
+        let (vm, disk, claim) = ("toy".to_owned(), "web".to_owned(), claim.map(str::to_owned));
+        Request::AttachVm { vm, disk, read_only: false, claim }
+    }
+
+    /// It took the lease again while its export ended, and was refused only then. If the server ended for want of exports
+    /// meanwhile, the note that it writes stayed, and the disk was kept for it for ever.
+    #[test]
+    fn what_was_detached_is_not_kept_for_a_machine_that_comes_back_meanwhile() {
+        for round in 0..20 {
+            let dir = tempfile::tempdir().unwrap();
+            let media: Arc<dyn Media> = Arc::new(HostMedia::new(dir.path()).unwrap());
+            Store::init(&media, InitOptions { journal: 4 << 20, ballast: 4096, probe: false }).unwrap();
+            let options = OpenOptions { background: false, ..OpenOptions::default() };
+            let store = Store::open(Arc::clone(&media), options).unwrap();
+            drop(disk::create(&store, "web", 1 << 20).unwrap());
+            let exports = Exports::new(&store, dir.path());
+            exports.start();
+            let home = Home::of(dir.path(), "toy").unwrap();
+            home.make().unwrap();
+            let _runs = home.lock().unwrap();
+            let claim = exports.attach_vm(&request(None)).unwrap().claim;
+            std::thread::scope(|scope| {
+                let machine = scope.spawn(|| {
+                    loop {
+                        match exports.attach_vm(&request(Some(&claim))) {
+                            Err(error) if error.kind() != Kind::Busy => break error.kind(),
+                            _ => {}
+                        }
+                    }
+                });
+                clock::sleep(Duration::from_millis(round));
+                assert_eq!(exports.detach("web").unwrap().len(), 1);
+                exports.end();
+                assert_eq!(machine.join().unwrap(), Kind::Denied);
+            });
+            assert_eq!(ExportList::read(&*media).unwrap().leases, [], "round {round}");
+            store.close().unwrap();
+        }
     }
 }

@@ -16,7 +16,6 @@ use crate::pool::ExportRow;
 use crate::snapshot::{self, SnapshotDevice};
 use crate::store::{Change, Store};
 use crate::sync::Mutex;
-use crate::units::DiskId;
 
 /// A disk or a snapshot that is served.
 #[derive(Debug)]
@@ -93,7 +92,7 @@ pub(super) struct Writer {
 struct Claim {
     /// `None` for what does not come back after a restart.
     book: Option<Arc<Book>>,
-    disk: DiskId,
+    disk: Arc<Disk>,
     holder: String,
 }
 
@@ -107,7 +106,7 @@ impl Writer {
         if let Some(book) = &book {
             book.came(disk.id(), holder);
         }
-        let claim = Claim { book, disk: disk.id(), holder: holder.to_owned() };
+        let claim = Claim { book, disk: Arc::clone(disk), holder: holder.to_owned() };
         Ok(Self { _claim: claim, lease })
     }
 
@@ -120,7 +119,7 @@ impl Writer {
 impl Drop for Claim {
     fn drop(&mut self) {
         if let Some(book) = &self.book {
-            book.went(self.disk, &self.holder);
+            book.went(self.disk.id(), &self.holder, self.disk.owes_loss_to(&self.holder));
         }
     }
 }

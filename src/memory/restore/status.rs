@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::touched::Touched;
 use crate::checkpoint::{Geometry, PageBlock};
@@ -52,7 +52,7 @@ pub enum Event {
 }
 
 /// How a restore is going.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct RestoreFigures {
     /// All memory is there, and the checkpoint is closed.

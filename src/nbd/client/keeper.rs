@@ -2,16 +2,17 @@
 //!
 //! # Rules
 //! 1. It looks again and again, at longer and longer intervals up to [`REST_MAX`], for as long as the client lives.
-//! 2. The log tells once that the server has gone, once more after a minute, and that it is back.
+//! 2. The log tells that the server has gone, unless it is back at once, again each minute, and that it is back.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 
 use super::session::Session;
-use super::{Now, Place, Shared, Sought};
-use crate::clock;
+use super::{CALL_TIME, Now, Place, Shared, Sought};
+use crate::clock::{self, Instant};
 use crate::error::{Error, Kind, Result};
 use crate::nbd::wire::transmission;
 
@@ -19,6 +20,8 @@ use crate::nbd::wire::transmission;
 const REST: Duration = Duration::from_millis(10);
 /// How long it rests at most: a server keeps a disk for a minute.
 const REST_MAX: Duration = Duration::from_millis(500);
+/// A session that was shorter is followed by a rest: some server parts again and again.
+const SHORT: Duration = Duration::from_millis(50);
 /// After so long without a server the log tells of it again.
 const LONG: Duration = Duration::from_secs(60);
 /// Sessions one after the other that end on what makes no sense, at most.
@@ -32,8 +35,12 @@ pub(super) fn keep(shared: &Shared) {
             Now::Connected(session) => Arc::clone(session),
             Now::Waiting | Now::Ended(_) => return,
         };
+        let begun = clock::now();
         if !watch(shared, &session) {
             return;
+        }
+        if begun.elapsed() < SHORT {
+            rest(shared, REST);
         }
         session.end();
         let (why, strange) = session.reason();
@@ -51,18 +58,16 @@ pub(super) fn keep(shared: &Shared) {
             tracing::error!("{error}; it is not asked any more");
             return shared.end(error);
         }
-        tracing::warn!("{}: the server has gone ({why}); requests wait until it is back", shared.title);
-        match find(shared) {
+        match find(shared, &why) {
             Some(Ok(session)) => {
-                shared.size.store(session.terms().size, std::sync::atomic::Ordering::Release);
+                shared.size.store(session.terms().size, Ordering::Release);
                 let mut now = shared.now.lock();
                 if let Now::Ended(_) = *now {
                     return;
                 }
                 *now = Now::Connected(Arc::new(session));
                 drop(now);
-                shared.changed.notify_all();
-                tracing::info!("{}: the server is back", shared.title);
+                shared.release();
             }
             Some(Err(error)) => {
                 tracing::error!("{}: {error}; every request fails from now on", shared.title);
@@ -75,6 +80,7 @@ pub(super) fn keep(shared: &Shared) {
 
 /// Waits until the session is over, or (`false`) the client.
 fn watch(shared: &Shared, session: &Session) -> bool {
+    let mut called: Option<Instant> = None;
     loop {
         if let Now::Ended(_) = *shared.now.lock() {
             return false;
@@ -82,9 +88,16 @@ fn watch(shared: &Shared, session: &Session) -> bool {
         if session.is_broken() {
             return true;
         }
+        called = if shared.is_called() { Some(called.unwrap_or_else(clock::now)) } else { None };
+        let left = called.map(|since| CALL_TIME.saturating_sub(since.elapsed()));
+        if left.is_some_and(|left| left.is_zero()) {
+            tracing::debug!("{}: what the server has not answered is called back", shared.title);
+            return true;
+        }
         let mut fds = vec![PollFd::new(&shared.bell, PollFlags::IN)];
         fds.extend(session.sockets().map(|socket| PollFd::from_borrowed_fd(socket, PollFlags::RDHUP)));
-        match rustix::event::poll(&mut fds, None) {
+        let time = left.map(|left| Timespec::try_from(left).expect("less than a second"));
+        match rustix::event::poll(&mut fds, time.as_ref()) {
             Err(rustix::io::Errno::INTR) => {}
             Err(error) => {
                 tracing::error!("{}: it cannot be seen whether the server is there: {error}", shared.title);
@@ -102,38 +115,60 @@ fn quiet(shared: &Shared) {
     rustix::io::read(&shared.bell, &mut [0_u8; 8]).ok();
 }
 
-/// Finds the server again; `None` when the client has ended.
-fn find(shared: &Shared) -> Option<Result<Session>> {
-    let (begun, mut rest, mut told) = (clock::now(), REST, false);
+/// Finds the server again, which has gone, and why; `None` when the client has ended.
+fn find(shared: &Shared, why: &str) -> Option<Result<Session>> {
+    let (begun, mut time) = (clock::now(), REST);
+    let mut told: Option<Instant> = None;
     loop {
+        // In this order: who drops the client looks the other way round.
+        shared.seeking.store(true, Ordering::SeqCst);
         if let Now::Ended(_) = *shared.now.lock() {
             return None;
         }
         let failed = match (shared.seek)(true) {
-            Sought::At(place) => match open(shared, &place) {
-                Ok(session) => return Some(Ok(session)),
-                // What it is like is another thing than that it cannot be reached.
-                Err(error) if error.kind() == Kind::Unsupported => return Some(Err(error)),
-                Err(error) => error,
-            },
-            Sought::Later(error) => error,
+            Sought::At(place) => open(shared, &place),
+            Sought::Later(error) => Err(error),
             Sought::Never(error) => return Some(Err(error)),
         };
-        if !told && begun.elapsed() >= LONG {
-            told = true;
-            tracing::warn!("{}: the server is not back yet: {failed}", shared.title);
+        shared.seeking.store(false, Ordering::SeqCst);
+        let failed = match failed {
+            Err(error) if error.kind() != Kind::Unsupported => error,
+            // What it is like is another thing than that it cannot be reached.
+            found => {
+                if told.is_some() {
+                    tracing::info!("{}: the server is back", shared.title);
+                }
+                return Some(found);
+            }
+        };
+        // One that is back at once has only begun anew, for instance because the disk has grown.
+        let title = &shared.title;
+        match told {
+            None => {
+                tracing::warn!("{title}: the server has gone ({why}); requests wait until it is back");
+                told = Some(begun);
+            }
+            Some(then) if then.elapsed() >= LONG => {
+                tracing::warn!("{title}: the server is not back yet: {failed}");
+                told = Some(clock::now());
+            }
+            Some(_) => {}
         }
-        let time = Timespec::try_from(rest).expect("less than a second");
-        // Rung or not: it is looked at the state above.
-        rustix::event::poll(&mut [PollFd::new(&shared.bell, PollFlags::IN)], Some(&time)).ok();
-        quiet(shared);
-        rest = (rest * 2).min(REST_MAX);
+        rest(shared, time);
+        time = (time * 2).min(REST_MAX);
     }
+}
+
+/// Rests, or less when it is rung: whoever rests looks at the state again.
+fn rest(shared: &Shared, time: Duration) {
+    let time = Timespec::try_from(time).expect("less than a second");
+    rustix::event::poll(&mut [PollFd::new(&shared.bell, PollFlags::IN)], Some(&time)).ok();
+    quiet(shared);
 }
 
 /// Connects to a server, which has to be as the one before.
 fn open(shared: &Shared, place: &Place) -> Result<Session> {
-    let session = Session::open(&place.path, &place.name, shared.connections)?;
+    let session = Session::open(place, shared.connections)?;
     let used = transmission::READ_ONLY
         | transmission::SEND_FLUSH
         | transmission::SEND_FUA

@@ -7,9 +7,9 @@
 //! ```
 //!
 //! # Rules
-//! 1. Who asks waits for the answer. A request whose answer did not come before the connection was lost is sent again, by who
-//!    asked, for as long as that takes; all of them may be repeated. So the memory of the client is what those who ask wait
-//!    with, a piece of [`PIECE`] each.
+//! 1. Who asks waits for the answer of a server that is there. A request whose answer did not come before the connection was
+//!    lost fails as busy, and so does one while there is no server; it is asked again when the waiting is over
+//!    ([`BlockDevice::waits_for`], [`BlockDevice::wait`]), as a disk has it that waits for room. All may be repeated.
 //! 2. What was answered is never sent again. That a flush covers what another process of the server had answered is for the
 //!    server to hold: it writes down what is not flushed (`store::unflushed`), and where it cannot trust that, the first
 //!    flush fails. Such an answer goes to who asked, like any other.
@@ -17,7 +17,9 @@
 //!    have written to it: the client ends, and every request fails. It never goes on with a disk that is another one.
 //! 4. One thread, the keeper, sees that the server is gone and looks for it, also while nobody asks for anything: the disk is
 //!    not kept for ever.
-//! 5. A client that is cancelled ends all waiting with an error, at once.
+//! 5. A client that is cancelled ends all waiting with an error, at once. Who calls requests back ([`BlockDevice::heed`]) gets
+//!    them at once where they wait here, and after [`CALL_TIME`] where the server has not answered by then: it may let them
+//!    wait on purpose. The connections are broken for that, and what was under way for others is asked again.
 //! 6. A server that makes no sense, again and again, is not asked any more.
 //!
 //! # Why not a crate
@@ -33,18 +35,21 @@ mod reader;
 mod session;
 
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use rustix::event::EventfdFlags;
 
 use super::wire::{Command, Errno, Request, command, transmission};
 use crate::disk::BlockDevice;
 use crate::error::{Error, Kind, Result};
-use crate::sync::{Condvar, Mutex};
+use crate::store::{Cancel, Go, Lobby, Need};
+use crate::sync::Mutex;
 use crate::units::to_usize;
+pub use session::connect;
 use session::{Asked, Session};
 
 /// Bytes of one read or write at most.
@@ -54,13 +59,36 @@ const SPAN: u64 = 1 << 30;
 /// Connections at most.
 pub const CONNECTIONS_MAX: usize = 16;
 
+/// Makes a connection to a server.
+type Connect = dyn Fn() -> Result<OwnedFd> + Send + Sync;
+
 /// Where a server is.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone)]
 pub struct Place {
-    /// Its socket.
-    pub path: PathBuf,
     /// The name of the export.
-    pub name: String,
+    name: String,
+    connect: Arc<Connect>,
+}
+
+impl Place {
+    /// An export of the server that listens on a socket.
+    #[must_use]
+    pub fn at(socket: &Path, name: &str) -> Self {
+        let socket = socket.to_owned();
+        Self::through(name.to_owned(), move || connect(&socket))
+    }
+
+    /// An export of a server that is reached in some other way; `connect` makes a connection, a stream.
+    #[must_use]
+    pub fn through(name: String, connect: impl Fn() -> Result<OwnedFd> + Send + Sync + 'static) -> Self {
+        Self { name, connect: Arc::new(connect) }
+    }
+}
+
+impl std::fmt::Debug for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Place").field("name", &self.name).finish_non_exhaustive()
+    }
 }
 
 /// What was found when a server was looked for.
@@ -73,6 +101,9 @@ pub enum Sought {
     /// What was used is not there any more, or is another one.
     Never(Error),
 }
+
+/// How long the server may take for what was called back.
+const CALL_TIME: Duration = Duration::from_millis(500);
 
 /// Looks for the server; told whether it was there before, so that it has to be the same disk.
 pub type Seek = dyn Fn(bool) -> Sought + Send + Sync;
@@ -92,12 +123,25 @@ struct Shared {
     title: String,
     connections: usize,
     now: Mutex<Now>,
-    changed: Condvar,
+    /// Those who wait for the server. Taken before `now`.
+    waiting: Mutex<Vec<Waiter>>,
+    /// What calls back requests.
+    calls: Mutex<Vec<Weak<Cancel>>>,
+    /// Requests that were asked and not answered.
+    under_way: AtomicUsize,
+    /// The keeper asks somebody who may never answer.
+    seeking: AtomicBool,
     /// Wakes the keeper.
     bell: OwnedFd,
     cookie: AtomicU64,
     size: AtomicU64,
     flags: u16,
+}
+
+/// Somebody who waits for the server.
+struct Waiter {
+    cancel: Arc<Cancel>,
+    go: Go,
 }
 
 /// The client.
@@ -124,14 +168,17 @@ impl Client {
             Sought::Later(error) | Sought::Never(error) => return Err(error),
         };
         let connections = connections.clamp(1, CONNECTIONS_MAX);
-        let session = Session::open(&place.path, &place.name, connections).map_err(|e| e.context(title))?;
+        let session = Session::open(&place, connections).map_err(|e| e.context(title))?;
         let bell = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|e| Error::io("cannot make an eventfd", e.into()))?;
         let shared = Arc::new(Shared {
             seek,
             title: title.to_owned(),
             connections,
-            changed: Condvar::new(),
+            waiting: Mutex::default(),
+            calls: Mutex::default(),
+            under_way: AtomicUsize::new(0),
+            seeking: AtomicBool::new(false),
             bell,
             cookie: AtomicU64::new(1),
             size: AtomicU64::new(session.terms().size),
@@ -210,7 +257,12 @@ impl Drop for Client {
         if let Now::Connected(session) = now {
             session.disconnect();
         }
-        self.shared.ring();
+        self.shared.look();
+        // Who asks somebody that never answers keeps nobody from ending.
+        let seeks = self.shared.seeking.load(Ordering::SeqCst);
+        if seeks {
+            return;
+        }
         if self.keeper.take().is_some_and(|keeper| keeper.join().is_err()) {
             tracing::error!("the thread that looks for the server of {} panicked", self.shared.title);
         }
@@ -237,23 +289,54 @@ impl Shared {
         }
         *now = Now::Ended(error);
         drop(now);
-        self.changed.notify_all();
-        self.ring();
+        self.look();
     }
 
-    /// Waits for the server.
+    /// Returns the session with the server.
     fn session(&self) -> Result<Arc<Session>> {
-        let mut now = self.now.lock();
-        loop {
-            match &*now {
-                Now::Connected(session) if !session.is_broken() => return Ok(Arc::clone(session)),
-                Now::Ended(error) => return Err(error.again()),
-                // The keeper sees it soon, and sooner when told.
-                Now::Connected(_) => self.ring(),
-                Now::Waiting => {}
-            }
-            self.changed.wait(&mut now);
+        match &*self.now.lock() {
+            Now::Connected(session) if !session.is_broken() => return Ok(Arc::clone(session)),
+            Now::Ended(error) => return Err(error.again()),
+            // The keeper sees it soon, and sooner when told.
+            Now::Connected(_) => self.ring(),
+            Now::Waiting => {}
         }
+        Err(self.away())
+    }
+
+    fn away(&self) -> Error {
+        Error::busy(format!("{} waits for its server", self.title))
+    }
+
+    /// Tells whether it is worth waiting for the server.
+    fn is_away(&self) -> bool {
+        match &*self.now.lock() {
+            Now::Connected(session) => session.is_broken(),
+            Now::Waiting => true,
+            Now::Ended(_) => false,
+        }
+    }
+
+    /// Lets those go who need not wait, or were called back.
+    fn release(&self) {
+        let (called_back, free) = {
+            let mut waiting = self.waiting.lock();
+            let called_back: Vec<_> = waiting.extract_if(.., |waiter| waiter.cancel.holds(true)).collect();
+            let free = if self.is_away() { Vec::new() } else { std::mem::take(&mut *waiting) };
+            (called_back, free)
+        };
+        for Waiter { go, .. } in called_back {
+            go(Err(Error::new(Kind::Cancelled, "the request was called back")));
+        }
+        free.into_iter().for_each(|Waiter { go, .. }| go(Ok(())));
+    }
+
+    /// Tells whether somebody wants requests back that the server has not answered.
+    fn is_called(&self) -> bool {
+        let mut calls = self.calls.lock();
+        calls.retain(|cancel| cancel.strong_count() > 0);
+        let called = calls.iter().filter_map(Weak::upgrade).any(|cancel| cancel.holds(false));
+        called && self.under_way.load(Ordering::SeqCst) > 0
     }
 
     /// Returns how much of a range is read or written at once, from here.
@@ -266,7 +349,7 @@ impl Shared {
         to_usize(piece - offset % piece)
     }
 
-    /// Asks until there is an answer.
+    /// Asks, and waits for the answer of a server that is there.
     fn ask(
         &self,
         command: Command,
@@ -277,24 +360,26 @@ impl Shared {
         into: Option<&mut [u8]>,
     ) -> Result<()> {
         let length = u32::try_from(len).expect("requests are cut into pieces");
-        loop {
-            let session = self.session()?;
-            let cookie = self.cookie.fetch_add(1, Ordering::Relaxed);
-            let request = Request { flags, kind: command as u16, cookie, offset, length };
-            match session.ask(&request, data, into.as_ref().map(|into| into.len())) {
-                Asked::Done(Ok(read)) => {
-                    if let Some(into) = into {
-                        into.copy_from_slice(&read);
-                    }
-                    return Ok(());
+        let session = self.session()?;
+        let cookie = self.cookie.fetch_add(1, Ordering::Relaxed);
+        let request = Request { flags, kind: command as u16, cookie, offset, length };
+        self.under_way.fetch_add(1, Ordering::SeqCst);
+        let asked = session.ask(&request, data, into.as_ref().map(|into| into.len()));
+        self.under_way.fetch_sub(1, Ordering::SeqCst);
+        match asked {
+            Asked::Done(Ok(read)) => {
+                if let Some(into) = into {
+                    into.copy_from_slice(&read);
                 }
-                // It does no more of this kind: the next one will.
-                Asked::Done(Err(Errno::Shutdown)) => session.end(),
-                Asked::Done(Err(errno)) => return Err(self.failed(command, offset, errno)),
-                Asked::Lost => {}
+                return Ok(());
             }
-            self.ring();
+            // It does no more of this kind: the next one will.
+            Asked::Done(Err(Errno::Shutdown)) => session.end(),
+            Asked::Done(Err(errno)) => return Err(self.failed(command, offset, errno)),
+            Asked::Lost => {}
         }
+        // One that has ended says why.
+        self.session().and(Err(self.away()))
     }
 
     fn failed(&self, command: Command, offset: u64, errno: Errno) -> Error {
@@ -306,6 +391,13 @@ impl Shared {
             Errno::Io | Errno::NoMem | Errno::Shutdown => Kind::Io,
         };
         Error::new(kind, format!("{}: the server answers {errno:?} to {command:?} at {offset}", self.title))
+    }
+}
+
+impl Lobby for Shared {
+    fn look(&self) {
+        self.release();
+        self.ring();
     }
 }
 
@@ -328,6 +420,27 @@ impl BlockDevice for Client {
 
     fn write(&self, data: &[u8], offset: u64) -> Result<()> {
         self.put(data, offset, 0)
+    }
+
+    fn waits_for(&self, error: &Error) -> Option<Need> {
+        // Who has come back meanwhile is asked again at once.
+        let ended = || matches!(*self.shared.now.lock(), Now::Ended(_));
+        (error.kind() == Kind::Busy && !ended()).then_some(Need::Server)
+    }
+
+    fn wait(&self, _need: Need, cancel: &Arc<Cancel>, go: Go) {
+        // Before it is asked whether it holds.
+        self.heed(cancel);
+        self.shared.waiting.lock().push(Waiter { cancel: Arc::clone(cancel), go });
+        self.shared.release();
+    }
+
+    fn heed(&self, cancel: &Arc<Cancel>) {
+        let mut calls = self.shared.calls.lock();
+        if !calls.iter().any(|known| std::ptr::eq(known.as_ptr(), Arc::as_ptr(cancel))) {
+            calls.push(Arc::downgrade(cancel));
+            cancel.enter(Arc::downgrade(&self.shared) as Weak<dyn Lobby>);
+        }
     }
 
     fn flush(&self) -> Result<()> {

@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use rustix::net::{AddressFamily, SendAncillaryBuffer, SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType};
 
+use super::Place;
 use super::answer::Answer;
 use super::greet::{Terms, greet, senseless};
 use super::reader::{Broken, Reader};
@@ -64,16 +65,16 @@ struct State {
 }
 
 impl Session {
-    /// Connects `count` times to a socket, or once if the server does not promise that this makes no difference.
+    /// Connects `count` times to a server, or once if the server does not promise that this makes no difference.
     ///
     /// # Errors
     /// Those of the host and of the handshake.
-    pub(super) fn open(path: &Path, name: &str, count: usize) -> Result<Self> {
-        let (first, terms) = Wire::open(path, name)?;
+    pub(super) fn open(place: &Place, count: usize) -> Result<Self> {
+        let (first, terms) = Wire::open(place)?;
         let mut wires = vec![first];
         if terms.has(transmission::CAN_MULTI_CONN) {
             for _ in 1..count {
-                let (wire, others) = Wire::open(path, name)?;
+                let (wire, others) = Wire::open(place)?;
                 if (others.flags, others.structured) != (terms.flags, terms.structured) {
                     return Err(senseless("it is different on each connection"));
                 }
@@ -145,17 +146,25 @@ impl Drop for Session {
     }
 }
 
+/// Connects to a socket in the file system.
+///
+/// # Errors
+/// Those of the host.
+pub fn connect(path: &Path) -> Result<OwnedFd> {
+    let cannot = |e: io::Error| Error::io(format!("cannot connect to {}", path.display()), e);
+    let short = ShortPath::of(path).map_err(cannot)?;
+    let connect = || -> io::Result<OwnedFd> {
+        let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+        rustix::net::connect(&socket, &SocketAddrUnix::new(short.path())?)?;
+        Ok(socket)
+    };
+    connect().map_err(cannot)
+}
+
 impl Wire {
-    fn open(path: &Path, name: &str) -> Result<(Self, Terms)> {
-        let cannot = |e: io::Error| Error::io(format!("cannot connect to {}", path.display()), e);
-        let short = ShortPath::of(path).map_err(cannot)?;
-        let connect = || -> io::Result<OwnedFd> {
-            let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
-            rustix::net::connect(&socket, &SocketAddrUnix::new(short.path())?)?;
-            Ok(socket)
-        };
-        let socket = Arc::new(connect().map_err(cannot)?);
-        let terms = greet(&mut Link::new(Arc::clone(&socket)), name)?;
+    fn open(place: &Place) -> Result<(Self, Terms)> {
+        let socket = Arc::new((place.connect)()?);
+        let terms = greet(&mut Link::new(Arc::clone(&socket)), &place.name)?;
         let reader = Some(Box::new(Reader::new(Arc::clone(&socket))));
         let state = State { answers: HashMap::new(), reader, broken: false };
         Ok((Self { socket, sending: Mutex::new(()), state: Mutex::new(state), changed: Condvar::new() }, terms))
