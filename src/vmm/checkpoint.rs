@@ -30,10 +30,10 @@ use super::home::DiskSource;
 use super::instant::{Taken, Taking};
 use super::runner::{Runner, State};
 use super::{Machine, MachineState};
-use crate::checkpoint::{Cut, DiskSnapshot, Header, Name, Plan, Writer};
+use crate::checkpoint::{Cut, DiskSnapshot, Name, Plan, Writer};
 use crate::clock;
 use crate::error::{Error, Result};
-use crate::memory::{SaveFigures, SaveOptions, Saver, Watch};
+use crate::memory::{SaveFigures, SaveOptions, Saver};
 
 /// How long requests to disks may take before the checkpoint is given up.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -54,13 +54,6 @@ pub struct Saved {
     pub pause_us: u64,
     /// How the memory was saved.
     pub memory: SaveFigures,
-}
-
-/// The checkpoint that memory is tracked since.
-#[derive(Debug, Clone)]
-pub(super) struct Last {
-    pub(super) name: Name,
-    pub(super) header: Header,
 }
 
 /// What was taken while the guest stood still.
@@ -88,13 +81,13 @@ impl Runner {
         let watch = self.watched(&machine)?;
         let mut plan = Plan::new(name.clone(), frozen::MAKER, watch.geometry().clone());
         if incremental {
-            let Some(last) = &*last else {
+            plan.parent.clone_from(&last);
+            if plan.parent.is_none() {
                 return Err(Error::failed("there is no checkpoint of this life of the machine to base it on")
                     .hint("make one without --incremental first"));
-            };
-            plan = plan.based_on(&last.name, &last.header)?;
+            }
         }
-        let parent = plan.parent.as_ref().map(|parent| parent.name.clone());
+        let parent = plan.parent.as_ref().map(|parent| parent.name().to_owned());
         let writer = Writer::create(&self.folder, plan)?;
         let options = SaveOptions { keep_tracking: true, ..SaveOptions::default() };
         let mut saver = Saver::begin(&watch, writer, options)?;
@@ -106,12 +99,12 @@ impl Runner {
         }
         *self.saving.lock() = None;
         let made = self.commit(saver, instant.state, instant.created, &taken);
-        let (header, memory) = made.inspect_err(|_| {
+        let memory = made.inspect_err(|_| {
             if !taken.is_empty() {
                 self.disks.forget(&taken);
             }
         })?;
-        *last = Some(Last { name: name.clone(), header });
+        *last = Some(name.clone());
         let disks = taken.iter().map(|taken| format!("{}@{}", taken.disk, taken.name)).collect();
         let pause_us = u64::try_from(instant.pause.as_micros()).unwrap_or(u64::MAX);
         tracing::info!("the checkpoint {name} is made; the guest stood still for {pause_us} us");
@@ -184,7 +177,7 @@ impl Runner {
         Ok((state, taking, created))
     }
 
-    fn commit(&self, saver: Saver, state: MachineState, created: u64, taken: &[Taken]) -> Result<(Header, SaveFigures)> {
+    fn commit(&self, saver: Saver, state: MachineState, created: u64, taken: &[Taken]) -> Result<SaveFigures> {
         let state = Frozen { definition: self.definition.clone(), state }.encode()?;
         let snapshot = |taken: &Taken| DiskSnapshot {
             disk: taken.disk_uuid,
@@ -193,6 +186,7 @@ impl Runner {
             snapshot_name: taken.name.clone(),
         };
         let disks = taken.iter().map(snapshot).collect();
-        saver.commit(&Cut { created, disks, state_version: frozen::VERSION, state: &state })
+        let cut = Cut { created, disks, state_version: frozen::VERSION, state: &state };
+        saver.commit(&cut).map(|(_, figures)| figures)
     }
 }

@@ -15,9 +15,9 @@ use crate::checkpoint::Reader;
 use crate::error::{Error, Result};
 
 /// Who makes and understands this state.
-pub const MAKER: &str = "afterimage";
+pub(super) const MAKER: &str = "afterimage";
 /// The version that is written and read.
-pub const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 1;
 
 /// A machine that stands still, without its memory and its disks.
 #[derive(Debug, Serialize, Deserialize)]

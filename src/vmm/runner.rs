@@ -24,13 +24,12 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::checkpoint::Last;
 use super::home::{Definition, DiskDefinition, DiskSource, Home, HomeLock};
 use super::instant::Disks;
 use super::restore::{Filling, MemoryInfo, Restore};
 use super::serial::BACKLOG;
 use super::{DiskSettings, Ending, FileDisk, Log, Machine, Means, Settings, Stuck};
-use crate::checkpoint::{Folder, Sizes};
+use crate::checkpoint::{Folder, Name, Sizes};
 use crate::disk::BlockDevice;
 use crate::error::{Error, Kind, Result};
 use crate::media::socket::Socket;
@@ -102,7 +101,7 @@ pub struct Runner {
     /// What watches its memory, or why nothing can.
     faults: Result<Userfault>,
     /// The checkpoint that the next can be based on. Who makes one has the lock.
-    pub(super) last: Mutex<Option<Last>>,
+    pub(super) last: Mutex<Option<Name>>,
     /// How a checkpoint that is being made is going.
     pub(super) saving: Mutex<Option<SaveFigures>>,
     /// Memory that comes from a checkpoint.

@@ -180,17 +180,17 @@ fn a_state_is_set_only_in_a_machine_of_the_same_parts() {
 }
 
 /// Reads a state as JSON, behind its version.
-fn json(machine: &Machine) -> Value {
+pub(super) fn json(machine: &Machine) -> Value {
     serde_json::from_slice(&machine.state().unwrap().encode().unwrap()[4..]).unwrap()
 }
 
-fn state_of(json: &Value) -> MachineState {
+pub(super) fn state_of(json: &Value) -> MachineState {
     MachineState::decode(&[&1_u32.to_le_bytes()[..], &serde_json::to_vec(json).unwrap()].concat()).unwrap()
 }
 
 /// Returns what a state says of registers, without what goes on while nobody runs: clocks, and timers that follow them; and
 /// without the call that tells the guest that it is another.
-fn registers(mut state: Value) -> Value {
+pub(super) fn registers(mut state: Value) -> Value {
     let zero = |bytes: &mut Value, range: std::ops::Range<usize>| {
         bytes.as_array_mut().unwrap()[range].iter_mut().for_each(|byte| *byte = 0.into());
     };
@@ -213,7 +213,7 @@ fn registers(mut state: Value) -> Value {
 }
 
 /// Says where two values differ first.
-fn differs(one: &Value, two: &Value) -> Option<String> {
+pub(super) fn differs(one: &Value, two: &Value) -> Option<String> {
     let below = |key: String, one: &Value, two: &Value| differs(one, two).map(|rest| format!("{key}/{rest}"));
     match (one, two) {
         (Value::Object(these), Value::Object(_)) => {
