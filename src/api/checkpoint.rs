@@ -34,6 +34,15 @@ pub(super) fn execute(store: &Arc<Store>, request: Request, progress: &dyn Progr
             checkpoint::remove(store, &Name::parse(&checkpoint)?)?;
             Ok(Response::Removed { name: checkpoint })
         }
+        Request::CheckpointDisks { checkpoint, disks } => {
+            let name = Name::parse(&checkpoint)?;
+            let snapshots = checkpoint::snapshot(store, &name, &disks, &|| progress.instant())?;
+            Ok(Response::Snapshots { snapshots: snapshots.into_iter().map(Into::into).collect() })
+        }
+        Request::CheckpointForget { checkpoint } => {
+            checkpoint::forget(store, &Name::parse(&checkpoint)?)?;
+            Ok(Response::Removed { name: checkpoint })
+        }
         Request::CheckpointFlatten { checkpoint } => {
             let flat = checkpoint::flatten(&folder, &Name::parse(&checkpoint)?, progress)?;
             Ok(Response::Checkpoint(Box::new(flat)))

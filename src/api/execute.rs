@@ -39,7 +39,7 @@ pub fn execute(store: &Arc<Store>, request: Request, progress: &dyn Progress) ->
         Request::Resize { disk, size, shrink } => resize(store, &disk, size, shrink),
         Request::Rename { old, new } => rename(store, &old, &new),
         Request::Rm { name, recursive } => remove(store, name, recursive),
-        Request::Snapshot { snapshots, at_once } => take(store, &snapshots, at_once.then_some(progress)),
+        Request::Snapshot { snapshots } => take(store, &snapshots),
         Request::Clone { snapshot, disk } => {
             let ((from, snapshot), disk) = (Target::snapshot(&snapshot)?, Target::disk(&disk)?);
             snapshot::clone(store, &from, &snapshot, &disk).map(disk_answer)
@@ -80,6 +80,8 @@ pub fn execute(store: &Arc<Store>, request: Request, progress: &dyn Progress) ->
         | Request::CheckpointInfo { .. }
         | Request::CheckpointVerify { .. }
         | Request::CheckpointRm { .. }
+        | Request::CheckpointDisks { .. }
+        | Request::CheckpointForget { .. }
         | Request::CheckpointFlatten { .. } => super::checkpoint::execute(store, request, progress),
         Request::Check { .. }
         | Request::Scrub {}
@@ -208,7 +210,7 @@ fn remove(store: &Arc<Store>, name: String, recursive: bool) -> Result<Response>
     Ok(Response::Removed { name })
 }
 
-fn take(store: &Arc<Store>, names: &[String], at_once: Option<&dyn Progress>) -> Result<Response> {
+fn take(store: &Arc<Store>, names: &[String]) -> Result<Response> {
     if names.is_empty() || names.len() > SNAPSHOTS_AT_ONCE_MAX {
         return Err(Error::usage(format!("cannot take {} snapshots at once", names.len()))
             .hint(format!("name 1 to {SNAPSHOTS_AT_ONCE_MAX} of them as DISK@SNAPSHOT")));
@@ -220,11 +222,7 @@ fn take(store: &Arc<Store>, names: &[String], at_once: Option<&dyn Progress>) ->
         return Err(Error::usage(format!("the disk '{}' is named twice", twice[0]))
             .hint("one instant has one snapshot of a disk"));
     }
-    let taken = match at_once {
-        Some(told) => snapshot::take_at_once(store, &targets, &|| told.instant()),
-        None => snapshot::take(store, &targets),
-    };
-    taken.map(snapshots_answer)
+    snapshot::take(store, &targets).map(snapshots_answer)
 }
 
 fn prune(store: &Arc<Store>, disk: &str, keep: Keep, dry_run: bool) -> Result<Response> {

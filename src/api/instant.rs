@@ -61,34 +61,31 @@ impl PoolDisks {
 
 impl Disks for PoolDisks {
     fn snapshot(&self, disks: &[String], name: &str) -> Result<Box<dyn Taking>> {
-        let (client, disks) = (self.client()?, (self.clone(), disks.to_vec()));
-        let request =
-            Request::Snapshot { snapshots: disks.1.iter().map(|disk| format!("{disk}@{name}")).collect(), at_once: true };
+        let (client, asked) = (self.client()?, self.clone());
+        let (checkpoint, disks) = (name.to_owned(), disks.to_vec());
+        let request = Request::CheckpointDisks { checkpoint: checkpoint.clone(), disks };
         let (told, instant) = mpsc::channel();
         let wanted = Arc::new(Mutex::new(Wanted::Yes));
         let body = {
             let wanted = Arc::clone(&wanted);
             move || {
-                let taken = client.ask(&request, &Told(Mutex::new(told))).and_then(|answer| disks.0.taken(answer));
+                let taken = client.ask(&request, &Told(Mutex::new(told))).and_then(|answer| asked.taken(answer));
                 let mut wanted = wanted.lock();
-                if let (Wanted::No, Ok(taken)) = (&*wanted, &taken) {
-                    disks.0.forget(taken);
+                if matches!(*wanted, Wanted::No) && taken.is_ok() {
+                    asked.forget(&checkpoint);
                 }
-                *wanted = Wanted::Done(taken.as_ref().map_or_else(|_| Vec::new(), Clone::clone));
+                *wanted = Wanted::Done;
                 taken
             }
         };
         let thread = std::thread::Builder::new().name("snapshots".into()).spawn(body);
         let thread = Some(thread.map_err(|e| Error::io("no thread to ask for snapshots", e))?);
-        Ok(Box::new(Asked { disks: self.clone(), instant, wanted, thread }))
+        Ok(Box::new(Asked { disks: self.clone(), checkpoint: name.to_owned(), instant, wanted, thread }))
     }
 
-    fn forget(&self, taken: &[Taken]) {
-        for snapshot in taken {
-            let name = format!("{}@{}", snapshot.disk, snapshot.name);
-            if let Err(error) = self.ask(&Request::Rm { name: name.clone(), recursive: false }) {
-                tracing::warn!("the snapshot {name} of a checkpoint that came to nothing stays: {error}");
-            }
+    fn forget(&self, checkpoint: &str) {
+        if let Err(error) = self.ask(&Request::CheckpointForget { checkpoint: checkpoint.to_owned() }) {
+            tracing::warn!("snapshots of the checkpoint {checkpoint}, which came to nothing, stay: {error}");
         }
     }
 }
@@ -114,14 +111,15 @@ impl Progress for Told {
 enum Wanted {
     Yes,
     No,
-    /// They have been taken.
-    Done(Vec<Taken>),
+    /// They have been taken, or cannot be.
+    Done,
 }
 
 /// Snapshots on their way.
 #[derive(Debug)]
 struct Asked {
     disks: PoolDisks,
+    checkpoint: String,
     instant: Receiver<()>,
     wanted: Arc<Mutex<Wanted>>,
     thread: Option<JoinHandle<Result<Vec<Taken>>>>,
@@ -148,9 +146,9 @@ impl Taking for Asked {
 impl Drop for Asked {
     fn drop(&mut self) {
         if self.thread.is_some()
-            && let Wanted::Done(taken) = std::mem::replace(&mut *self.wanted.lock(), Wanted::No)
+            && let Wanted::Done = std::mem::replace(&mut *self.wanted.lock(), Wanted::No)
         {
-            self.disks.forget(&taken);
+            self.disks.forget(&self.checkpoint);
         }
     }
 }

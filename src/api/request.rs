@@ -76,10 +76,6 @@ pub enum Request {
     Snapshot {
         /// `DISK@SNAPSHOT`, each disk once.
         snapshots: Vec<String>,
-        /// Takes them without flushing the disks first, and says when the instant has been (`{"instant":{}}`): for a
-        /// virtual machine that stands still meanwhile. The answer comes when they are durable, as ever.
-        #[serde(default, skip_serializing_if = "is_false")]
-        at_once: bool,
     },
     /// Makes a disk that begins as a snapshot.
     Clone {
@@ -342,6 +338,20 @@ pub enum Request {
     },
     /// Removes a checkpoint; what it needed can be removed after that.
     CheckpointRm {
+        /// `MACHINE@CHECKPOINT`.
+        checkpoint: String,
+    },
+    /// Takes snapshots of disks for a checkpoint that is being made, under its name, and keeps them for it. The disks are not
+    /// flushed first, and it is told when the instant has been (`{"instant":{}}`): the virtual machine stands still meanwhile.
+    /// The answer comes when they are durable.
+    CheckpointDisks {
+        /// `MACHINE@CHECKPOINT`.
+        checkpoint: String,
+        /// The disks, each once.
+        disks: Vec<String>,
+    },
+    /// Removes the snapshots that were taken for a checkpoint that came to nothing.
+    CheckpointForget {
         /// `MACHINE@CHECKPOINT`.
         checkpoint: String,
     },

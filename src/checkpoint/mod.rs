@@ -46,7 +46,7 @@ pub use layer::{Layer, Source};
 pub use list::{Checkpoint, DiskInfo, RegionInfo, info, list};
 pub use place::{Codec, Place, Stored, is_zero};
 pub use reader::{CHAIN_MAX, Found, Reader};
-pub use remove::{attend, hold, let_go, remove};
+pub use remove::{attend, forget, hold, let_go, remove, snapshot};
 pub use staging::{ITEMS_MAX, Pushed, Staging};
 pub use verify::{FAULTS_MAX, Fault, VerifyReport, verify, verify_chain};
 pub use writer::{Cut, Plan, Writer, Written};

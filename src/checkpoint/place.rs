@@ -175,7 +175,7 @@ mod tests {
 
     #[test]
     fn only_what_fits_is_expanded() {
-        let plain: Vec<u8> = (0..4096u32).map(|n| (n / 64) as u8).collect();
+        let plain: Vec<u8> = (0..4096u32).map(|n| (n / 64).to_le_bytes()[0]).collect();
         let bytes = lz4_flex::block::compress(&plain);
         let length = u32::try_from(bytes.len()).unwrap();
         let stored = Stored { block: StorageBlock(0), offset: 0, length, codec: Codec::Lz4, crc: crc32(&bytes) };

@@ -21,8 +21,8 @@ use super::header::DiskSnapshot;
 use super::list;
 use crate::error::{Error, Kind, Result};
 use crate::media::Open;
-use crate::snapshot::CHECKPOINT_HOLD;
-use crate::store::{Edit, Store, Tables};
+use crate::snapshot::{self, CHECKPOINT_HOLD};
+use crate::store::{Edit, SnapshotInfo, Store, Tables};
 use crate::units::SnapshotId;
 
 /// Removes a checkpoint; what it needed can be removed after that.
@@ -47,7 +47,7 @@ pub fn remove(store: &Arc<Store>, name: &Name) -> Result<()> {
             .hint("flatten that with 'afterimage checkpoint flatten', or remove it first"));
     }
     folder.remove_file(&folder.whole(name))?;
-    folder.remove_file(&folder.faults(name))?;
+    folder.remove_beside(name)?;
     folder.media().sync_dir(&folder.of_machine(name.machine())).map_err(fail)?;
     let_go(store, name)
 }
@@ -83,6 +83,58 @@ pub fn hold(store: &Arc<Store>, name: &Name, disks: &[DiskSnapshot]) -> Result<(
             }
         },
     )
+}
+
+/// Takes snapshots of disks for a checkpoint that is being made, under its name, and holds them. The instant comes at once and
+/// is told; the rest takes as long as it takes.
+///
+/// # Errors
+/// `NotFound`, `Exists`, `Usage` for a disk that is named twice, `ReadOnly`. Nothing is left then.
+pub fn snapshot(
+    store: &Arc<Store>,
+    name: &Name,
+    disks: &[String],
+    instant: &dyn Fn(),
+) -> Result<Vec<SnapshotInfo>> {
+    let targets: Vec<_> = disks.iter().map(|disk| (disk.clone(), name.name().to_owned())).collect();
+    let taken = snapshot::take_at_once(store, &targets, instant)?;
+    let held = {
+        let tables = store.tables.read();
+        let of = |info: &SnapshotInfo| {
+            let row = tables.disk(info.disk_id)?;
+            let (disk, disk_name) = (row.uuid, row.name.clone());
+            Ok(DiskSnapshot { disk, disk_name, snapshot: info.uuid, snapshot_name: info.name.clone() })
+        };
+        taken.iter().map(of).collect::<Result<Vec<_>>>()
+    };
+    held.and_then(|held| hold(store, name, &held)).map(|()| taken.clone()).inspect_err(|_| remove_all(store, &taken))
+}
+
+/// Removes the snapshots that were taken for a checkpoint that came to nothing.
+///
+/// # Errors
+/// `Busy` for a checkpoint that is there, `ReadOnly`; any error of the host.
+pub fn forget(store: &Arc<Store>, name: &Name) -> Result<()> {
+    if Folder::of_pool(store.media()).exists(name)? {
+        return Err(Error::busy(format!("the checkpoint {name} is there")));
+    }
+    let tag = tag(name);
+    let ids: Vec<_> = {
+        let tables = store.tables.read();
+        rows(&tables).filter(|(_, holds)| holds.contains(&tag)).map(|(id, _)| id).collect()
+    };
+    let_go(store, name)?;
+    let infos: Vec<_> = ids.into_iter().filter_map(|id| store.snapshot_info_by_id(id).ok()).collect();
+    remove_all(store, &infos);
+    Ok(())
+}
+
+fn remove_all(store: &Arc<Store>, snapshots: &[SnapshotInfo]) {
+    for SnapshotInfo { disk, name, .. } in snapshots {
+        if let Err(error) = snapshot::remove(store, disk, name) {
+            tracing::warn!("the snapshot {disk}@{name} of a checkpoint that came to nothing stays: {error}");
+        }
+    }
 }
 
 /// Lets go of what a checkpoint has held that is not there any more, or was not committed.

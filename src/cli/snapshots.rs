@@ -17,7 +17,7 @@ pub(super) struct Snapshot {
 
 impl Snapshot {
     pub(super) fn ask(self) -> Ask {
-        Ask::change(Request::Snapshot { snapshots: self.snapshots, at_once: false })
+        Ask::change(Request::Snapshot { snapshots: self.snapshots })
     }
 }
 

@@ -101,7 +101,7 @@ impl Runner {
         let made = self.commit(saver, instant.state, instant.created, &taken);
         let memory = made.inspect_err(|_| {
             if !taken.is_empty() {
-                self.disks.forget(&taken);
+                self.disks.forget(&name.to_string());
             }
         })?;
         *last = Some(name.clone());
@@ -168,7 +168,7 @@ impl Runner {
             machine.pause_unless_stuck().map_err(|stuck| self.cannot_be_had(&stuck))?;
         }
         // On its way while the rest is done.
-        let mut taking = (!disks.is_empty()).then(|| self.disks.snapshot(disks, name.name())).transpose()?;
+        let mut taking = (!disks.is_empty()).then(|| self.disks.snapshot(disks, &name.to_string())).transpose()?;
         saver.cut()?;
         let (state, created) = (machine.state()?, clock::wall_seconds());
         if let Some(taking) = &mut taking {

@@ -30,14 +30,14 @@ pub struct Taken {
 
 /// Whoever has the disks.
 pub trait Disks: Send + Sync + Debug {
-    /// Begins to take snapshots named `name` of disks, by their names, all at one instant or none.
+    /// Begins to take snapshots of disks, by their names, for `checkpoint` (`MACHINE@NAME`): all at one instant or none.
     ///
     /// # Errors
     /// When they cannot even be begun.
-    fn snapshot(&self, disks: &[String], name: &str) -> Result<Box<dyn Taking>>;
+    fn snapshot(&self, disks: &[String], checkpoint: &str) -> Result<Box<dyn Taking>>;
 
-    /// Removes snapshots of a checkpoint that came to nothing. What cannot be removed is told in the log.
-    fn forget(&self, taken: &[Taken]);
+    /// Removes the snapshots of a checkpoint that came to nothing. What cannot be removed is told in the log.
+    fn forget(&self, checkpoint: &str);
 }
 
 /// Snapshots that are being taken.

@@ -26,14 +26,7 @@ fn golden() -> Vec<(Request, &'static str)> {
         (Request::Rename { old: web(), new: "db".into() }, r#"{"command":"rename","old":"web","new":"db"}"#),
         (Request::Rm { name: web(), recursive: false }, r#"{"command":"rm","name":"web"}"#),
         (Request::Rm { name: web(), recursive: true }, r#"{"command":"rm","name":"web","recursive":true}"#),
-        (
-            Request::Snapshot { snapshots: vec![monday()], at_once: false },
-            r#"{"command":"snapshot","snapshots":["web@monday"]}"#,
-        ),
-        (
-            Request::Snapshot { snapshots: vec![monday()], at_once: true },
-            r#"{"command":"snapshot","snapshots":["web@monday"],"at_once":true}"#,
-        ),
+        (Request::Snapshot { snapshots: vec![monday()] }, r#"{"command":"snapshot","snapshots":["web@monday"]}"#),
         (
             Request::Clone { snapshot: monday(), disk: "new".into() },
             r#"{"command":"clone","snapshot":"web@monday","disk":"new"}"#,
@@ -156,6 +149,14 @@ fn golden() -> Vec<(Request, &'static str)> {
         (
             Request::CheckpointVerify { checkpoint: "vm@a".into() },
             r#"{"command":"checkpoint-verify","checkpoint":"vm@a"}"#,
+        ),
+        (
+            Request::CheckpointDisks { checkpoint: "vm@a".into(), disks: vec!["web".into()] },
+            r#"{"command":"checkpoint-disks","checkpoint":"vm@a","disks":["web"]}"#,
+        ),
+        (
+            Request::CheckpointForget { checkpoint: "vm@a".into() },
+            r#"{"command":"checkpoint-forget","checkpoint":"vm@a"}"#,
         ),
         (Request::CheckpointRm { checkpoint: "vm@a".into() }, r#"{"command":"checkpoint-rm","checkpoint":"vm@a"}"#),
         (

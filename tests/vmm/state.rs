@@ -6,6 +6,7 @@ use std::time::Duration;
 use afterimage::error::Kind;
 use afterimage::vmm::{Ending, Machine, MachineState, Settings};
 use serde_json::Value;
+use uuid::Uuid;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::toy::{MIB, require_kvm, run, said, settings, start, wait, wait_for, with_disk};
@@ -243,6 +244,7 @@ fn every_register_and_every_byte_is_the_same() {
             let mut memory = vec![0; settings.memory as usize];
             machine.memory().read_slice(&mut memory, GuestAddress(0)).unwrap();
             drop(machine);
+            settings.generation = Uuid::new_v4();
             let fill = |there: &GuestMemoryMmap<()>| {
                 there.write_slice(&memory, GuestAddress(0)).unwrap();
                 Ok(())
