@@ -28,7 +28,7 @@ fn a_disk_that_fails_lets_the_guest_go_and_the_old_file_be() {
                 media.fail_after(after, Fault::Enospc);
                 writers.cut(&mut saver);
                 let failed = saver.commit(&cut()).unwrap_err();
-                media.fail_after(u64::MAX, Fault::Enospc);
+                media.fail_after(1 << 40, Fault::Enospc);
                 assert_eq!(failed.kind(), Kind::NoSpace, "{failed}");
                 let before = writers.stores.load(Ordering::Relaxed);
                 while writers.stores.load(Ordering::Relaxed) < before + 1000 {

@@ -165,13 +165,16 @@ struct Writers<'a> {
     hold: RwLock<()>,
     over: AtomicBool,
     stores: AtomicU64,
+    /// Bytes from the beginning that they write to.
+    reach: u64,
     /// What memory should have, where that cannot be read: in numbers of 8 bytes.
     shadow: Option<Vec<AtomicU64>>,
 }
 
 impl<'a> Writers<'a> {
     fn new(guest: &'a Guest) -> Self {
-        Self { guest, hold: RwLock::new(()), over: AtomicBool::new(false), stores: AtomicU64::new(0), shadow: None }
+        let (hold, over, stores) = (RwLock::new(()), AtomicBool::new(false), AtomicU64::new(0));
+        Self { guest, hold, over, stores, reach: guest.size(), shadow: None }
     }
 
     /// Those of a memory that has `content`, even if not yet.
@@ -194,7 +197,7 @@ impl<'a> Writers<'a> {
         while !self.over.load(Ordering::Relaxed) {
             let _running = self.hold.read();
             for _ in 0..32 {
-                let limit = if random.below(8) == 0 { self.guest.size() } else { 2 << 20 };
+                let limit = if random.below(32) == 0 { self.reach } else { 2 << 20 };
                 let (at, value) = ((random.below(limit / 64) * 8 + number) * 8, random.next());
                 if let Some(shadow) = &self.shadow {
                     shadow[usize::try_from(at / 8).unwrap()].store(value, Ordering::SeqCst);

@@ -209,7 +209,7 @@ fn a_save_while_memory_comes_is_right() {
         let reader = through(open(&folder, "a"), &between);
         let options = RestoreOptions { background, keep_tracking: based, ..RestoreOptions::default() };
         let restorer = Restorer::begin(&watch, reader, options).unwrap();
-        let writers = Writers::shadowed(&guest, &source);
+        let writers = Writers { reach: 8 << 20, ..Writers::shadowed(&guest, &source) };
         let keep = SaveOptions { keep_tracking: true, ..SaveOptions::default() };
         let twin = writers.during(threads, || {
             let parent = based.then_some("a");

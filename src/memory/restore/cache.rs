@@ -34,19 +34,24 @@ impl Cache {
         Self { state: Mutex::default(), most }
     }
 
-    /// Calls `work` with a storage block. When either fails it is not kept.
+    /// Calls `work` with a storage block.
     pub(super) fn with<T>(&self, reader: &Reader, key: Key, work: impl FnOnce(&[u8]) -> Result<T>) -> Result<T> {
         let entry = self.entry(key);
         let read = entry.get_or_init(|| self.read(reader, key));
-        let done = match read {
+        match read {
             Ok(bytes) => work(bytes),
-            Err(error) => Err(error.again()),
-        };
-        if done.is_err() {
-            // The next one who wants it reads again: it may be mended by then.
-            self.state.lock().entries.retain(|(of, it)| *of != key || !Arc::ptr_eq(it, &entry));
+            Err(error) => {
+                // The next one who wants it tries again.
+                let error = error.again();
+                self.state.lock().entries.retain(|(of, it)| *of != key || !Arc::ptr_eq(it, &entry));
+                Err(error)
+            }
         }
-        done
+    }
+
+    /// Forgets everything: what was read may be mended in the file by now.
+    pub(super) fn clear(&self) {
+        self.state.lock().entries.clear();
     }
 
     fn read(&self, reader: &Reader, (layer, block): Key) -> Result<Pages> {

@@ -396,6 +396,7 @@ impl Filling {
 
     /// Has page blocks that could not be had read again.
     pub(super) fn retry(&self) {
+        self.cache.clear();
         for failure in self.status.take_failures() {
             if self.change(failure.block, Where::Failed, Where::Absent) && self.wanted.contains(failure.block.0) {
                 self.push(Demand { block: failure.block, page: None });
