@@ -294,7 +294,7 @@ impl Exports {
         }
         let (gone, left) = {
             let mut table = self.table.lock();
-            if !table.running.get(&id).is_some_and(|running| unused(running).is_some()) {
+            if table.running.get(&id).and_then(unused).is_none() {
                 return false;
             }
             (table.running.remove(&id), table.running.len())
@@ -383,6 +383,32 @@ mod tests {
     use crate::pool::ExportList;
     use crate::store::{InitOptions, OpenOptions, Store};
 
+    /// A pool with a disk `web` and a machine `toy`, which is served.
+    struct Pool {
+        dir: tempfile::TempDir,
+        store: Arc<Store>,
+        exports: Arc<Exports>,
+    }
+
+    impl Pool {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let media: Arc<dyn Media> = Arc::new(HostMedia::new(dir.path()).unwrap());
+            Store::init(&media, InitOptions { journal: 4 << 20, ballast: 4096, probe: false }).unwrap();
+            let store = Store::open(media, OpenOptions { background: false, ..OpenOptions::default() }).unwrap();
+            drop(disk::create(&store, "web", 1 << 20).unwrap());
+            let exports = Exports::new(&store, dir.path());
+            exports.start();
+            let pool = Self { dir, store, exports };
+            pool.home().make().unwrap();
+            pool
+        }
+
+        fn home(&self) -> Home {
+            Home::of(self.dir.path(), "toy").unwrap()
+        }
+    }
+
     fn request(claim: Option<&str>) -> Request {
         let (vm, disk, claim) = ("toy".to_owned(), "web".to_owned(), claim.map(str::to_owned));
         Request::AttachVm { vm, disk, read_only: false, claim }
@@ -393,16 +419,8 @@ mod tests {
     #[test]
     fn what_was_detached_is_not_kept_for_a_machine_that_comes_back_meanwhile() {
         for round in 0..20 {
-            let dir = tempfile::tempdir().unwrap();
-            let media: Arc<dyn Media> = Arc::new(HostMedia::new(dir.path()).unwrap());
-            Store::init(&media, InitOptions { journal: 4 << 20, ballast: 4096, probe: false }).unwrap();
-            let options = OpenOptions { background: false, ..OpenOptions::default() };
-            let store = Store::open(Arc::clone(&media), options).unwrap();
-            drop(disk::create(&store, "web", 1 << 20).unwrap());
-            let exports = Exports::new(&store, dir.path());
-            exports.start();
-            let home = Home::of(dir.path(), "toy").unwrap();
-            home.make().unwrap();
+            let pool = Pool::new();
+            let (exports, home) = (&pool.exports, pool.home());
             let _runs = home.lock().unwrap();
             let claim = exports.attach_vm(&request(None)).unwrap().claim;
             std::thread::scope(|scope| {
@@ -419,8 +437,27 @@ mod tests {
                 exports.end();
                 assert_eq!(machine.join().unwrap(), Kind::Denied);
             });
-            assert_eq!(ExportList::read(&*media).unwrap().leases, [], "round {round}");
-            store.close().unwrap();
+            assert_eq!(ExportList::read(&**pool.store.media()).unwrap().leases, [], "round {round}");
+            pool.store.close().unwrap();
         }
+    }
+
+    /// A second was all it had, and a host that is busy takes longer: the disk was another one's then, and failed for good.
+    #[test]
+    fn a_machine_that_runs_is_awaited_and_one_that_runs_no_more_is_not() {
+        let pool = Pool::new();
+        let exports = &pool.exports;
+        let runs = pool.home().lock().unwrap();
+        exports.attach_vm(&request(None)).unwrap();
+        let (told, idle) = std::sync::mpsc::channel();
+        exports.on_idle(Box::new(move || told.send(()).unwrap()));
+        idle.recv_timeout(LINGER * 5 / 2).unwrap_err();
+        let (list, _) = exports.list().unwrap();
+        assert_eq!((list.len(), &list[0].writing[..]), (1, &["web".to_owned()][..]));
+        drop(runs);
+        idle.recv_timeout(LINGER * 10).unwrap();
+        assert_eq!(exports.list().unwrap(), (Vec::new(), Vec::new()));
+        exports.end();
+        pool.store.close().unwrap();
     }
 }
