@@ -4,11 +4,13 @@
 //!   GET  /v1/vm               tells about it
 //!   POST /v1/vm/pause         stops it where it is
 //!   POST /v1/vm/resume        lets it go on
+//!   POST /v1/vm/checkpoint    makes a checkpoint
 //!   POST /v1/vm/stop          asks the guest to switch itself off, and ends it after a minute; asked again, ends it
 //!   POST /v1/vm/kill          ends it as a power cut does
 //! ```
 //!
-//! Each answer is that of the first, after it was done; an error is what the control socket says.
+//! Each answer is that of the first, after it was done, but for that about a checkpoint; an error is what the control socket
+//! says.
 //!
 //! # Rules
 //! 1. The socket has mode 0600 and is in a folder of mode 0700: whoever can reach it may use it.

@@ -32,10 +32,11 @@ use crate::units::SnapshotId;
 pub fn remove(store: &Arc<Store>, name: &Name) -> Result<()> {
     let folder = Folder::of_pool(store.media());
     let fail = |e| Error::io(format!("cannot remove the checkpoint {name}"), e);
-    let file = folder.media().open(&folder.whole(name), Open::Existing).map_err(|e| match e.kind() {
-        std::io::ErrorKind::NotFound => folder.missing(name),
-        _ => fail(e),
-    })?;
+    let file = match folder.media().open(&folder.whole(name), Open::Existing) {
+        Ok(file) => file,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return remove_rest(store, &folder, name),
+        Err(e) => return Err(fail(e)),
+    };
     // While it is locked nobody begins to read it, or to base another one on it.
     if !file.try_lock().map_err(fail)? {
         return Err(Error::busy(format!("the checkpoint {name} is being read"))
@@ -50,6 +51,13 @@ pub fn remove(store: &Arc<Store>, name: &Name) -> Result<()> {
     folder.remove_beside(name)?;
     folder.media().sync_dir(&folder.of_machine(name.machine())).map_err(fail)?;
     let_go(store, name)
+}
+
+/// Removes what a checkpoint has left that was never made: whoever was to make it has died.
+fn remove_rest(store: &Arc<Store>, folder: &Folder, name: &Name) -> Result<()> {
+    let tag = tag(name);
+    let held = rows(&store.tables.read()).any(|(_, holds)| holds.contains(&tag));
+    if held && !folder.is_being_saved(name)? { forget(store, name) } else { Err(folder.missing(name)) }
 }
 
 fn tag(name: &Name) -> String {

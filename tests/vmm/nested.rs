@@ -87,3 +87,30 @@ fn a_debian_kernel_lives_on_a_disk_of_a_pool() {
         assert!(said.contains(wanted), "no '{wanted}' in: {said}");
     }
 }
+
+#[test]
+fn a_debian_kernel_is_saved_while_it_runs_and_goes_on() {
+    let Some(nested) = Nested::new("kept-guest.sh") else { return };
+    let programs = [env!("CARGO_BIN_EXE_afterimage"), &program("mke2fs"), &program("e2fsck")];
+    let (code, said) = nested.run("kept-host.sh", &programs);
+    assert_eq!(code, Some(0), "{said}");
+    for (wanted, times) in [
+        ("\"pause-us\":", 2),
+        ("guest: heard end", 2),
+        ("guest: every line is there", 2),
+        ("guest: told that it is another 1 times", 2),
+        ("guest: off", 2),
+        ("host: root is clean", 1),
+        ("host: twin-root is clean", 1),
+        ("host: the pool is sound", 1),
+    ] {
+        assert_eq!(said.matches(wanted).count(), times, "'{wanted}' in: {said}");
+    }
+    assert!(!said.contains("guest: complains"), "{said}");
+    // What each of them counts goes on from where the checkpoint was made.
+    for part in said.split("host: ").filter(|part| part.starts_with("twin\n") || part.starts_with("web\n")) {
+        let numbers: Vec<u64> =
+            part.lines().filter_map(|line| line.strip_prefix("count ")?.trim().parse().ok()).collect();
+        assert!(numbers[0] > 10 && numbers.windows(2).all(|pair| pair[1] == pair[0] + 1), "{numbers:?}");
+    }
+}
