@@ -33,58 +33,44 @@ impl PoolDisks {
         Self { pool: pool.to_owned() }
     }
 
+    /// Takes snapshots; `told` is called when the instant has been.
+    ///
+    /// # Errors
+    /// Why there are none.
+    pub fn take(&self, disks: &[String], checkpoint: &str, told: &Sender<()>) -> Result<Vec<Taken>> {
+        let request = Request::CheckpointDisks { checkpoint: checkpoint.to_owned(), disks: disks.to_vec() };
+        let answer = self.client()?.ask(&request, &Told(Mutex::new(told.clone())))?;
+        let strange = || Error::failed("the server of the pool gave an answer that makes no sense");
+        let Response::Snapshots { snapshots } = answer else { return Err(strange()) };
+        let mut taken = Vec::new();
+        for snapshot in snapshots {
+            let request = Request::Info { name: snapshot.disk.clone() };
+            let Response::Disk(disk) = self.client()?.ask(&request, &Silent)? else { return Err(strange()) };
+            taken.push(Taken { disk: snapshot.disk, disk_uuid: disk.uuid, name: snapshot.name, uuid: snapshot.uuid });
+        }
+        Ok(taken)
+    }
+
     fn client(&self) -> Result<Client> {
         Client::find(&self.pool)?.ok_or_else(|| {
             Error::busy(format!("no server is running on the pool {}", self.pool.display()))
                 .hint("start one with 'afterimage serve --daemon' or 'afterimage mount'")
         })
     }
-
-    fn ask(&self, request: &Request) -> Result<Response> {
-        self.client()?.ask(request, &Silent)
-    }
-
-    /// Reads the answer to the request for snapshots, and asks for what it does not tell.
-    fn taken(&self, answer: Response) -> Result<Vec<Taken>> {
-        let strange = || Error::failed("the server of the pool gave an answer that makes no sense");
-        let Response::Snapshots { snapshots } = answer else { return Err(strange()) };
-        let mut taken = Vec::new();
-        for snapshot in snapshots {
-            let Response::Disk(disk) = self.ask(&Request::Info { name: snapshot.disk.clone() })? else {
-                return Err(strange());
-            };
-            taken.push(Taken { disk: snapshot.disk, disk_uuid: disk.uuid, name: snapshot.name, uuid: snapshot.uuid });
-        }
-        Ok(taken)
-    }
 }
 
 impl Disks for PoolDisks {
-    fn snapshot(&self, disks: &[String], name: &str) -> Result<Box<dyn Taking>> {
-        let (client, asked) = (self.client()?, self.clone());
-        let (checkpoint, disks) = (name.to_owned(), disks.to_vec());
-        let request = Request::CheckpointDisks { checkpoint: checkpoint.clone(), disks };
-        let (told, instant) = mpsc::channel();
-        let wanted = Arc::new(Mutex::new(Wanted::Yes));
-        let body = {
-            let wanted = Arc::clone(&wanted);
-            move || {
-                let taken = client.ask(&request, &Told(Mutex::new(told))).and_then(|answer| asked.taken(answer));
-                let mut wanted = wanted.lock();
-                if matches!(*wanted, Wanted::No) && taken.is_ok() {
-                    asked.forget(&checkpoint);
-                }
-                *wanted = Wanted::Done;
-                taken
-            }
-        };
-        let thread = std::thread::Builder::new().name("snapshots".into()).spawn(body);
-        let thread = Some(thread.map_err(|e| Error::io("no thread to ask for snapshots", e))?);
-        Ok(Box::new(Asked { disks: self.clone(), checkpoint: name.to_owned(), instant, wanted, thread }))
+    fn snapshot(&self, disks: &[String], checkpoint: &str) -> Result<Box<dyn Taking>> {
+        let (asked, these, checkpoint) = (self.clone(), disks.to_vec(), checkpoint.to_owned());
+        let taking = checkpoint.clone();
+        let forgetting = self.clone();
+        let forget = move || forgetting.forget(&checkpoint);
+        Asked::begin(move |told| asked.take(&these, &taking, told), Arc::new(forget))
     }
 
     fn forget(&self, checkpoint: &str) {
-        if let Err(error) = self.ask(&Request::CheckpointForget { checkpoint: checkpoint.to_owned() }) {
+        let request = Request::CheckpointForget { checkpoint: checkpoint.to_owned() };
+        if let Err(error) = self.client().and_then(|client| client.ask(&request, &Silent)) {
             tracing::warn!("snapshots of the checkpoint {checkpoint}, which came to nothing, stay: {error}");
         }
     }
@@ -115,14 +101,46 @@ enum Wanted {
     Done,
 }
 
-/// Snapshots on their way.
-#[derive(Debug)]
-struct Asked {
-    disks: PoolDisks,
-    checkpoint: String,
+/// Snapshots on their way, asked for by a thread.
+pub struct Asked {
+    forget: Arc<dyn Fn() + Send + Sync>,
     instant: Receiver<()>,
     wanted: Arc<Mutex<Wanted>>,
     thread: Option<JoinHandle<Result<Vec<Taken>>>>,
+}
+
+impl std::fmt::Debug for Asked {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Asked").field("wanted", &self.wanted).finish_non_exhaustive()
+    }
+}
+
+impl Asked {
+    /// Begins to take snapshots with `take`, which says when the instant has been. If nobody wants them any more they are
+    /// removed with `forget`.
+    ///
+    /// # Errors
+    /// When the host has no thread.
+    pub fn begin(
+        take: impl FnOnce(&Sender<()>) -> Result<Vec<Taken>> + Send + 'static,
+        forget: Arc<dyn Fn() + Send + Sync>,
+    ) -> Result<Box<dyn Taking>> {
+        let (told, instant) = mpsc::channel();
+        let wanted = Arc::new(Mutex::new(Wanted::Yes));
+        let (theirs, no_more) = (Arc::clone(&wanted), Arc::clone(&forget));
+        let body = move || {
+            let taken = take(&told);
+            let mut wanted = theirs.lock();
+            if matches!(*wanted, Wanted::No) && taken.is_ok() {
+                no_more();
+            }
+            *wanted = Wanted::Done;
+            taken
+        };
+        let thread = std::thread::Builder::new().name("snapshots".into()).spawn(body);
+        let thread = Some(thread.map_err(|e| Error::io("no thread to ask for snapshots", e))?);
+        Ok(Box::new(Self { forget, instant, wanted, thread }))
+    }
 }
 
 impl Taking for Asked {
@@ -148,7 +166,7 @@ impl Drop for Asked {
         if self.thread.is_some()
             && let Wanted::Done = std::mem::replace(&mut *self.wanted.lock(), Wanted::No)
         {
-            self.disks.forget(&self.checkpoint);
+            (self.forget)();
         }
     }
 }

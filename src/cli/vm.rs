@@ -24,7 +24,6 @@ use super::vm_checkpoint::{Checkpoint, Restore};
 use super::vm_disks::Disks;
 use super::vm_parts::{parse_disk, parse_net};
 use super::{Global, daemon, signal};
-use crate::api::instant::PoolDisks;
 use crate::api::machine::{Act, MachineServer, ask_machine, list_machines, wait_for_end};
 use crate::api::{Failure, Line};
 use crate::error::{Error, Kind, Result};
@@ -377,7 +376,7 @@ fn make(
     };
     let cpus = usize::from(definition.cpus);
     let open = |name: &str, disk: &DiskDefinition| disks.open(name, disk.read_only, cpus, global);
-    let of_pool = Pool { open: &open, disks: Arc::new(PoolDisks::new(pool)) };
+    let of_pool = Pool { open: &open, disks: disks.instants() };
     let runner = Arc::new(Runner::new(home.clone(), definition, lock, of_pool, begin)?);
     let server = MachineServer::start(home, Arc::clone(&runner))?;
     let watched = Arc::clone(&runner);

@@ -11,12 +11,13 @@
 
 use std::fmt::Debug;
 
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::error::Result;
 
 /// A snapshot of a disk of a machine.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Taken {
     /// Name of the disk.
     pub disk: String,

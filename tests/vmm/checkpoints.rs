@@ -216,10 +216,14 @@ fn a_machine_of_another_user_makes_checkpoints_and_goes_on() {
         return;
     }
     let Some(place) = Place::new() else { return };
-    place.start("toy", "say=begun echo button off", &["--user", "nobody"]);
+    place.0.json(&["create", "web", "-s", "1M"]);
+    let orders = "write=0,16,1 say=begun echo check=0,16,1 write=0,16,2 button off";
+    place.start("toy", orders, &["--user", "nobody", "--disk", "web"]);
     place.hear("toy", "begun");
     place.checkpoint("toy", "one", &[]);
-    place.checkpoint("toy", "two", &["--incremental"]);
+    assert_eq!(place.checkpoint("toy", "two", &["--incremental"])["disks"], serde_json::json!(["web@two"]));
+    place.type_in("toy", "typed\n");
+    place.hear("toy", "waiting");
     place.kill("toy");
     place.restore("toy@two", &[]);
     place.wait_until_resident("toy");
