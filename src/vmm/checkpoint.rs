@@ -78,6 +78,9 @@ impl Runner {
         let name = Name::new(self.home.name(), name)?;
         let disks = self.disks_to_snapshot()?;
         let machine = self.machine()?;
+        if let Some(stuck) = machine.stuck() {
+            return Err(self.cannot_be_had(&stuck));
+        }
         let watch = self.watched(&machine)?;
         let mut plan = Plan::new(name.clone(), frozen::MAKER, watch.geometry().clone());
         if incremental {
@@ -149,8 +152,8 @@ impl Runner {
         saver.settle().inspect_err(|_| go_on())?;
         let begun = clock::now();
         let taken = self.pause_and_take(machine, saver, runs, disks, name);
-        go_on();
         let pause = if runs { begun.elapsed() } else { Duration::ZERO };
+        go_on();
         drop(now);
         let (state, disks, created) = taken?;
         Ok(Instant { state, disks, created, pause })

@@ -3,15 +3,28 @@
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::sync::Arc;
 
+use afterimage::checkpoint::{Access, Folder, Found, Layout, Name, Reader};
+use afterimage::media::{HostMedia, Media};
 use serde_json::Value;
 
 use super::toy::{Way, kernel, require_kvm};
 use crate::cli::{Afterimage, text};
 use crate::real::{require, wait_for};
 
-/// A pool, and guests in it.
+/// A pool, and guests in it, which are gone with this.
 struct Place(Afterimage);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let Ok(machines) = fs::read_dir(self.0.pool().join("vms")) else { return };
+        for machine in machines.flatten() {
+            // Those that do not run say so.
+            self.0.run(&["vm", "stop", machine.file_name().to_str().unwrap(), "--force"]);
+        }
+    }
+}
 
 impl Place {
     fn new() -> Option<Self> {
@@ -172,6 +185,18 @@ fn disks_go_back_with_the_memory_and_are_cloned_for_others() {
     assert_eq!(names, ["one", "after"]);
 }
 
+/// Where a page block of a checkpoint lies in its file, by the guest address that it has.
+fn place_of(place: &Place, name: &str, address: u64) -> (u64, u64) {
+    let media: Arc<dyn Media> = Arc::new(HostMedia::new(&place.0.pool()).unwrap());
+    let reader = Reader::open(&Folder::of_pool(&media), &Name::parse(name).unwrap(), Access::Cached).unwrap();
+    let layer = &reader.layers()[0];
+    let Found::Stored { stored, .. } = reader.place(reader.geometry().at(address).unwrap()).unwrap() else {
+        panic!("there are zeros at {address:#x}");
+    };
+    let at = Layout::of(layer.geometry(), layer.footer()).block(stored.block);
+    (at + u64::from(stored.offset), u64::from(stored.length))
+}
+
 #[test]
 fn a_page_that_is_damaged_is_told_and_read_again() {
     let Some(place) = Place::new() else { return };
@@ -180,32 +205,38 @@ fn a_page_that_is_damaged_is_told_and_read_again() {
     place.checkpoint("toy", "one", &[]);
     place.kill("toy");
     let path = place.0.pool().join("checkpoints/toy/one.ckpt");
-    let whole = fs::read(&path).unwrap();
-    let file = fs::File::options().write(true).open(&path).unwrap();
-    // What the guest wrote lies in the storage blocks, which begin at the first MiB.
-    let damage = || {
-        for at in ((1 << 20)..whole.len() as u64 - 4096).step_by(512) {
-            if whole[at as usize..at as usize + 8] != [0; 8] {
-                file.write_all_at(&[0x5a; 8], at).unwrap();
-            }
-        }
-    };
-    let mend = || file.write_all_at(&whole, 0).unwrap();
+    let file = fs::File::options().read(true).write(true).open(&path).unwrap();
+    let (at, len) = place_of(&place, "toy@one", 10 << 20);
+    let mut whole = vec![0; len as usize];
+    file.read_exact_at(&mut whole, at).unwrap();
     let stuck = || place.info("toy")["state"] == "memory-error";
-    damage();
-    let output = place.0.run(&["vm", "restore", "toy@one", "--detach"]);
-    if output.status.success() {
+    let damaged = || {
+        file.write_all_at(&vec![0x5a; len as usize], at).unwrap();
+        place.restore("toy@one", &[]);
+        place.type_in("toy", "go\n");
         wait_for("its memory cannot be had", stuck);
         let told = place.info("toy")["ending"].as_str().unwrap().to_owned();
-        assert!(told.contains("one.ckpt") || told.contains("toy@one"), "{told}");
+        assert!(told.contains("toy@one") && told.contains("0xa00000"), "{told}");
         let (code, error) = place.0.error(&["vm", "resume", "toy"]);
         assert_eq!((code, error["kind"].as_str().unwrap()), (5, "corrupt"));
-        place.kill("toy");
+        assert_eq!(place.0.error(&["vm", "checkpoint", "toy", "--as", "two"]).1["kind"], "corrupt");
+        assert!(place.said("toy").ends_with("go\n"), "what is not there is not answered");
+    };
+    // It can always be ended, asked nicely as well.
+    for words in [&["--force"][..], &[]] {
+        damaged();
+        assert_eq!(place.vm(&[&["stop", "toy"], words].concat())["vm"]["state"], "ended");
     }
-    mend();
-    place.restore("toy@one", &[]);
-    place.type_in("toy", "go\n");
+    // Read again it is as damaged as before, until it is mended.
+    damaged();
+    place.vm(&["resume", "toy", "--retry"]);
+    wait_for("it is as damaged as before", stuck);
+    file.write_all_at(&whole, at).unwrap();
+    place.vm(&["resume", "toy", "--retry"]);
     place.hear("toy", "end");
+    let sum: u64 = (8 << 20..12 << 20).step_by(4096).map(|at| at + 1).sum();
+    assert!(place.said("toy").ends_with(&format!("go\nsum {sum}\nend\n")), "{}", place.said("toy"));
+    place.wait_until_resident("toy");
     place.kill("toy");
 }
 

@@ -23,7 +23,7 @@ afterimage --json vm checkpoint web --as full
 sleep 3
 afterimage --json vm checkpoint web --as more --incremental
 sleep 3
-afterimage vm stop web --force
+date; afterimage vm info web; afterimage -v vm stop web --force
 afterimage checkpoint ls
 afterimage vm restore web@full --as twin --detach
 afterimage vm restore web@more --detach
