@@ -26,6 +26,8 @@ const WHOLE: &str = ".ckpt";
 const UNFINISHED: &str = ".ckpt.new";
 /// What is called like a checkpoint and goes with it.
 const FAULTS: &str = ".faults";
+/// What that is called while it is written.
+const FAULTS_NEW: &str = ".faults.new";
 
 /// The name of a checkpoint: its machine and its own.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -106,6 +108,7 @@ impl Folder {
         Self { media: Arc::clone(media), root: String::new() }
     }
 
+    /// Returns the host files, for what is kept beside a checkpoint.
     pub(crate) fn media(&self) -> &dyn Media {
         &*self.media
     }
@@ -139,9 +142,8 @@ impl Folder {
     pub(super) fn make(&self, machine: &str) -> Result<()> {
         let root = self.root.trim_end_matches('/');
         let mut above = "";
-        for dir in [root, &self.of_machine(machine)] {
+        for dir in [root, &self.of_machine(machine)].into_iter().filter(|dir| !dir.is_empty()) {
             match self.media.make_dir(dir) {
-                _ if dir.is_empty() => continue,
                 Err(e) if e.kind() != ErrorKind::AlreadyExists => {
                     return Err(Error::io(format!("cannot make {dir}"), e));
                 }
@@ -226,7 +228,8 @@ impl Folder {
     pub fn sweep(&self) -> Result<()> {
         let mut left = Vec::new();
         self.each(|machine, file| {
-            let stem = [UNFINISHED, FAULTS].into_iter().find_map(|end| Some((file.strip_suffix(end)?, end)));
+            let stem =
+                [UNFINISHED, FAULTS, FAULTS_NEW].into_iter().find_map(|end| Some((file.strip_suffix(end)?, end)));
             if let Some((stem, end)) = stem
                 && let Ok(name) = Name::new(machine, stem)
             {
@@ -237,7 +240,7 @@ impl Folder {
         for (name, end) in left {
             let gone = match end {
                 UNFINISHED => self.remove_leftover(&name)?,
-                _ => !self.exists(&name)? && self.remove_file(&self.faults(&name))?,
+                _ => !self.exists(&name)? && self.remove_file(&self.path(&name, end))?,
             };
             if gone {
                 tracing::info!("what an interrupted command had left of the checkpoint {name} is removed");
@@ -269,6 +272,14 @@ impl Folder {
             Err(e) if e.kind() == ErrorKind::NotFound => Ok(false),
             Err(e) => Err(fail(e)),
         }
+    }
+
+    /// Removes what is kept beside a checkpoint.
+    pub(super) fn remove_beside(&self, name: &Name) -> Result<()> {
+        for end in [FAULTS, FAULTS_NEW] {
+            self.remove_file(&self.path(name, end))?;
+        }
+        Ok(())
     }
 
     /// Removes an unfinished checkpoint that nobody saves any more; false when there is none, or somebody does.

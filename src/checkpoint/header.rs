@@ -10,7 +10,6 @@ use super::table::{self, TRAILER};
 use crate::codec::{Reader, Writer, crc32, unseal};
 use crate::disk::{check_disk_name, check_snapshot_name};
 use crate::error::{Error, Result};
-use crate::units::to_usize;
 
 /// First eight bytes; a non-ASCII byte, and CR LF against text transfers.
 pub const MAGIC: [u8; 8] = *b"\x89AFTCK\r\n";
@@ -404,5 +403,5 @@ pub(super) fn state_crc(state: &[u8]) -> u32 {
     crc32(state)
 }
 
-const _: () = assert!(TRAILER < PAGE as usize && HEADER_LEN < PAGE as usize && FOOTER_LEN < PAGE as usize);
-const _: () = assert!(to_usize(STATE_MAX) < usize::MAX);
+const _: () = assert!(TRAILER < PAGE as usize, "a page of a table has cells");
+const _: () = assert!(FOOTER_LEN < PAGE as usize, "it is the beginning of the last page");

@@ -4,7 +4,7 @@ use super::geometry::StorageBlock;
 use crate::codec::crc32;
 
 /// Bytes of a cell of the index.
-pub const CELL: usize = 16;
+pub(super) const CELL: usize = 16;
 /// Offsets have so many bits.
 const OFFSET_MAX: u32 = (1 << 24) - 1;
 
@@ -175,7 +175,7 @@ mod tests {
 
     #[test]
     fn only_what_fits_is_expanded() {
-        let plain: Vec<u8> = (0..4096u32).map(|n| (n / 64) as u8).collect();
+        let plain: Vec<u8> = (0..4096u32).map(|n| (n / 64).to_le_bytes()[0]).collect();
         let bytes = lz4_flex::block::compress(&plain);
         let length = u32::try_from(bytes.len()).unwrap();
         let stored = Stored { block: StorageBlock(0), offset: 0, length, codec: Codec::Lz4, crc: crc32(&bytes) };

@@ -47,7 +47,7 @@ pub fn remove(store: &Arc<Store>, name: &Name) -> Result<()> {
             .hint("flatten that with 'afterimage checkpoint flatten', or remove it first"));
     }
     folder.remove_file(&folder.whole(name))?;
-    folder.remove_file(&folder.faults(name))?;
+    folder.remove_beside(name)?;
     folder.media().sync_dir(&folder.of_machine(name.machine())).map_err(fail)?;
     let_go(store, name)
 }

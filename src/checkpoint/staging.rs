@@ -15,7 +15,7 @@ use std::io;
 use lz4_flex::block::{CompressTable, compress_into_with_table, get_maximum_output_size};
 
 use super::geometry::{Geometry, PAGE, PageBlock, StorageBlock};
-use super::place::{Codec, Place, Stored};
+use super::place::{Codec, Stored};
 use crate::codec::crc32;
 use crate::sys::pages::Pages;
 

@@ -18,22 +18,22 @@ use crate::sys::pages::Pages;
 use crate::units::to_usize;
 
 /// Bytes at the end of each page.
-pub const TRAILER: usize = 16;
+pub(super) const TRAILER: usize = 16;
 
 /// What sort of table it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Sort {
+pub(super) struct Sort {
     /// Bytes of a cell.
-    pub cell: usize,
+    pub(super) cell: usize,
     /// Its number in the trailer of each page.
-    pub number: u32,
+    pub(super) number: u32,
     name: &'static str,
 }
 
 /// Where the page blocks are.
-pub const INDEX: Sort = Sort { cell: super::place::CELL, number: 1, name: "index" };
+pub(super) const INDEX: Sort = Sort { cell: super::place::CELL, number: 1, name: "index" };
 /// What is in the storage blocks.
-pub const CONTENTS: Sort = Sort { cell: 4, number: 2, name: "contents" };
+pub(super) const CONTENTS: Sort = Sort { cell: 4, number: 2, name: "contents" };
 
 /// Returns how many cells a page has.
 fn cells_in(page: usize, cell: usize) -> usize {
@@ -47,7 +47,7 @@ fn page_count(cells: u64, cell: usize, page: usize) -> u64 {
 
 /// Returns the bytes of a table.
 #[must_use]
-pub fn length(cells: u64, cell: usize, page: usize) -> u64 {
+pub(super) fn length(cells: u64, cell: usize, page: usize) -> u64 {
     page_count(cells, cell, page) * page as u64
 }
 
@@ -96,11 +96,6 @@ impl Table {
     /// Names a table of `cells` cells in pages of `page` bytes, which begins at `offset`.
     pub(super) fn new(file: &Arc<dyn File>, sort: Sort, offset: u64, cells: u64, page: usize) -> Self {
         Self { file: Arc::clone(file), sort, offset, cells, page, read: RwLock::default() }
-    }
-
-    /// Returns the number of cells.
-    pub(super) fn cells(&self) -> u64 {
-        self.cells
     }
 
     /// Calls `each` with runs of cells that lie in one page, from cell `first` on and `count` in all.

@@ -11,7 +11,7 @@ use afterimage::progress::Silent;
 
 use super::{compare, content, geometry_of, name};
 
-const PAGE_BLOCKS: u64 = 3000;
+const PAGE_BLOCKS: u64 = 800;
 
 #[test]
 fn threads_save_side_by_side_and_read_side_by_side() {

@@ -1,6 +1,6 @@
 //! Checkpoints: golden, damaged, cut, hostile, and as their page says.
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use afterimage::checkpoint::{
     self, Codec, Cut, DiskSnapshot, Folder, Footer, Geometry, Header, Name, PageBlock, Place, Plan, Pushed, Region,
@@ -22,6 +22,8 @@ const INDEX: usize = 4 * 16_384;
 const CONTENTS: usize = INDEX + 4096;
 const STATE: usize = CONTENTS + 4096;
 const FOOTER: usize = STATE + 4096;
+
+static WHOLE: LazyLock<Vec<u8>> = LazyLock::new(|| fixture("checkpoint"));
 
 fn geometry() -> Geometry {
     // The last page block of the first region is a short one.
@@ -129,7 +131,7 @@ fn folder_of(bytes: &[u8]) -> (SimMedia, Folder) {
     let media = SimMedia::new(1);
     media.make_dir("checkpoints").unwrap();
     media.make_dir("checkpoints/vm").unwrap();
-    for (path, bytes) in [("it", bytes), ("whole", &fixture("checkpoint"))] {
+    for (path, bytes) in [("it", bytes), ("whole", &WHOLE)] {
         media.open(&format!("checkpoints/vm/{path}.ckpt"), Open::New).unwrap().write_at(bytes, 0).unwrap();
     }
     let shared: Arc<dyn Media> = Arc::new(media.clone());
@@ -199,8 +201,12 @@ fn every_flipped_byte_is_corruption() {
     let (media, folder) = folder_of(&golden);
     let mut tried = 0;
     for at in (0..golden.len()).filter(|at| !means_nothing(&golden, *at)) {
-        // Every bit where fields are, one of each byte elsewhere.
-        let fields = at < 512 || (FOOTER..FOOTER + 128).contains(&at);
+        // Every bit where fields are, one of some bytes elsewhere.
+        let cells = [INDEX..INDEX + 7 * 16, CONTENTS - 16..CONTENTS + 44, STATE - 16..STATE + 20, FOOTER..FOOTER + 128];
+        let fields = at < 16_384 || cells.iter().any(|cells| cells.contains(&at));
+        if !fields && !at.is_multiple_of(23) {
+            continue;
+        }
         for bit in (0..8).filter(|bit| fields || *bit == at % 8) {
             media.flip_bit("checkpoints/vm/it.ckpt", at as u64, bit as u8).unwrap();
             let verified = checkpoint::verify(&folder, &name("vm@it"), &Silent);
@@ -214,7 +220,7 @@ fn every_flipped_byte_is_corruption() {
             tried += 1;
         }
     }
-    assert!(tried > 20_000, "{tried}");
+    assert!(tried > 5000, "{tried}");
     assert_eq!(read_all(&bytes_of(&media, "checkpoints/vm/it.ckpt")).unwrap(), 6);
 }
 
@@ -267,7 +273,7 @@ pub fn parts() -> Vec<(usize, Vec<u8>)> {
 #[test]
 fn hostile_numbers_are_refused() {
     let put = |at: usize, bytes: &[u8]| {
-        let mut bad = fixture("checkpoint");
+        let mut bad = WHOLE.clone();
         bad[at..at + bytes.len()].copy_from_slice(bytes);
         seal(&mut bad);
         bad
@@ -298,7 +304,7 @@ fn hostile_numbers_are_refused() {
         ("an offset beyond the storage block", put(cell(0) + 1, &[0xff, 0xff, 0xff])),
         ("a storage block that is not there", put(cell(0) + 4, &3u32.to_le_bytes())),
         ("stored bytes of no length", put(cell(0) + 8, &[0; 4])),
-        ("stored bytes beyond the storage block", put(cell(0) + 8, &8191u32.to_le_bytes())),
+        ("more stored bytes than there are", put(cell(0) + 8, &8191u32.to_le_bytes())),
         ("a raw page block of another length", put(cell(1) + 8, &8191u32.to_le_bytes())),
         ("zeros with a place", put(cell(2) + 4, &[1])),
         ("contents that go back", put(CONTENTS + 4, &9u32.to_le_bytes())),
