@@ -22,13 +22,14 @@ use crate::checkpoint::PageBlock;
 use crate::clock::{self, Instant};
 use crate::sys::guest::PAGE;
 use crate::sys::userfaultfd::{How, Message, Messages};
+use crate::units::to_usize;
 
 /// Messages that are read at once: more threads than ever wait.
 const MESSAGES: usize = 1024;
 /// How long faults that were put off wait for the next try.
 const AGAIN: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000 };
 
-static ZEROS: [u8; 4096] = [0; PAGE as usize];
+static ZEROS: [u8; to_usize(PAGE)] = [0; to_usize(PAGE)];
 
 /// Calls the thread back.
 #[derive(Debug)]

@@ -166,9 +166,9 @@ mod tests {
             [(0, 64 * PAGE), (1 << 32, 16 * PAGE)]
         );
         memory.write_slice(&[7; 100], GuestAddress((1 << 32) + 3 * PAGE)).unwrap();
-        let mut bytes = vec![1; 5 * PAGE as usize];
+        let mut bytes = vec![1; to_usize(5 * PAGE)];
         regions[1].read(&mut bytes, 0).unwrap();
-        let at = 3 * PAGE as usize;
+        let at = to_usize(3 * PAGE);
         assert!(bytes[at..at + 100] == [7; 100] && bytes[..at].iter().chain(&bytes[at + 100..]).all(|byte| *byte == 0));
         assert_eq!(regions[1].next_data(0).unwrap(), Some((3 * PAGE, 4 * PAGE)));
         assert_eq!(regions[1].next_data(4 * PAGE).unwrap(), None);

@@ -364,11 +364,12 @@ mod tests {
 
     use super::*;
     use crate::sys::guest::PAGE;
+    use crate::units::to_usize;
 
     fn memory(pages: u64) -> (GuestMemoryMmap<()>, GuestRegion) {
         let file = std::fs::File::from(rustix::fs::memfd_create("watched", MemfdFlags::CLOEXEC).unwrap());
         file.set_len(pages * PAGE).unwrap();
-        let range = (GuestAddress(0), crate::units::to_usize(pages * PAGE), Some(FileOffset::new(file, 0)));
+        let range = (GuestAddress(0), to_usize(pages * PAGE), Some(FileOffset::new(file, 0)));
         let memory = GuestMemoryMmap::<()>::from_ranges_with_files([range]).unwrap();
         let region = GuestRegion::all(&memory).unwrap().remove(0);
         (memory, region)
@@ -403,14 +404,14 @@ mod tests {
         std::thread::scope(|scope| {
             let reading = scope.spawn(|| memory.read_obj::<u64>(GuestAddress(3 * PAGE + 8)).unwrap());
             assert_eq!(next(&faults, &mut messages), Message::Missing(at(3)));
-            let data = [7; 2 * PAGE as usize];
+            let data = [7; to_usize(2 * PAGE)];
             let copied = faults.copy(&region, 2 * PAGE, &data, How { wake: true, protect: true });
             assert!(copied.bytes == data.len() && copied.stopped.is_none());
             assert_eq!(reading.join().unwrap(), u64::from_le_bytes([7; 8]));
             // The second page is there: the copy ends before it, and says so.
             let copied = faults.copy(&region, PAGE, &data, How { wake: false, protect: false });
-            assert_eq!(copied.bytes, PAGE as usize);
-            let again = faults.copy(&region, 2 * PAGE, &data[..PAGE as usize], How { wake: false, protect: false });
+            assert_eq!(copied.bytes, to_usize(PAGE));
+            let again = faults.copy(&region, 2 * PAGE, &data[..to_usize(PAGE)], How { wake: false, protect: false });
             assert_eq!(again.stopped.unwrap().kind(), io::ErrorKind::AlreadyExists);
             let writing = scope.spawn(|| memory.write_obj(1_u64, GuestAddress(3 * PAGE)).unwrap());
             assert_eq!(next(&faults, &mut messages), Message::Protected(at(3)));

@@ -214,6 +214,9 @@ impl<'a> Writers<'a> {
             for number in 0..threads {
                 scope.spawn(move || self.run(number));
             }
+            while threads > 0 && self.stores.load(Ordering::Relaxed) == 0 {
+                std::thread::yield_now();
+            }
             // Also when it panics: nobody would join the threads otherwise.
             struct Over<'a>(&'a AtomicBool);
             impl Drop for Over<'_> {
@@ -229,8 +232,9 @@ impl<'a> Writers<'a> {
     /// Cuts while nobody writes, and returns what memory had.
     fn cut(&self, saver: &mut Saver) -> Vec<u8> {
         let _held = self.hold.write();
+        let twin = self.content();
         saver.cut().unwrap();
-        self.content()
+        twin
     }
 }
 

@@ -63,7 +63,7 @@ fn what_is_given_back_and_written_stays() {
     twin[whole..whole + (1 << 16)].fill(0);
     assert_eq!(guest.load(whole as u64), 0);
     save_stopped_is(&guest, &watch, &folder, &twin);
-    assert!(restorer.figures().resident);
+    restorer.wait_filled().unwrap();
     // Given back again when all is there.
     guest.regions[0].give_back(at as u64, BLOCK).unwrap();
     assert_eq!(guest.load(at as u64), 0);

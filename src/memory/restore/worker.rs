@@ -41,7 +41,7 @@ pub(super) fn run(core: &Arc<Core>, filling: &Arc<Filling>, plan: Option<Option<
         match buffer.map(|buffer| Worker { core, filling, buffer }) {
             Ok(mut worker) => worker.work(),
             Err(error) => {
-                filling.break_down(&format!("the host has no memory to restore the memory of a guest: {error}"))
+                filling.break_down(&format!("the host has no memory to restore the memory of a guest: {error}"));
             }
         }
     }));
