@@ -18,7 +18,7 @@
 //! 4. One thread, the keeper, sees that the server is gone and looks for it, also while nobody asks for anything: the disk is
 //!    not kept for ever.
 //! 5. A client that is cancelled ends all waiting with an error, at once. Who calls requests back ([`BlockDevice::heed`]) gets
-//!    them at once where they wait here, and after [`CALL_TIME`] where the server has not answered by then: it may let them
+//!    them at once where they wait here, and after half a second where the server has not answered by then: it may let them
 //!    wait on purpose. The connections are broken for that, and what was under way for others is asked again.
 //! 6. A server that makes no sense, again and again, is not asked any more.
 //!
