@@ -26,6 +26,7 @@ struct Load {
     twin: Vec<u8>,
     /// Blocks that a request under way is about: no other one touches them.
     busy: Vec<bool>,
+    begun: usize,
     finished: usize,
 }
 
@@ -33,7 +34,7 @@ impl Load {
     fn new(device: Arc<dyn BlockDevice>) -> Self {
         let engine = Engine::new("test", 4, Arc::default()).unwrap();
         let (twin, busy) = (vec![0; BLOCKS * BLOCK], vec![false; BLOCKS]);
-        Self { device, engine, buffers: Buffers::default(), twin, busy, finished: 0 }
+        Self { device, engine, buffers: Buffers::default(), twin, busy, begun: 0, finished: 0 }
     }
 
     fn blocks(range: &std::ops::Range<usize>) -> std::ops::Range<usize> {
@@ -77,9 +78,15 @@ impl Load {
             Op::Read | Op::Flush => {}
         }
         self.busy[Self::blocks(&range)].fill(true);
+        self.begun += 1;
         let (offset, len) = (range.start as u64, range.len() as u64);
         let device = Arc::clone(&self.device);
         self.engine.begin(Request { op, device, offset, len, pages: Some(pages), at: BLOCK, tag: (number, range) });
+    }
+
+    /// What is forgotten here is never answered.
+    fn assert_nothing_is_forgotten(&self) {
+        assert_eq!(self.engine.in_flight(), self.begun - self.finished);
     }
 
     fn take_finished(&mut self) {
@@ -123,6 +130,7 @@ fn requests_under_way_together_read_what_was_written() {
     });
     for number in 0..6000 {
         load.begin(number);
+        load.assert_nothing_is_forgotten();
         if number % 7 == 0 {
             load.engine.submit().unwrap();
         }

@@ -316,7 +316,7 @@ impl<T: Send + 'static> Engine<T> {
     pub fn submit(&mut self) -> Result<()> {
         let Some(ring) = &mut self.ring else { return Ok(()) };
         let alone = self.aside == 0 && ring.run_alone();
-        if !alone && ring.in_flight() > 0 {
+        if !alone && ring.pending() > 0 {
             ring.submit().map_err(ring_failed)?;
         }
         self.harvest();

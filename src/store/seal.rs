@@ -26,7 +26,7 @@ use crate::codec::crc32;
 use crate::error::{Error, Kind, Result};
 use crate::map::{BlockSet, Entry, Piece, Run};
 use crate::media::Media;
-use crate::pool::SEGMENTS_DIR;
+use crate::pool::{SEGMENTS_DIR, segment_dir};
 use crate::sync::Mutex;
 use crate::units::{BLOCK_SIZE, BlockAddress, CHUNK_BLOCKS, ChunkIndex, Epoch, SegmentId, SnapshotId, to_usize};
 
@@ -185,6 +185,9 @@ impl Store {
             let fresh: Vec<_> = slabs.iter().map(|(chunk, piece)| (*chunk, lacks(piece))).collect();
             let fresh = fresh.iter().filter(|(_, piece)| !piece.set.is_empty());
             if there.whole && fresh.clone().next().is_none() {
+                // A process that was killed may have put it there without syncing the directory.
+                let dir = segment_dir(segment);
+                self.media.sync_dir(&dir).map_err(|e| Error::io(format!("cannot sync {dir}"), e))?;
                 continue;
             }
             let fresh = fresh.map(|(chunk, piece)| {

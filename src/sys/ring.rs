@@ -80,7 +80,8 @@ pub struct Ring<T> {
     /// Jobs that the kernel was not told of yet.
     queued: Vec<usize>,
     done: VecDeque<Job<T>>,
-    in_flight: usize,
+    /// Jobs that are not finished.
+    pending: usize,
     /// A bit for each number that is watched.
     watching: u32,
     /// A watched descriptor was seen readable since the last [`Ring::wait`].
@@ -91,7 +92,7 @@ pub struct Ring<T> {
 
 impl<T> std::fmt::Debug for Ring<T> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Ring").field("in_flight", &self.in_flight).finish_non_exhaustive()
+        f.debug_struct("Ring").field("in_flight", &self.in_flight()).finish_non_exhaustive()
     }
 }
 
@@ -110,17 +111,23 @@ impl<T> Ring<T> {
             free: Vec::new(),
             queued: Vec::new(),
             done: VecDeque::new(),
-            in_flight: 0,
+            pending: 0,
             watching: 0,
             woken: false,
             here: PhantomData,
         })
     }
 
-    /// Returns how many jobs the kernel has.
+    /// Returns how many jobs were pushed and not yet taken with [`Self::finished`].
     #[must_use]
     pub fn in_flight(&self) -> usize {
-        self.in_flight
+        self.pending + self.done.len()
+    }
+
+    /// Returns how many of them are not finished.
+    #[must_use]
+    pub fn pending(&self) -> usize {
+        self.pending
     }
 
     /// Queues a job of at least one piece; it goes to the kernel with [`Self::submit`] or [`Self::wait`]. Returns its
@@ -141,7 +148,7 @@ impl<T> Ring<T> {
         let left = job.pieces.len();
         self.flights[slot] = Some(Flight { job, left });
         self.queued.push(slot);
-        self.in_flight += 1;
+        self.pending += 1;
         slot
     }
 
@@ -150,7 +157,7 @@ impl<T> Ring<T> {
     /// then.
     pub fn run_alone(&mut self) -> bool {
         use std::os::unix::fs::FileExt;
-        if self.in_flight != 1 || self.queued.len() != 1 {
+        if self.pending != 1 || self.queued.len() != 1 {
             return false;
         }
         let slot = self.queued[0];
@@ -178,7 +185,7 @@ impl<T> Ring<T> {
     fn finish(&mut self, slot: usize) {
         let flight = self.flights[slot].take().expect("a job that is finished was in flight");
         self.free.push(slot);
-        self.in_flight -= 1;
+        self.pending -= 1;
         self.done.push_back(flight.job);
     }
 
@@ -315,9 +322,9 @@ impl<T> Drop for Ring<T> {
         // What the kernel was never told of is just dropped.
         for slot in std::mem::take(&mut self.queued) {
             self.flights[slot] = None;
-            self.in_flight -= 1;
+            self.pending -= 1;
         }
-        while self.in_flight > 0 {
+        while self.pending > 0 {
             if self.enter(1).is_err() {
                 // The kernel may still write into the memory: it is given up, not freed.
                 Vec::leak(std::mem::take(&mut self.flights));
@@ -370,6 +377,26 @@ mod tests {
         assert!(ring.watching == 0 && ring.finished().is_none());
         number = ring.push(Job { pages: done.pages, write: false, pieces: vec![piece(0)], tag: "dropped" });
         assert_eq!(number, 0);
+    }
+
+    #[test]
+    fn a_job_is_in_flight_until_it_is_taken() {
+        let Ok(mut ring) = Ring::new(4) else {
+            println!("skipped: this host allows no io_uring");
+            return;
+        };
+        let file = tempfile::tempfile().unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, &[7; 4096], 0).unwrap();
+        let pieces = vec![Piece { file: Arc::new(file), offset: 0, at: 0, len: 4096, result: 0 }];
+        ring.push(Job { pages: Pages::new(4096).unwrap(), write: false, pieces, tag: () });
+        // The page is in the cache: the kernel may be done with it at once.
+        while ring.pending() > 0 {
+            assert_eq!(ring.in_flight(), 1);
+            ring.submit().unwrap();
+        }
+        assert_eq!(ring.in_flight(), 1, "nobody was told of it yet");
+        assert_eq!(ring.finished().unwrap().pieces[0].result, 4096);
+        assert_eq!(ring.in_flight(), 0);
     }
 
     #[test]

@@ -196,8 +196,8 @@ impl Loop {
             if ring.run_alone() {
                 // One request at a time is done quickest like that.
                 habit.ran_alone();
-            } else if ring.in_flight() == 0 {
-                // All answered.
+            } else if ring.pending() == 0 {
+                // All answered, or about to be.
             } else if taken < BATCH && ring.in_flight() < IN_FLIGHT_MAX {
                 habit = Habit::default();
                 ring.watch(0, self.device.file().as_fd())?;

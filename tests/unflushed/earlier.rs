@@ -91,3 +91,53 @@ fn a_snapshot_after_a_kill_is_durable_with_what_the_killed_process_had_not_synce
         }
     }
 }
+
+/// What a process did of the work in the background before it was killed is found by the next one, which builds upon it; a loss
+/// of power after that takes nothing that anything counts on.
+#[test]
+fn what_a_killed_process_left_in_directories_is_durable_before_anything_counts_on_it() {
+    let (base, media, store) = simulated(&["vm", "other"]);
+    let (disk, lease) = attach(&store, "vm");
+    write(&disk, 1, 0, 700);
+    snapshot::take(&store, &[("vm".into(), "s".into())]).unwrap();
+    write(&disk, 2, 10, 5);
+    disk.flush().unwrap();
+    drop((disk, lease, store, media));
+    base.crash();
+    // Makes a segment with its directory, seals of both kinds with theirs, and folds.
+    let work = |store: &Arc<afterimage::store::Store>| -> afterimage::error::Result<()> {
+        disk::open(store, "other")?.write(&filled(3, 4), 0)?;
+        store.flush_all()?;
+        while store.seal_next()? {}
+        // That they are sealed is durable with the next frame.
+        disk::open(store, "other")?.write(&filled(3, 4), 1 << 20)?;
+        store.flush_all()?;
+        store.fold().map(drop)
+    };
+    let mut kills = 0;
+    loop {
+        let sim = base.fork(kills);
+        let media: Arc<dyn Media> = Arc::new(sim.clone());
+        let store = open(&media);
+        sim.crash_after(kills + 1);
+        let ended = work(&store);
+        drop(store);
+        if ended.is_ok() && !sim.is_down() {
+            break;
+        }
+        kills += 1;
+        sim.kill();
+        let store = open(&media);
+        work(&store).unwrap();
+        drop(store);
+        for seed in 0..12 {
+            let fork = sim.fork(1000 * kills + seed);
+            fork.crash();
+            let media: Arc<dyn Media> = Arc::new(fork);
+            let store = open(&media);
+            assert!(read(&store, "other", 0, 4) == filled(3, 4), "killed at I/O {kills}, seed {seed}");
+            assert!(read(&store, "vm", 10, 5) == filled(2, 5), "killed at I/O {kills}, seed {seed}");
+        }
+    }
+    assert!(kills > 30, "{kills} kills");
+}
