@@ -471,7 +471,8 @@ fn state(info: &Info) -> &'static str {
 
 fn line(info: &Info) -> String {
     let Definition { memory, cpus, .. } = info.definition;
-    format!("{}: {}, {} of memory, {cpus} processors\n", info.name, state(info), show_size(memory))
+    let waits = if info.waits_for_server { " (a disk waits for the server of the pool)" } else { "" };
+    format!("{}: {}{waits}, {} of memory, {cpus} processors\n", info.name, state(info), show_size(memory))
 }
 
 fn sheet(info: &Info) -> String {

@@ -117,6 +117,9 @@ pub struct Info {
     /// The process that runs it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pid: Option<i32>,
+    /// A disk of it waits for the server of the pool.
+    #[serde(default)]
+    pub waits_for_server: bool,
     /// What it is made of.
     pub definition: Definition,
 }
@@ -128,7 +131,7 @@ impl Info {
     /// When its definition cannot be read.
     pub fn of_stopped(home: &Home) -> Result<Self> {
         let (name, definition) = (home.name().to_owned(), home.definition()?);
-        Ok(Self { name, state: State::Ended, ending: None, pid: None, definition })
+        Ok(Self { name, state: State::Ended, ending: None, pid: None, waits_for_server: false, definition })
     }
 }
 
@@ -346,7 +349,8 @@ impl Runner {
         let ending = now.ending.as_ref().or(None).map(ToString::to_string);
         let pid = Some(rustix::process::getpid().as_raw_nonzero().get());
         let (name, definition) = (self.home.name().to_owned(), self.definition.clone());
-        Info { name, state: now.state, ending, pid, definition }
+        let waits_for_server = self.served.iter().any(|disk| disk.client.is_away());
+        Info { name, state: now.state, ending, pid, waits_for_server, definition }
     }
 }
 

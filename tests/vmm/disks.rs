@@ -167,8 +167,11 @@ fn a_guest_without_a_server_is_paused_goes_on_and_can_be_stopped() {
     let Some(place) = Place::new() else { return };
     place.start("toy", "say=begun write=0,3000,5 check=0,3000,5 write=0,100000,6", "web");
     place.hear("toy", "begun");
+    assert_eq!(place.info("toy")["waits-for-server"], false);
     place.kill_server();
-    std::thread::sleep(Duration::from_millis(100));
+    wait_for("it waits", || place.info("toy")["waits-for-server"] == true);
+    let shown = place.0.run(&["vm", "ls"]).stdout;
+    assert!(text(&shown).contains("toy: running (a disk waits for the server of the pool), "), "{}", text(&shown));
     place.0.json(&["vm", "pause", "toy"]);
     place.0.json(&["serve", "--daemon"]);
     wait_for("it has come back", || place.holder() == "VM toy");

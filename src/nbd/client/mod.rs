@@ -199,6 +199,12 @@ impl Client {
         matches!(&*self.shared.now.lock(), Now::Connected(session) if !session.is_broken())
     }
 
+    /// Tells whether requests wait until it is there again.
+    #[must_use]
+    pub fn is_away(&self) -> bool {
+        self.shared.is_away()
+    }
+
     /// Ends it: every request fails from now on, also those that wait.
     pub fn cancel(&self) {
         self.shared.end(Error::failed(format!("{} is not used any more", self.shared.title)));
