@@ -342,7 +342,7 @@ fn prepare(home: &Home, life: Life, pool: &Path, global: &Global, screen: &Scree
         Life::New(definition) => define(home, definition, Begin::Boot, (pool, global)),
         Life::Restored(restore) => restore.open(pool, home, screen).and_then(|opened| {
             let (from, definition, undo) = opened.split();
-            define(home, definition, Begin::Restore(from), (pool, global)).inspect_err(|_| undo.undo(home.name()))
+            define(home, definition, Begin::Restore(Box::new(from)), (pool, global)).inspect_err(|_| undo.undo(home.name()))
         }),
         Life::Defined => unreachable!("see above"),
     };
@@ -467,7 +467,8 @@ fn state(info: &Info) -> &'static str {
 
 fn line(info: &Info) -> String {
     let Definition { memory, cpus, .. } = info.definition;
-    format!("{}: {}, {} of memory, {cpus} processors\n", info.name, state(info), show_size(memory))
+    let waits = if info.waits_for_server { " (a disk waits for the server of the pool)" } else { "" };
+    format!("{}: {}{waits}, {} of memory, {cpus} processors\n", info.name, state(info), show_size(memory))
 }
 
 fn sheet(info: &Info) -> String {

@@ -61,7 +61,6 @@ struct Instant {
     state: MachineState,
     disks: Option<Box<dyn Taking>>,
     created: u64,
-    pause: Duration,
 }
 
 impl Runner {
@@ -94,7 +93,7 @@ impl Runner {
         let writer = Writer::create(&self.folder, plan)?;
         let options = SaveOptions { keep_tracking: true, ..SaveOptions::default() };
         let mut saver = Saver::begin(&watch, writer, options)?;
-        let instant = self.stand_still(&machine, &mut saver, &disks, &name)?;
+        let (instant, pause) = self.stand_still(&machine, &mut saver, &disks, &name)?;
         let taken = instant.disks.map_or_else(|| Ok(Vec::new()), Taking::durable)?;
         while !saver.is_done() {
             *self.saving.lock() = Some(saver.figures());
@@ -109,7 +108,7 @@ impl Runner {
         })?;
         *last = Some(name.clone());
         let disks = taken.iter().map(|taken| format!("{}@{}", taken.disk, taken.name)).collect();
-        let pause_us = u64::try_from(instant.pause.as_micros()).unwrap_or(u64::MAX);
+        let pause_us = u64::try_from(pause.as_micros()).unwrap_or(u64::MAX);
         tracing::info!("the checkpoint {name} is made; the guest stood still for {pause_us} us");
         Ok(Saved { name: name.name().to_owned(), parent, disks, pause_us, memory })
     }
@@ -131,7 +130,13 @@ impl Runner {
     }
 
     /// Takes all that is of one instant. The guest runs when this returns, if it did before.
-    fn stand_still(&self, machine: &Arc<Machine>, saver: &mut Saver, disks: &[String], name: &Name) -> Result<Instant> {
+    fn stand_still(
+        &self,
+        machine: &Arc<Machine>,
+        saver: &mut Saver,
+        disks: &[String],
+        name: &Name,
+    ) -> Result<(Instant, Duration)> {
         for disk in self.settings.disks.iter().filter(|disk| !disk.read_only) {
             disk.device.flush()?;
         }
@@ -155,8 +160,7 @@ impl Runner {
         let pause = if runs { begun.elapsed() } else { Duration::ZERO };
         go_on();
         drop(now);
-        let (state, disks, created) = taken?;
-        Ok(Instant { state, disks, created, pause })
+        Ok((taken?, pause))
     }
 
     fn pause_and_take(
@@ -166,7 +170,7 @@ impl Runner {
         runs: bool,
         disks: &[String],
         name: &Name,
-    ) -> Result<(MachineState, Option<Box<dyn Taking>>, u64)> {
+    ) -> Result<Instant> {
         if runs {
             machine.pause_unless_stuck().map_err(|stuck| self.cannot_be_had(&stuck))?;
         }
@@ -177,7 +181,7 @@ impl Runner {
         if let Some(taking) = &mut taking {
             taking.instant()?;
         }
-        Ok((state, taking, created))
+        Ok(Instant { state, disks: taking, created })
     }
 
     fn commit(&self, saver: Saver, state: MachineState, created: u64, taken: &[Taken]) -> Result<SaveFigures> {

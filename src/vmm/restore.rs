@@ -71,8 +71,8 @@ impl Restore<'_> {
     }
 
     /// Makes the machine, whose memory is watched from then on.
-    pub(super) fn begin(self, settings: &Settings, means: &Means, faults: Userfault) -> Result<Begun> {
-        let Self { reader, state, eager, touched, name, .. } = self;
+    pub(super) fn begin(self: Box<Self>, settings: &Settings, means: &Means, faults: Userfault) -> Result<Begun> {
+        let Self { reader, state, eager, touched, name, .. } = *self;
         let (mut watch, mut restorer) = (None, None);
         let machine = Machine::go_on(settings, means, &state, |memory| {
             let watched = watch.insert(Watch::new(faults, memory, reader.geometry().sizes())?);

@@ -78,7 +78,8 @@ impl Place {
     /// Types a line.
     fn type_in(&self, name: &str, line: &str) {
         use std::io::{BufRead, BufReader, Write};
-        let mut client = BufReader::new(std::os::unix::net::UnixStream::connect(self.file(name, "serial.sock")).unwrap());
+        let mut client =
+            BufReader::new(std::os::unix::net::UnixStream::connect(self.file(name, "serial.sock")).unwrap());
         let mut first = String::new();
         client.read_line(&mut first).unwrap();
         assert!(first.contains("boot="), "{first}");

@@ -71,15 +71,16 @@ impl Place {
         Pid::from_raw(i32::try_from(status.pid).unwrap())
     }
 
-    /// Returns how many stewards there are for the machines of this pool.
-    fn stewards(&self) -> usize {
+    /// Returns the stewards of the machines of this pool.
+    fn stewards(&self) -> Vec<Pid> {
         let pool = self.0.pool();
         let is = |process: &fs::DirEntry| {
             let words = fs::read(process.path().join("cmdline")).unwrap_or_default();
             let words = String::from_utf8_lossy(&words).into_owned();
             words.contains("--steward") && words.contains(pool.to_str().unwrap())
         };
-        fs::read_dir("/proc").unwrap().filter(|process| process.as_ref().is_ok_and(is)).count()
+        let processes = fs::read_dir("/proc").unwrap().filter_map(Result::ok).filter(is);
+        processes.filter_map(|process| Pid::from_raw(process.file_name().to_str()?.parse().ok()?)).collect()
     }
 
     fn wait_for_no_server(&self) {
@@ -91,9 +92,14 @@ impl Place {
         self.wait_for_no_server();
     }
 
+    fn pid(&self, name: &str) -> Pid {
+        Pid::from_raw(i32::try_from(self.info(name)["pid"].as_i64().unwrap()).unwrap()).unwrap()
+    }
+
     fn kill_machine(&self, name: &str) {
-        let pid = self.info(name)["pid"].as_i64().unwrap();
-        kill_process(Pid::from_raw(i32::try_from(pid).unwrap()).unwrap(), Signal::KILL).unwrap();
+        let pid = self.pid(name);
+        kill_process(pid, Signal::KILL).unwrap();
+        let pid = pid.as_raw_nonzero();
         wait_for("it is gone", || !std::path::Path::new(&format!("/proc/{pid}")).exists());
     }
 }
@@ -161,8 +167,11 @@ fn a_guest_without_a_server_is_paused_goes_on_and_can_be_stopped() {
     let Some(place) = Place::new() else { return };
     place.start("toy", "say=begun write=0,3000,5 check=0,3000,5 write=0,100000,6", "web");
     place.hear("toy", "begun");
+    assert_eq!(place.info("toy")["waits-for-server"], false);
     place.kill_server();
-    std::thread::sleep(Duration::from_millis(100));
+    wait_for("it waits", || place.info("toy")["waits-for-server"] == true);
+    let shown = place.0.run(&["vm", "ls"]).stdout;
+    assert!(text(&shown).contains("toy: running (a disk waits for the server of the pool), "), "{}", text(&shown));
     place.0.json(&["vm", "pause", "toy"]);
     place.0.json(&["serve", "--daemon"]);
     wait_for("it has come back", || place.holder() == "VM toy");
@@ -224,7 +233,7 @@ fn a_machine_of_another_user_comes_back_to_its_disks_and_to_no_others() {
     place.hear("toy", "waiting");
     assert_eq!(place.said("toy"), "begun\nwritten\nchecked\nflushed\nwaiting\n");
     let status = fs::read_to_string(format!("/proc/{}/status", place.info("toy")["pid"])).unwrap();
-    assert!(status.contains("\nUid:\t65534\t65534\t65534"), "{status}");
+    assert!(status.contains("\nUid:\t") && !status.contains("\nUid:\t0"), "{status}");
     // Ended in order, its disk is free when it has ended; killed, a little later. No steward stays behind.
     place.0.json(&["vm", "stop", "toy"]);
     place.wait_for_no_server();
@@ -233,7 +242,7 @@ fn a_machine_of_another_user_comes_back_to_its_disks_and_to_no_others() {
     assert_eq!(place.holder(), "VM toy");
     place.kill_machine("toy");
     place.wait_for_no_server();
-    assert_eq!(place.stewards(), 0);
+    wait_for("its steward has ended", || place.stewards().is_empty());
     assert_eq!(place.guest("check=0,1500,5 off", "web"), "checked\n");
 }
 
@@ -258,6 +267,62 @@ fn a_command_without_a_server_keeps_the_disk_for_a_machine_that_runs_and_for_non
     place.kill_server();
     place.kill_machine("toy");
     place.0.json(&["rm", "web"]);
+}
+
+/// Another machine started the server and ended with it, and the first one waited on with its time running out.
+#[test]
+fn a_server_waits_for_a_machine_that_runs_although_nothing_is_attached() {
+    let Some(place) = Place::new() else { return };
+    place.0.json(&["create", "db", "-s", "1M"]);
+    place.start("toy", "say=begun button off", "web");
+    place.hear("toy", "begun");
+    let machine = place.pid("toy");
+    kill_process(machine, Signal::STOP).unwrap();
+    place.kill_server();
+    assert_eq!(place.guest("zero=0,1 off", "db"), "zeros\n");
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(place.server().is_some());
+    let awaited = place.0.json(&["exports"])["awaited"].clone();
+    assert!(awaited[0]["vm"] == "toy" && awaited[0]["seconds"].as_u64().unwrap() <= 60, "{awaited}");
+    kill_process(machine, Signal::CONT).unwrap();
+    wait_for("it has come back", || place.holder() == "VM toy");
+    place.0.json(&["vm", "stop", "toy"]);
+    place.wait_for_no_server();
+}
+
+#[test]
+fn a_machine_ends_although_its_server_does_not_answer() {
+    let Some(place) = Place::new() else { return };
+    place.start("toy", "say=begun write=0,100000,5 off", "web");
+    place.hear("toy", "begun");
+    let server = place.server().unwrap();
+    kill_process(server, Signal::STOP).unwrap();
+    place.0.json(&["vm", "pause", "toy"]);
+    place.0.json(&["vm", "resume", "toy"]);
+    place.0.json(&["vm", "stop", "toy", "--force"]);
+    kill_process(server, Signal::CONT).unwrap();
+    place.wait_for_no_server();
+    assert_eq!(place.holder(), Value::Null);
+}
+
+#[test]
+fn a_machine_without_its_steward_goes_on_and_fails_when_the_server_goes() {
+    if !require(rustix::process::geteuid().is_root(), "root") {
+        return;
+    }
+    let Some(place) = Place::new() else { return };
+    let words = ["--disk", "web", "--user", "nobody", "--detach"];
+    let output = place.run("toy", "say=begun write=0,100000,5 off", &words);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    place.hear("toy", "begun");
+    let steward = place.stewards();
+    assert_eq!(steward.len(), 1);
+    kill_process(steward[0], Signal::KILL).unwrap();
+    std::thread::sleep(Duration::from_millis(200));
+    assert_eq!((place.info("toy")["state"].as_str(), place.said("toy").as_str()), (Some("running"), "begun\n"));
+    place.kill_server();
+    place.wait_for_end("toy");
+    assert_eq!(place.said("toy"), "begun\nFAILED: the disk failed a request\n");
 }
 
 #[test]

@@ -61,7 +61,13 @@ impl Place {
     }
 
     /// Makes a machine that goes on from a checkpoint, and lets go of it when `then` is done.
-    fn restore(&self, settings: &Settings, name: &str, eager: bool, then: impl FnOnce(&Arc<Machine>, Option<&Restorer>)) {
+    fn restore(
+        &self,
+        settings: &Settings,
+        name: &str,
+        eager: bool,
+        then: impl FnOnce(&Arc<Machine>, Option<&Restorer>),
+    ) {
         let reader = self.open(name);
         let state: MachineState = state_of(&serde_json::from_slice(&reader.state().unwrap()).unwrap());
         let (mut watch, mut restorer) = (None, None);

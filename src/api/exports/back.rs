@@ -9,9 +9,10 @@
 //! 4. Disks and snapshots that are gone, and snapshots that are retired, are taken out of what persists; so is an export of
 //!    which nothing is left.
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 
-use super::book::{self, Book};
+use super::book;
 use super::served::Served;
 use super::wish::What;
 use super::{Exports, Front, Running, holder};
@@ -23,7 +24,7 @@ use crate::units::{DiskId, SnapshotId};
 
 impl Exports {
     /// Starts what the list says, without what is gone.
-    pub(super) fn restore(&self) -> Result<()> {
+    pub(super) fn restore(self: &Arc<Self>) -> Result<()> {
         let ExportList { exports: mut rows, mut leases, .. } = self.book.read()?;
         rows.retain_mut(|row| self.drop_gone(row));
         leases.retain_mut(|lease| self.is_claim(lease, &rows));
@@ -41,7 +42,7 @@ impl Exports {
             self.table.lock().running.insert(id, running);
         }
         if !leases.is_empty() {
-            purge_later(&self.book);
+            purge_later(self);
         }
         Ok(())
     }
@@ -151,12 +152,14 @@ impl Exports {
 }
 
 /// Forgets in a minute who has not come back by then.
-fn purge_later(book: &Arc<Book>) {
-    let book: Weak<Book> = Arc::downgrade(book);
+fn purge_later(exports: &Arc<Exports>) {
+    let exports: Weak<Exports> = Arc::downgrade(exports);
     let purge = move || {
         clock::sleep(book::RESERVED);
-        if let Some(book) = book.upgrade() {
-            book.purge();
+        let Some(exports) = exports.upgrade() else { return };
+        exports.book.purge();
+        if exports.was_idle.load(Ordering::SeqCst) && exports.table.lock().running.is_empty() {
+            exports.tell_idle();
         }
     };
     if let Err(error) = std::thread::Builder::new().name("exports".into()).spawn(purge) {

@@ -34,7 +34,7 @@ mod wish;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use super::answer::Export;
 use super::{Request, Target};
@@ -107,6 +107,8 @@ pub(super) struct Exports {
     /// What is held for the next server, by number, where nothing is served.
     kept: Mutex<BTreeMap<u64, Vec<Attached>>>,
     idle: Mutex<Option<Idle>>,
+    /// Nothing was attached any more while somebody was awaited.
+    was_idle: AtomicBool,
     /// What the clients of all exports may take together.
     budget: Budget,
 }
@@ -121,6 +123,7 @@ impl Exports {
             table: Mutex::default(),
             kept: Mutex::default(),
             idle: Mutex::default(),
+            was_idle: AtomicBool::new(false),
             budget: Budget::new(share_of_open_files(CLIENTS_SHARE)),
         })
     }
@@ -286,8 +289,13 @@ impl Exports {
         Ok(answer)
     }
 
-    /// Says that nothing is attached any more.
+    /// Says that nothing is attached any more, unless a machine that runs is about to come back: what it waits for would end.
     fn tell_idle(&self) {
+        let runs = |(_, holder, _): &(_, String, _)| self.has_machine_ended(holder) == Some(false);
+        if self.book.awaited().iter().any(runs) {
+            self.was_idle.store(true, Ordering::SeqCst);
+            return;
+        }
         if let Some(idle) = &*self.idle.lock() {
             idle();
         }

@@ -18,7 +18,7 @@
 //! 4. One thread, the keeper, sees that the server is gone and looks for it, also while nobody asks for anything: the disk is
 //!    not kept for ever.
 //! 5. A client that is cancelled ends all waiting with an error, at once. Who calls requests back ([`BlockDevice::heed`]) gets
-//!    them at once where they wait here, and after [`CALL_TIME`] where the server has not answered by then: it may let them
+//!    them at once where they wait here, and after half a second where the server has not answered by then: it may let them
 //!    wait on purpose. The connections are broken for that, and what was under way for others is asked again.
 //! 6. A server that makes no sense, again and again, is not asked any more.
 //!
@@ -197,6 +197,12 @@ impl Client {
     #[must_use]
     pub fn is_connected(&self) -> bool {
         matches!(&*self.shared.now.lock(), Now::Connected(session) if !session.is_broken())
+    }
+
+    /// Tells whether requests wait until it is there again.
+    #[must_use]
+    pub fn is_away(&self) -> bool {
+        self.shared.is_away()
     }
 
     /// Ends it: every request fails from now on, also those that wait.
