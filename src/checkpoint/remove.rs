@@ -98,12 +98,7 @@ pub fn hold(store: &Arc<Store>, name: &Name, disks: &[DiskSnapshot]) -> Result<(
 ///
 /// # Errors
 /// `NotFound`, `Exists`, `Usage` for a disk that is named twice, `ReadOnly`. Nothing is left then.
-pub fn snapshot(
-    store: &Arc<Store>,
-    name: &Name,
-    disks: &[String],
-    instant: &dyn Fn(),
-) -> Result<Vec<SnapshotInfo>> {
+pub fn snapshot(store: &Arc<Store>, name: &Name, disks: &[String], instant: &dyn Fn()) -> Result<Vec<SnapshotInfo>> {
     let targets: Vec<_> = disks.iter().map(|disk| (disk.clone(), name.name().to_owned())).collect();
     let taken = snapshot::take_at_once(store, &targets, instant)?;
     let held = {

@@ -342,7 +342,8 @@ fn prepare(home: &Home, life: Life, pool: &Path, global: &Global, screen: &Scree
         Life::New(definition) => define(home, definition, Begin::Boot, (pool, global)),
         Life::Restored(restore) => restore.open(pool, home, screen).and_then(|opened| {
             let (from, definition, undo) = opened.split();
-            define(home, definition, Begin::Restore(Box::new(from)), (pool, global)).inspect_err(|_| undo.undo(home.name()))
+            define(home, definition, Begin::Restore(Box::new(from)), (pool, global))
+                .inspect_err(|_| undo.undo(home.name()))
         }),
         Life::Defined => unreachable!("see above"),
     };

@@ -16,12 +16,12 @@ use std::time::Duration;
 
 use clap::Args;
 
+use super::Global;
 use super::bar::{Bar, Units};
 use super::screen::Screen;
 use super::show::{self, Style};
 use super::vm::{Life, does_not_run, start};
 use super::vm_parts::new_address;
-use super::Global;
 use crate::api::answer::Snapshot;
 use crate::api::machine::{Act, Order, ask_machine, checkpoint_machine};
 use crate::api::{Request, Response, Way};
@@ -144,9 +144,8 @@ impl Disks<'_> {
     /// Finds a snapshot of a checkpoint, whatever it and its disk are called now.
     fn find(&self, wanted: &DiskSnapshot) -> Result<Snapshot> {
         let strange = || Error::failed("the pool gave an answer that makes no sense");
-        let gone = || {
-            Error::not_found(format!("there is no snapshot {}@{} any more", wanted.disk_name, wanted.snapshot_name))
-        };
+        let gone =
+            || Error::not_found(format!("there is no snapshot {}@{} any more", wanted.disk_name, wanted.snapshot_name));
         let Response::Disks { disks, .. } = self.ask(Request::Ls { disk: None })? else { return Err(strange()) };
         let disk = disks.into_iter().find(|disk| disk.uuid == wanted.disk).ok_or_else(gone)?;
         let Response::Snapshots { snapshots } = self.ask(Request::Ls { disk: Some(disk.name) })? else {
@@ -216,7 +215,8 @@ impl Restore {
         for disk in definition.disks.iter_mut().filter(|disk| !disk.read_only) {
             let Some(name) = &mut disk.disk else { continue };
             let wanted = from.reader.header().disks.iter().position(|known| known.disk_name == *name);
-            let wanted = wanted.ok_or_else(|| Error::corrupt(format!("the checkpoint says nothing of the disk {name}")))?;
+            let wanted =
+                wanted.ok_or_else(|| Error::corrupt(format!("the checkpoint says nothing of the disk {name}")))?;
             let disk = &snapshots[wanted].disk;
             *name = if self.new.is_some() { clone_of(home.name(), disk) } else { disk.clone() };
         }

@@ -49,11 +49,7 @@ pub fn take(store: &Arc<Store>, targets: &[(String, String)]) -> Result<Vec<Snap
 ///
 /// # Errors
 /// As [`take`].
-pub fn take_at_once(
-    store: &Arc<Store>,
-    targets: &[(String, String)],
-    instant: &dyn Fn(),
-) -> Result<Vec<SnapshotInfo>> {
+pub fn take_at_once(store: &Arc<Store>, targets: &[(String, String)], instant: &dyn Fn()) -> Result<Vec<SnapshotInfo>> {
     take_named(store, targets, Way::AtOnce(instant))
 }
 

@@ -153,7 +153,11 @@ impl Runner {
         if runs {
             machine.drain(PATIENCE)?;
         }
-        let go_on = || if runs { machine.resume() };
+        let go_on = || {
+            if runs {
+                machine.resume()
+            }
+        };
         saver.settle().inspect_err(|_| go_on())?;
         let begun = clock::now();
         let taken = self.pause_and_take(machine, saver, runs, disks, name);

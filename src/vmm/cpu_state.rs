@@ -139,9 +139,8 @@ impl CpuState {
         let mut state: KvmNestedStateBuffer =
             serde_json::to_value(bytes).and_then(serde_json::from_value).map_err(bad)?;
         state.size = state.size.min(u32::try_from(size_of::<KvmNestedStateBuffer>()).expect("8 KiB"));
-        cpu.set_nested_state(&state).map_err(|e| {
-            Error::unsupported("this host cannot run the guests that the guest runs itself").because(e)
-        })
+        cpu.set_nested_state(&state)
+            .map_err(|e| Error::unsupported("this host cannot run the guests that the guest runs itself").because(e))
     }
 }
 

@@ -72,7 +72,8 @@ impl Shape {
         compare("network cards", self.nets.to_string(), new.nets.to_string());
         for (number, (had, has)) in self.disks.iter().zip(&new.disks).enumerate() {
             compare(&format!("bytes of disk {number}"), had.size.to_string(), has.size.to_string());
-            let access = |disk: &DiskShape| if disk.read_only { "reading only" } else { "reading and writing" }.to_owned();
+            let access =
+                |disk: &DiskShape| if disk.read_only { "reading only" } else { "reading and writing" }.to_owned();
             compare(&format!("access to disk {number}"), access(had), access(has));
         }
         found
@@ -256,7 +257,9 @@ impl Host {
         for (leaf, part, register, ignored) in FEATURES {
             let (had, has) = (value(&cpu.cpuid, leaf, part, register), value(&self.cpuid, leaf, part, register));
             let lacking = bits(u64::from(had & !ignored & !has));
-            found.extend(lacking.map(|bit| format!("this host's processors lack {}", feature(leaf, part, register, bit))));
+            found.extend(
+                lacking.map(|bit| format!("this host's processors lack {}", feature(leaf, part, register, bit))),
+            );
         }
         let units = self.lacking_units(cpu);
         if !units.is_empty() {
@@ -316,7 +319,9 @@ mod tests {
         let mut has = shape(1 << 29, 1, &[512, 2048]);
         has.disks[0].read_only = true;
         let found = had.differences(&has).join("; ");
-        for part in ["1.0 GiB, and would have 512.0 MiB", "processors: the guest had 2", "bytes of disk 1: the guest had 1024"] {
+        for part in
+            ["1.0 GiB, and would have 512.0 MiB", "processors: the guest had 2", "bytes of disk 1: the guest had 1024"]
+        {
             assert!(found.contains(part), "{found}");
         }
         assert!(found.contains("access to disk 0") && !found.contains("network"), "{found}");

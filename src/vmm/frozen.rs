@@ -59,8 +59,9 @@ impl Frozen {
             ))
             .hint("use the version of afterimage that made it, or a newer one"));
         }
-        let strange =
-            |e: serde_json::Error| Error::corrupt(format!("the state in the checkpoint {name} makes no sense")).because(e);
+        let strange = |e: serde_json::Error| {
+            Error::corrupt(format!("the state in the checkpoint {name} makes no sense")).because(e)
+        };
         let frozen: Self = serde_json::from_slice(&checkpoint.state()?).map_err(strange)?;
         frozen.definition.check().map_err(|e| e.context(format!("the checkpoint {name}")))?;
         Ok(frozen)

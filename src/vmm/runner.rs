@@ -190,18 +190,15 @@ pub struct Info {
     /// The process that runs it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pid: Option<i32>,
-<<<<<<< HEAD
     /// Where its memory comes from, if it is not where it began.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory: Option<MemoryInfo>,
     /// How a checkpoint that is being made is going.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub saving: Option<SaveFigures>,
-=======
     /// A disk of it waits for the server of the pool.
     #[serde(default)]
     pub waits_for_server: bool,
->>>>>>> h-disks
     /// What it is made of.
     pub definition: Definition,
 }
@@ -213,11 +210,16 @@ impl Info {
     /// When its definition cannot be read.
     pub fn of_stopped(home: &Home) -> Result<Self> {
         let (name, definition) = (home.name().to_owned(), home.definition()?);
-<<<<<<< HEAD
-        Ok(Self { name, state: State::Ended, ending: None, pid: None, memory: None, saving: None, definition })
-=======
-        Ok(Self { name, state: State::Ended, ending: None, pid: None, waits_for_server: false, definition })
->>>>>>> h-disks
+        Ok(Self {
+            name,
+            state: State::Ended,
+            ending: None,
+            pid: None,
+            memory: None,
+            saving: None,
+            waits_for_server: false,
+            definition,
+        })
     }
 }
 
@@ -520,13 +522,10 @@ impl Runner {
         let ending = now.ending.as_ref().map(ToString::to_string).or(why);
         let pid = Some(rustix::process::getpid().as_raw_nonzero().get());
         let (name, definition) = (self.home.name().to_owned(), self.definition.clone());
-<<<<<<< HEAD
         let memory = self.filling.lock().as_ref().map(Filling::info);
-        Info { name, state, ending, pid, memory, saving: *self.saving.lock(), definition }
-=======
-        let waits_for_server = self.served.iter().any(|disk| disk.client.is_away());
-        Info { name, state: now.state, ending, pid, waits_for_server, definition }
->>>>>>> h-disks
+        let saving = *self.saving.lock();
+        let waits_for_server = self.served.iter().any(|disk| !disk.client.is_connected());
+        Info { name, state, ending, pid, memory, saving, waits_for_server, definition }
     }
 }
 
