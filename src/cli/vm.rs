@@ -481,6 +481,16 @@ fn sheet(info: &Info) -> String {
     if let Some(pid) = info.pid {
         add("process", pid.to_string());
     }
+    if let (State::MemoryError, Some(why)) = (info.state, &info.ending) {
+        add("why", why.clone());
+    }
+    if let Some(memory) = &info.memory {
+        let how = match memory.figures.resident {
+            true => "resident".to_owned(),
+            false => format!("{} % there", memory.figures.filled_percent),
+        };
+        add("memory", format!("{how}, from the checkpoint {}", memory.checkpoint));
+    }
     add("kernel", info.definition.boot.kernel.display().to_string());
     if let Some(initrd) = &info.definition.boot.initrd {
         add("initrd", initrd.display().to_string());

@@ -155,7 +155,7 @@ impl Runner {
         }
         let go_on = || {
             if runs {
-                machine.resume()
+                machine.resume();
             }
         };
         saver.settle().inspect_err(|_| go_on())?;

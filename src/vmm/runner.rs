@@ -524,7 +524,7 @@ impl Runner {
         let (name, definition) = (self.home.name().to_owned(), self.definition.clone());
         let memory = self.filling.lock().as_ref().map(Filling::info);
         let saving = *self.saving.lock();
-        let waits_for_server = self.served.iter().any(|disk| !disk.client.is_connected());
+        let waits_for_server = self.served.iter().any(|disk| disk.client.is_away());
         Info { name, state, ending, pid, memory, saving, waits_for_server, definition }
     }
 }

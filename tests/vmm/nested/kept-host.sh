@@ -19,11 +19,11 @@ afterimage vm run web --kernel /vmlinuz --initrd /guest.gz --disk root --memory 
     --cmdline "console=ttyS0 panic=-1 quiet" --detach
 wait_for web "guest: begun"
 wait_for web "count 20"
-afterimage --json vm checkpoint web --as full
+afterimage --json vm checkpoint web --as full 2> /dev/null
 sleep 3
-afterimage --json vm checkpoint web --as more --incremental
+afterimage --json vm checkpoint web --as more --incremental 2> /dev/null
 sleep 3
-date; afterimage vm info web; afterimage -v vm stop web --force
+afterimage vm stop web --force
 afterimage checkpoint ls
 afterimage vm restore web@full --as twin --detach
 afterimage vm restore web@more --detach
