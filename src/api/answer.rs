@@ -12,6 +12,7 @@ mod from_core;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::checkpoint::{Checkpoint, VerifyReport as VerifyCheckpointReport};
 use crate::disk::ScrubReport;
 use crate::snapshot::diff::{Extent, VerifyReport};
 use crate::store::{CheckReport, RebuildReport, RecordFault};
@@ -102,6 +103,8 @@ pub enum Response {
     },
     /// A disk or snapshot is served.
     Attached(Export),
+    /// A disk or snapshot waits for a virtual machine.
+    VmDisk(VmDisk),
     /// What was served is served no longer.
     Detached {
         /// The exports that ended.
@@ -111,6 +114,9 @@ pub enum Response {
     Exports {
         /// The exports.
         exports: Vec<Export>,
+        /// For whom disks are kept.
+        #[serde(default)]
+        awaited: Vec<Awaited>,
     },
     /// An increment directory was written.
     Exported(Exported),
@@ -130,6 +136,15 @@ pub enum Response {
         /// The disk it was for.
         disk: String,
     },
+    /// Checkpoints, by machine and name.
+    Checkpoints {
+        /// The checkpoints.
+        checkpoints: Vec<Checkpoint>,
+    },
+    /// One checkpoint.
+    Checkpoint(Box<Checkpoint>),
+    /// What reading a checkpoint found.
+    CheckpointVerified(VerifyCheckpointReport),
     /// Who answers, and how the pool is.
     Status(Status),
     /// The server is about to unmount and end.
@@ -324,6 +339,9 @@ pub struct Export {
     pub queues: Option<u16>,
     /// Whether it is served again after a restart.
     pub persist: bool,
+    /// The virtual machine it is for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vm: Option<String>,
     /// Connections there are now.
     pub clients: u64,
     /// Disks it has open for writing.
@@ -332,6 +350,35 @@ pub struct Export {
     pub state: String,
     /// Why it failed.
     pub error: Option<String>,
+}
+
+/// Somebody who wrote to a disk when the last server ended, and may come back to it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Awaited {
+    /// The disk.
+    pub disk: String,
+    /// Who.
+    pub holder: String,
+    /// The virtual machine that this is, if it is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vm: Option<String>,
+    /// For how long the disk is kept; `None` when that begins with the next server.
+    pub seconds: Option<u64>,
+}
+
+/// Where a virtual machine finds its disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmDisk {
+    /// Number of the export.
+    pub export: u64,
+    /// Path of its socket, which speaks NBD.
+    pub socket: String,
+    /// The name of the export there.
+    pub name: String,
+    /// What to ask for when the machine comes back to a server that was restarted.
+    pub claim: String,
+    /// Whether nothing can be written.
+    pub read_only: bool,
 }
 
 /// What an increment directory holds.
@@ -382,4 +429,7 @@ pub struct Status {
     pub available: u64,
     /// Size of the host file system.
     pub total: u64,
+    /// Whether the server is about to end: what it refuses now, the next one may not.
+    #[serde(default)]
+    pub ending: bool,
 }

@@ -76,6 +76,13 @@ pub fn execute(store: &Arc<Store>, request: Request, progress: &dyn Progress) ->
         | Request::Estimate { .. }
         | Request::VerifyDiff { .. }
         | Request::RecordImport { .. } => super::past::execute(store, request, progress),
+        Request::CheckpointLs { .. }
+        | Request::CheckpointInfo { .. }
+        | Request::CheckpointVerify { .. }
+        | Request::CheckpointRm { .. }
+        | Request::CheckpointDisks { .. }
+        | Request::CheckpointForget { .. }
+        | Request::CheckpointFlatten { .. } => super::checkpoint::execute(store, request, progress),
         Request::Check { .. }
         | Request::Scrub {}
         | Request::Reclaim { .. }
@@ -83,6 +90,8 @@ pub fn execute(store: &Arc<Store>, request: Request, progress: &dyn Progress) ->
         | Request::Flush {}
         | Request::MountExport { .. }
         | Request::Attach { .. }
+        | Request::AttachVm { .. }
+        | Request::DetachVm { .. }
         | Request::Detach { .. }
         | Request::Exports {}
         | Request::Status {}
@@ -297,5 +306,6 @@ fn status(store: &Arc<Store>) -> Result<Response> {
         free: room.free,
         available: room.available(),
         total: room.total,
+        ending: false,
     }))
 }

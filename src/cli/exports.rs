@@ -12,8 +12,8 @@ use super::screen::Screen;
 use super::server::{Duty, PoolServer, take_lock};
 use super::show::Style;
 use super::table::{Head, Table};
-use super::{Ask, Global, daemon};
-use crate::api::answer::Export;
+use super::{Ask, Global, daemon, vm_steward};
+use crate::api::answer::{Awaited, Export};
 use crate::api::{Client, Request, check_is_pool};
 use crate::error::{Error, Result};
 use crate::pool::ExportKind;
@@ -124,10 +124,24 @@ fn absolute(path: &Path) -> Result<String> {
 /// With a server running on the pool it is told to, and the command returns at once. Without one the pool is opened and
 /// served in the foreground until Ctrl-C, or until the last disk is detached. A disk that is open for writing elsewhere is
 /// refused: one writer at a time, be it the mount, an NBD client or a guest. Snapshots can be read by any number.
+///
+/// Without a disk it serves what is attached to stay (--persist), and the virtual machines of the pool, which come back to
+/// their disks by themselves.
 #[derive(Debug, Args)]
+#[command(
+    mut_group("address", |group| group.required(false)),
+    mut_arg("kind", |kind| kind.required(false).requires_all(["disks", "address"])),
+    mut_arg("disks", |disks| disks.required(false)),
+)]
 pub(super) struct Serve {
     #[command(flatten)]
-    how: How,
+    how: Option<How>,
+    /// What the background half attaches, in the form of the control socket
+    #[arg(long, hide = true, value_name = "JSON", conflicts_with = "kind")]
+    request: Option<String>,
+    /// Reach the server for this virtual machine, which is at the other end of stdin
+    #[arg(long, hide = true, value_name = "VM", conflicts_with_all = ["kind", "request"])]
+    steward: Option<String>,
     /// Without a server, go to the background once the disk is served; the log goes to POOL/server.log
     #[arg(long)]
     daemon: bool,
@@ -135,18 +149,31 @@ pub(super) struct Serve {
 
 impl Serve {
     pub(super) fn run(self, global: &Global, screen: &Screen) -> Result<u8> {
+        if let Some(vm) = &self.steward {
+            return vm_steward::serve(vm, global);
+        }
         let pool = check_is_pool(global.pool()?)?;
-        let request = self.how.request()?;
-        if let Some(client) = Client::find(&pool)? {
-            screen.answer(&client.ask(&request, &Silent)?, Style::Brief);
+        let note = "serving in the foreground; Ctrl-C ends it";
+        let request = match (&self.how, &self.request) {
+            (Some(how), _) => Some(how.request()?),
+            (None, Some(text)) => {
+                Some(serde_json::from_str(text).map_err(|e| Error::usage(format!("--request is none: {e}")))?)
+            }
+            (None, None) => None,
+        };
+        if let Some(request) = &request
+            && let Some(client) = Client::find(&pool)?
+        {
+            screen.answer(&client.ask(request, &Silent)?, Style::Brief);
             return Ok(0);
         }
         if self.daemon {
-            let words = [vec!["serve".into()], self.how.words()?].concat();
+            let how = self.how.as_ref().map_or(Ok(Vec::new()), How::words)?;
+            let words = [vec!["serve".into()], how].concat();
             screen.answer(&daemon::start(&pool, &words, global)?, Style::Brief);
             return Ok(0);
         }
-        serve(&pool, &Duty::Attach(request), screen, "serving in the foreground; Ctrl-C ends it")
+        serve(&pool, &request.map_or(Duty::Keep, Duty::Attach), screen, note)
     }
 }
 
@@ -203,7 +230,8 @@ impl Detach {
 
 /// List what is attached
 ///
-/// Without a server it lists what will be served again when one is started.
+/// Without a server it lists what will be served again when one is started. Below it tells for whom disks are kept: who was
+/// writing when the last server ended has a minute to come back, a virtual machine as well as the client of an export.
 #[derive(Debug, Args)]
 pub(super) struct Exports {}
 
@@ -224,8 +252,8 @@ pub(super) fn show_export(export: &Export, verb: &str) -> String {
     format!("export {id}: {} {verb} {} over {kind}\n", disks.join(", "), address(export))
 }
 
-/// Returns a table of exports.
-pub(super) fn show_exports(exports: &[Export]) -> String {
+/// Returns a table of exports, and who is awaited.
+pub(super) fn show_exports(exports: &[Export], awaited: &[Awaited]) -> String {
     let mut table = Table::new(&[
         Head::Right("ID"),
         Head::Left("KIND"),
@@ -256,6 +284,13 @@ pub(super) fn show_exports(exports: &[Export]) -> String {
         if let Some(error) = &export.error {
             reasons.push_str(&format!("export {}: {error}\n", export.id));
         }
+    }
+    for Awaited { disk, holder, seconds, .. } in awaited {
+        let time = seconds.map_or_else(
+            || "until a minute after the next server has begun".to_owned(),
+            |seconds| format!("for {seconds} s more"),
+        );
+        reasons.push_str(&format!("disk '{disk}' is kept for {holder} {time}\n"));
     }
     table.render() + &reasons
 }

@@ -5,7 +5,7 @@
 //!    Order down: mount, exports (what is in flight is finished), socket, store, lock. So what persists has its disks
 //!    before anybody can ask for them, and nothing is served any more when the store closes.
 //! 2. A server that mounts ends when nothing is mounted any more; one that was started to serve ends when nothing is
-//!    attached any more. A signal and a `shutdown` unmount or end it: there is one way down.
+//!    attached any more, be it to clients or to virtual machines, and no machine is awaited. A signal and a `shutdown` unmount or end it: there is one way down.
 //! 3. Files that are still open then are cut off, and clients too; `umount` without --force refuses instead.
 //!
 //! # After a crash
@@ -31,6 +31,8 @@ pub(super) enum Duty {
     Mount(Show),
     /// To serve what this request attaches.
     Attach(Request),
+    /// To serve what persists, and machines that come back.
+    Keep,
 }
 
 /// What is mounted, where, and for whom.
@@ -128,6 +130,10 @@ impl PoolServer {
         let opened = Opened { service, store, server, pool: pool.to_owned(), lock };
         let begun = match duty {
             Duty::Mount(show) => opened.mount(show, asked),
+            Duty::Keep => {
+                opened.service.on_idle(asker());
+                opened.service.answer(Request::Status {}, &Silent).map(|answer| (Work::Attached(asked), answer))
+            }
             Duty::Attach(request) => {
                 opened.service.on_idle(asker());
                 let attached = opened.service.answer(request.clone(), &Silent);

@@ -48,15 +48,19 @@ pub(super) fn show(response: &Response, style: Style) -> String {
         Response::Imported(report) => imported(report),
         Response::Mounted { snapshot, mount } => format!("mounted the extent files of {snapshot} at {mount}\n"),
         Response::Attached(export) => super::exports::show_export(export, "at"),
+        Response::VmDisk(disk) => format!("{} waits at {}\n", disk.name, disk.socket),
         Response::Detached { exports } => {
             exports.iter().map(|export| super::exports::show_export(export, "no longer at")).collect()
         }
-        Response::Exports { exports } => super::exports::show_exports(exports),
+        Response::Exports { exports, awaited } => super::exports::show_exports(exports, awaited),
         Response::Exported(report) => exported(report),
         Response::Sent(report) => sent(report),
         Response::Received(report) => received(report),
         Response::Token { token, .. } => format!("{token}\n"),
         Response::Aborted { disk } => format!("dropped what had arrived for {disk}\n"),
+        Response::Checkpoints { checkpoints } => super::checkpoint::show_list(checkpoints),
+        Response::Checkpoint(one) => super::checkpoint::show(one, style),
+        Response::CheckpointVerified(report) => super::checkpoint::show_verified(report),
         Response::Status(status) => status_sheet(status),
         Response::Stopping { pid } => format!("process {pid} ends\n"),
     }
@@ -173,11 +177,12 @@ pub(super) fn count(number: u64, noun: &str) -> String {
 }
 
 /// Returns an amount for people and the exact bytes.
-fn exact(bytes: u64) -> String {
+pub(super) fn exact(bytes: u64) -> String {
     if bytes < 1024 { show_size(bytes) } else { format!("{} ({bytes} bytes)", show_size(bytes)) }
 }
 
-fn time(seconds: u64) -> String {
+/// Returns a time for people.
+pub(super) fn time(seconds: u64) -> String {
     format!("{} UTC", clock::show(seconds))
 }
 

@@ -92,6 +92,9 @@ pub trait BlockDevice: Send + Sync + std::fmt::Debug {
     fn wait(&self, _need: Need, _cancel: &Arc<Cancel>, go: Go) {
         go(Ok(()));
     }
+    /// Says what calls back requests to this device, for one that cannot see from here whether they wait on purpose: those
+    /// under way then come back soon, as ones to wait for.
+    fn heed(&self, _cancel: &Arc<Cancel>) {}
     /// Makes every write that returned before durable.
     ///
     /// # Errors

@@ -100,7 +100,7 @@ pub use states::{DiskRow, StateRow, Status};
 pub use tables::{Edit, StateKey, Tables};
 pub use tree::Stretch;
 pub use view::{Resolved, Source};
-pub use waiting::{Cancel, Go, Need};
+pub use waiting::{Cancel, Go, Lobby, Need};
 pub use walk::{Found, MapView, MapWalk, Unsaved};
 
 use std::collections::{BTreeMap, HashMap};

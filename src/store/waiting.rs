@@ -46,6 +46,8 @@ pub enum Need {
         /// Bytes.
         bytes: u64,
     },
+    /// The server that the disk is on, which is away; of disks that have one.
+    Server,
 }
 
 /// What is done when the waiting is over: `Ok` when it is worth another attempt, `Cancelled` or `ReadOnly` when it is not.
@@ -54,13 +56,19 @@ pub type Go = Box<dyn FnOnce(Result<()>) + Send>;
 /// Tells whether nobody will ever take the answer of a request.
 type GivenUp = Box<dyn Fn() -> bool + Send + Sync>;
 
+/// Where requests wait.
+pub trait Lobby: Send + Sync {
+    /// Looks who has been called back, and has them told soon; returns at once.
+    fn look(&self);
+}
+
 /// Calls back requests that wait: those that were given it, now and later.
 #[derive(Default)]
 pub struct Cancel {
     asked: AtomicBool,
     given_up: Option<GivenUp>,
     /// Where somebody waits or has waited with it.
-    rooms: Mutex<Vec<Weak<Shared>>>,
+    rooms: Mutex<Vec<Weak<dyn Lobby>>>,
 }
 
 impl std::fmt::Debug for Cancel {
@@ -83,12 +91,12 @@ impl Cancel {
     }
 
     /// Tells whether it was given; with `ask` whether the request has been given up, too.
-    fn holds(&self, ask: bool) -> bool {
+    pub fn holds(&self, ask: bool) -> bool {
         self.asked.load(Ordering::SeqCst) || ask && self.given_up.as_ref().is_some_and(|given_up| given_up())
     }
 
-    fn enter(&self, room: &Arc<Shared>) {
-        let room = Arc::downgrade(room);
+    /// Has it tell a room when it is given. Whoever waits there looks whether it holds after this.
+    pub fn enter(&self, room: Weak<dyn Lobby>) {
         let mut rooms = self.rooms.lock();
         if !rooms.iter().any(|known| known.ptr_eq(&room)) {
             rooms.push(room);
@@ -177,7 +185,7 @@ impl WaitingRoom {
     }
 }
 
-impl Shared {
+impl Lobby for Shared {
     fn look(&self) {
         let mut state = self.state.lock();
         if !state.disks.is_empty() {
@@ -327,7 +335,7 @@ impl Store {
     pub fn wait(self: &Arc<Self>, head: &Arc<Head>, need: Need, cancel: &Arc<Cancel>, go: Go) {
         let shared = &self.waiting.shared;
         // Before it is asked whether it holds.
-        cancel.enter(shared);
+        cancel.enter(Arc::downgrade(shared) as Weak<dyn Lobby>);
         let begin = {
             let mut state = shared.state.lock();
             if state.closed {
@@ -337,6 +345,11 @@ impl Store {
             let (bytes, is_turn) = match need {
                 Need::Turn { bytes } => (bytes, true),
                 Need::Room { bytes } => (bytes, false),
+                Need::Server => {
+                    // It is here.
+                    drop(state);
+                    return go(Ok(()));
+                }
             };
             let waiter = Waiter { head: Arc::clone(head), bytes, cancel: Arc::clone(cancel), go };
             waiter.counter(is_turn).fetch_add(1, Ordering::AcqRel);

@@ -9,6 +9,7 @@
 pub mod cow;
 pub mod event;
 pub mod forbidden;
+pub mod guest;
 pub mod hole;
 pub mod kvm;
 pub mod lock;
@@ -18,3 +19,4 @@ pub mod process;
 pub mod ring;
 pub mod shared;
 pub mod tap;
+pub mod userfaultfd;

@@ -123,6 +123,7 @@ impl<'a> Service<'a> {
         // Made here: the ring of an engine belongs to one thread.
         let mut flights =
             Flights::new(Arc::clone(self.target), durable, Arc::clone(self.wires.cancel)).map_err(text)?;
+        self.target.device.heed(self.wires.cancel);
         let served = self.go_round(&mut flights);
         if served.is_err() {
             self.wires.cancel.cancel();

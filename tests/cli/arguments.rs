@@ -31,6 +31,8 @@ fn the_documented_forms_are_accepted() {
         "serve nbd web web@a db --listen 127.0.0.1:10809 --read-only --daemon",
         "serve nbd web --listen 0.0.0.0:10809 --tls-cert c.pem --tls-key k.pem --tls-ca ca.pem --persist",
         "serve vhost-user web --socket /run/web.sock --queues 4",
+        "serve",
+        "serve --daemon",
         "attach nbd web@a --listen [::]:10809 --unprotected --persist",
         "attach vhost-user web --socket /run/web.sock --persist",
         "detach web",
