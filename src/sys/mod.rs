@@ -6,6 +6,7 @@
 //! 1. Unsafe code lives in this folder and nowhere else; a file that has some says so with `#![expect(unsafe_code)]`.
 //! 2. A function here makes one system call (or a fixed handful), decides nothing and returns the errno untouched.
 
+pub mod apart;
 pub mod cow;
 pub mod event;
 pub mod forbidden;
@@ -13,6 +14,7 @@ pub mod guest;
 pub mod hole;
 pub mod kvm;
 pub mod lock;
+pub mod notify;
 pub mod pages;
 pub mod pipe;
 pub mod process;
