@@ -74,7 +74,7 @@ fn what_is_written_to_be_durable_survives_a_kill_of_the_server() {
             |file| {
                 (0..8).for_each(|n| {
                     file.write_all_at(&[9; BLOCK / 8], (8 * BLOCK + n * BLOCK / 8) as u64).unwrap();
-                })
+                });
             },
             9,
         ),

@@ -35,15 +35,15 @@ const INIT: u32 = 26;
 fn attributes(node: u64) -> Vec<u8> {
     let (mode, size) = if node == 1 { (0o040_755_u32, 0) } else { (0o100_644, 1_u64 << 30) };
     let mut bytes = Vec::new();
-    [node, size, size / 512, 0, 0, 0].iter().for_each(|number| bytes.extend(number.to_ne_bytes()));
-    [0, 0, 0, mode, 1, 0, 0, 0, 4096, 0].iter().for_each(|number: &u32| bytes.extend(number.to_ne_bytes()));
+    [node, size, size / 512, 0, 0, 0].iter().for_each(|number| bytes.extend(number.to_le_bytes()));
+    [0, 0, 0, mode, 1, 0, 0, 0, 4096, 0].iter().for_each(|number: &u32| bytes.extend(number.to_le_bytes()));
     bytes
 }
 
 /// Returns the answer to a request, if it gets one.
 fn answer(request: &[u8]) -> Option<Vec<u8>> {
-    let (kind, node) = (u32::from_ne_bytes(request[4..8].try_into().unwrap()), request[16]);
-    let numbers = |numbers: &[u64]| numbers.iter().flat_map(|number| number.to_ne_bytes()).collect::<Vec<_>>();
+    let (kind, node) = (u32::from_le_bytes(request[4..8].try_into().unwrap()), request[16]);
+    let numbers = |numbers: &[u64]| numbers.iter().flat_map(|number| number.to_le_bytes()).collect::<Vec<_>>();
     Some(match kind {
         // Version 7.31, nothing of what there is since; room for writes of a page.
         INIT => numbers(&[7 | 31 << 32, 0, 4096 << 32, 1, 0, 0, 0, 0]),
@@ -59,7 +59,7 @@ fn serve(device: &File) {
     // It fails when the connection is ended.
     while let Ok(len) = rustix::io::read(device, &mut buffer) {
         let Some(body) = answer(&buffer[..len]) else { continue };
-        let mut reply = ((16 + body.len()) as u32).to_ne_bytes().to_vec();
+        let mut reply = ((16 + body.len()) as u32).to_le_bytes().to_vec();
         reply.extend([0; 4]);
         reply.extend(&buffer[8..16]);
         reply.extend(body);
