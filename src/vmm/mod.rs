@@ -28,6 +28,7 @@ mod acpi;
 mod boot;
 mod bus;
 mod checkpoint;
+mod console_log;
 mod cpu_state;
 mod cpuid;
 mod cpus;

@@ -2,8 +2,7 @@
 //!
 //! # Rules
 //! 1. A reboot is a new machine on the same disks; a pause lasts through it.
-//! 2. What the guest says goes to `console.log` and to whoever started it. A log that cannot be written is told of once, and
-//!    the guest runs on.
+//! 2. What the guest says goes to `console.log` and to whoever started it.
 //! 3. Asked to stop, the guest is asked in turn (the power button); asked again, or when it takes longer than whoever asked
 //!    has patience for, it ends as by a power cut.
 //! 4. Everything is opened when it is made. [`Runner::confine`] gives up rights after that, and reboots need none.
@@ -14,9 +13,7 @@
 //!    waiting.
 
 use std::fs::File;
-use std::io::{self, Seek, Write};
 use std::os::fd::AsFd;
-use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -24,11 +21,12 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::console_log;
 use super::home::{Definition, DiskDefinition, DiskSource, Home, HomeLock};
 use super::instant::Disks;
 use super::restore::{Filling, MemoryInfo, Restore};
 use super::serial::BACKLOG;
-use super::{DiskSettings, Ending, FileDisk, Log, Machine, Means, Settings, Stuck};
+use super::{DiskSettings, Ending, FileDisk, Machine, Means, Settings, Stuck};
 use crate::checkpoint::{Folder, Name, Sizes};
 use crate::disk::BlockDevice;
 use crate::error::{Error, Kind, Result};
@@ -45,9 +43,6 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How often the files that are disks are looked at.
 const LOOK: Duration = Duration::from_secs(1);
-
-/// Bytes of `console.log` at most; a guest that says more begins it anew.
-const LOG_MAX: u64 = 16 << 20;
 
 /// What a machine does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -259,7 +254,7 @@ impl Runner {
         };
         let serial = Arc::new(Socket::listen(&home.path("serial.sock"), BACKLOG)?);
         machine.serve_serial(&serial)?;
-        let log = Mutex::new(open_log(&home));
+        let log = Mutex::new(console_log::open(&home));
         let now = Now { machine: Some(machine), watch, state: State::Running, ending: None, deadline: None };
         let media: Arc<dyn Media> = Arc::new(folder);
         Ok(Self {
@@ -320,7 +315,7 @@ impl Runner {
             machine.serve_serial(&self.serial)?;
             let console = machine.console();
             let ending = std::thread::scope(|scope| {
-                scope.spawn(|| follow(&console, &self.log, show));
+                scope.spawn(|| console_log::follow(&console, &self.log, show));
                 {
                     // Under the lock: a pause that came before stays.
                     let now = self.now.lock();
@@ -590,52 +585,4 @@ fn find_user(name: &str) -> Result<User> {
         );
     }
     Ok(user)
-}
-
-fn open_log(home: &Home) -> Option<File> {
-    let path = home.path("console.log");
-    let opened = File::options().write(true).create(true).truncate(true).mode(0o600).open(&path);
-    opened.map_err(|e| tracing::warn!("cannot write {}: {e}", path.display())).ok()
-}
-
-/// Writes what a guest says, until it ends.
-fn follow(console: &Log, log: &Mutex<Option<File>>, show: &impl Fn(&[u8])) {
-    let mut next = 0;
-    while let Some(part) = console.part(next) {
-        next = part.start + part.bytes.len() as u64;
-        show(&part.bytes);
-        let mut log = log.lock();
-        if let Some(file) = &mut *log
-            && let Err(error) = write_log(file, &part.bytes)
-        {
-            tracing::warn!("console.log is not written any more: {error}");
-            *log = None;
-        }
-    }
-}
-
-/// Writes to the end of a log, which begins anew when it is full.
-fn write_log(file: &mut File, bytes: &[u8]) -> io::Result<()> {
-    if file.stream_position()? + bytes.len() as u64 > LOG_MAX {
-        file.set_len(0)?;
-        file.rewind()?;
-    }
-    file.write_all(bytes)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_guest_that_talks_for_ever_does_not_fill_the_host() {
-        let mut file = tempfile::tempfile().unwrap();
-        let part = vec![b'x'; 1 << 20];
-        for _ in 0..LOG_MAX / (1 << 20) {
-            write_log(&mut file, &part).unwrap();
-        }
-        assert_eq!(file.metadata().unwrap().len(), LOG_MAX);
-        write_log(&mut file, b"more").unwrap();
-        assert_eq!(file.metadata().unwrap().len(), 4);
-    }
 }
