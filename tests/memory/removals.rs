@@ -81,7 +81,7 @@ fn save_stopped_is(guest: &Guest, watch: &Watch, folder: &Folder, twin: &[u8]) {
 #[test]
 fn a_save_whose_memory_is_given_back_fails_or_is_right() {
     let (mut right, mut failed) = (0, 0);
-    for round in 0..40_u64 {
+    for round in 0..12_u64 {
         let guest = Guest::usual();
         guest.fill(60 + round);
         let (_, folder) = media();
@@ -92,7 +92,10 @@ fn a_save_whose_memory_is_given_back_fails_or_is_right() {
         guest.regions[0].give_back(5 * BLOCK, BLOCK + PAGE).unwrap();
         let twin = writers.cut(&mut saver);
         assert!(twin[5 << 16..6 << 16].iter().all(|byte| *byte == 0));
-        std::thread::sleep(Duration::from_millis(round));
+        let done = || saver.figures().done == saver.figures().page_blocks;
+        while round % 2 == 1 && !done() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
         guest.regions[0].give_back(18 << 20, BLOCK).unwrap();
         guest.store(18 << 20, 1);
         match saver.commit(&cut()) {
@@ -101,12 +104,9 @@ fn a_save_whose_memory_is_given_back_fails_or_is_right() {
                 right += 1;
             }
             Err(error) => {
-                assert_eq!(error.kind(), Kind::Failed, "{error}");
+                assert!(round % 2 == 0 && error.kind() == Kind::Failed, "{error}");
                 failed += 1;
             }
-        }
-        if right > 2 && failed > 2 {
-            break;
         }
     }
     assert!(right > 0 && failed > 0, "{right} were right and {failed} failed");

@@ -388,7 +388,7 @@ impl Filling {
         }
         self.status.wait_for(|| match self.at(block) {
             Where::Present => Some(Ok(())),
-            Where::Failed => Some(Err(self.status.why(block))),
+            Where::Failed => self.status.why(block).map(Err),
             _ if self.queue.lock().stop => Some(Err(Error::failed("the restore has ended before it was done"))),
             _ => None,
         })

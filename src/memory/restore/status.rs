@@ -166,11 +166,10 @@ impl Status {
         self.changed.notify_all();
     }
 
-    /// Returns why a page block could not be had.
-    pub(super) fn why(&self, block: PageBlock) -> Error {
+    /// Returns why a page block could not be had; nothing until that is known.
+    pub(super) fn why(&self, block: PageBlock) -> Option<Error> {
         let inner = self.inner.lock();
-        let failure = inner.failures.iter().find(|failure| failure.block == block);
-        failure.map_or_else(|| Error::failed("a part of the memory could not be restored"), |it| it.error.again())
+        inner.failures.iter().find(|failure| failure.block == block).map(|failure| failure.error.again())
     }
 
     pub(super) fn take_failures(&self) -> Vec<Failure> {
