@@ -20,7 +20,8 @@
 //! 4. What a checkpoint needs, its parent and its disk snapshots, cannot be removed before it.
 //!
 //! # After a crash
-//! The old file, the new one, or none, as it was before; what an interrupted save has left is removed by the next server.
+//! The old file, the new one, or none, as it was before; what an interrupted save has left is removed at the next opening
+//! of the pool.
 //!
 #![doc = include_str!("FORMAT.md")]
 

@@ -387,7 +387,7 @@ impl Drop for Writer {
         }
         let path = self.folder.unfinished(&self.plan.name);
         if let Err(error) = self.folder.remove_file(&path) {
-            // The next server removes it.
+            // The next opening of the pool removes it.
             tracing::debug!("{error}");
         }
     }
