@@ -23,9 +23,6 @@ use crate::units::to_usize;
 pub(super) const PART: usize = 1 << 20;
 /// Parts of one request that are under way at a time.
 const PARTS_MAX: usize = 4;
-/// Threads for what may have to wait: flushes and discards, reads of what is not in memory.
-const THREADS: usize = 8;
-
 /// Which part of which request.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Tag {
@@ -68,8 +65,8 @@ impl Flights {
     /// Makes none yet; `cancel` calls back what waits on purpose.
     pub(super) fn new(target: Arc<Target>, durable: bool, cancel: Arc<Cancel>) -> Result<Self> {
         Ok(Self {
+            engine: Engine::new("disk-work", target.device.threads(), cancel)?,
             target,
-            engine: Engine::new("disk-work", THREADS, cancel)?,
             buffers: Buffers::default(),
             flights: Vec::new(),
             free: Vec::new(),
