@@ -12,6 +12,7 @@ mod from_core;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::checkpoint::{Checkpoint, VerifyReport as VerifyCheckpointReport};
 use crate::disk::ScrubReport;
 use crate::snapshot::diff::{Extent, VerifyReport};
 use crate::store::{CheckReport, RebuildReport, RecordFault};
@@ -135,6 +136,15 @@ pub enum Response {
         /// The disk it was for.
         disk: String,
     },
+    /// Checkpoints, by machine and name.
+    Checkpoints {
+        /// The checkpoints.
+        checkpoints: Vec<Checkpoint>,
+    },
+    /// One checkpoint.
+    Checkpoint(Box<Checkpoint>),
+    /// What reading a checkpoint found.
+    CheckpointVerified(VerifyCheckpointReport),
     /// Who answers, and how the pool is.
     Status(Status),
     /// The server is about to unmount and end.

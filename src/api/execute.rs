@@ -76,6 +76,13 @@ pub fn execute(store: &Arc<Store>, request: Request, progress: &dyn Progress) ->
         | Request::Estimate { .. }
         | Request::VerifyDiff { .. }
         | Request::RecordImport { .. } => super::past::execute(store, request, progress),
+        Request::CheckpointLs { .. }
+        | Request::CheckpointInfo { .. }
+        | Request::CheckpointVerify { .. }
+        | Request::CheckpointRm { .. }
+        | Request::CheckpointDisks { .. }
+        | Request::CheckpointForget { .. }
+        | Request::CheckpointFlatten { .. } => super::checkpoint::execute(store, request, progress),
         Request::Check { .. }
         | Request::Scrub {}
         | Request::Reclaim { .. }

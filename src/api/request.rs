@@ -320,6 +320,46 @@ pub enum Request {
         /// The disk.
         disk: String,
     },
+    /// Lists the checkpoints of all machines, or of one.
+    CheckpointLs {
+        /// The machine whose checkpoints are wanted.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        machine: Option<String>,
+    },
+    /// Tells everything about a checkpoint.
+    CheckpointInfo {
+        /// `MACHINE@CHECKPOINT`.
+        checkpoint: String,
+    },
+    /// Reads all of a checkpoint, and of those it is based on, and compares checksums.
+    CheckpointVerify {
+        /// `MACHINE@CHECKPOINT`.
+        checkpoint: String,
+    },
+    /// Removes a checkpoint; what it needed can be removed after that.
+    CheckpointRm {
+        /// `MACHINE@CHECKPOINT`.
+        checkpoint: String,
+    },
+    /// Takes snapshots of disks for a checkpoint that is being made, under its name, and keeps them for it. The disks are not
+    /// flushed first, and it is told when the instant has been (`{"instant":{}}`): the virtual machine stands still meanwhile.
+    /// The answer comes when they are durable.
+    CheckpointDisks {
+        /// `MACHINE@CHECKPOINT`.
+        checkpoint: String,
+        /// The disks, each once.
+        disks: Vec<String>,
+    },
+    /// Removes the snapshots that were taken for a checkpoint that came to nothing.
+    CheckpointForget {
+        /// `MACHINE@CHECKPOINT`.
+        checkpoint: String,
+    },
+    /// Makes a checkpoint that is based on others one that is not.
+    CheckpointFlatten {
+        /// `MACHINE@CHECKPOINT`.
+        checkpoint: String,
+    },
     /// Tells who answers, and how the pool is.
     Status {},
     /// Unmounts, closes the pool and ends the server.

@@ -13,6 +13,7 @@
 
 mod bar;
 mod changes;
+mod checkpoint;
 mod daemon;
 mod disks;
 mod doctor;
@@ -33,7 +34,9 @@ mod table;
 mod umount;
 mod upkeep;
 mod vm;
+mod vm_checkpoint;
 mod vm_disks;
+mod vm_parts;
 mod vm_steward;
 
 use std::path::PathBuf;
@@ -132,6 +135,7 @@ enum Command {
     Scrub(upkeep::Scrub),
     Reclaim(upkeep::Reclaim),
     Metrics(upkeep::Metrics),
+    Checkpoint(checkpoint::Checkpoint),
     Vm(vm::Vm),
     Doctor(doctor::Doctor),
     Completions(pages::Completions),
@@ -260,6 +264,7 @@ fn run(command: Command, global: &Global, screen: &Screen) -> Result<u8> {
         Command::Scrub(command) => ask(global, screen, command.ask()),
         Command::Reclaim(command) => ask(global, screen, command.ask()),
         Command::Metrics(command) => ask(global, screen, command.ask()),
+        Command::Checkpoint(command) => ask(global, screen, command.ask()),
     }
 }
 
@@ -299,6 +304,7 @@ fn verdict(response: &Response) -> u8 {
         Response::Checked(report) => report.open() == 0,
         Response::Scrubbed(report) => report.damaged.is_empty(),
         Response::Verified(verified) => verified.report.first_wrong.is_none(),
+        Response::CheckpointVerified(report) => report.is_sound(),
         _ => true,
     };
     if sound { 0 } else { crate::error::Kind::Corrupt.exit_code() }

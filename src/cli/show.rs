@@ -58,6 +58,9 @@ pub(super) fn show(response: &Response, style: Style) -> String {
         Response::Received(report) => received(report),
         Response::Token { token, .. } => format!("{token}\n"),
         Response::Aborted { disk } => format!("dropped what had arrived for {disk}\n"),
+        Response::Checkpoints { checkpoints } => super::checkpoint::show_list(checkpoints),
+        Response::Checkpoint(one) => super::checkpoint::show(one, style),
+        Response::CheckpointVerified(report) => super::checkpoint::show_verified(report),
         Response::Status(status) => status_sheet(status),
         Response::Stopping { pid } => format!("process {pid} ends\n"),
     }
@@ -174,11 +177,12 @@ pub(super) fn count(number: u64, noun: &str) -> String {
 }
 
 /// Returns an amount for people and the exact bytes.
-fn exact(bytes: u64) -> String {
+pub(super) fn exact(bytes: u64) -> String {
     if bytes < 1024 { show_size(bytes) } else { format!("{} ({bytes} bytes)", show_size(bytes)) }
 }
 
-fn time(seconds: u64) -> String {
+/// Returns a time for people.
+pub(super) fn time(seconds: u64) -> String {
     format!("{} UTC", clock::show(seconds))
 }
 

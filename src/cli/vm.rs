@@ -20,15 +20,17 @@ use std::sync::Arc;
 use clap::{Args, Subcommand};
 
 use super::screen::Screen;
+use super::vm_checkpoint::{Checkpoint, Restore};
 use super::vm_disks::Disks;
+use super::vm_parts::{parse_disk, parse_net};
 use super::{Global, daemon, signal};
 use crate::api::machine::{Act, MachineServer, ask_machine, list_machines, wait_for_end};
-use crate::api::{Failure, Line, Target};
+use crate::api::{Failure, Line};
 use crate::error::{Error, Kind, Result};
 use crate::media::socket::ShortPath;
 use crate::units::{parse_size, show_size};
 use crate::vmm::{
-    Boot, Definition, DiskDefinition, DiskSource, Ending, Home, HomeLock, Info, NetSettings, PATIENCE, Runner, State,
+    Begin, Boot, Definition, DiskDefinition, DiskSource, Ending, Home, HomeLock, Info, PATIENCE, Pool, Runner, State,
 };
 
 /// Run virtual machines
@@ -63,6 +65,8 @@ enum VmCommand {
     Stop(Stop),
     Rm(Rm),
     Console(Console),
+    Checkpoint(Checkpoint),
+    Restore(Restore),
 }
 
 /// Define a virtual machine and run it
@@ -136,10 +140,15 @@ struct Pause {
 }
 
 /// Let a paused guest go on
+///
+/// A guest whose memory could not be had stands still in the state memory-error until it is told to try again.
 #[derive(Debug, Args)]
 struct Resume {
     /// Name of the machine
     name: String,
+    /// Read again what of its memory could not be had
+    #[arg(long)]
+    retry: bool,
 }
 
 /// Ask a guest to switch itself off, and wait until it has
@@ -186,14 +195,14 @@ impl Vm {
                     // The background half is told the same words.
                     return detached(&home, &std::env::args_os().skip(1).collect::<Vec<_>>(), screen);
                 }
-                start(&home, Some(definition), &pool, global, screen)
+                start(&home, Life::New(definition), &pool, global, screen)
             }
             VmCommand::Start(wanted) => {
                 let home = Home::of(&pool, &wanted.name)?;
                 if wanted.how.detach && !daemon::is_child() {
                     return detached(&home, &std::env::args_os().skip(1).collect::<Vec<_>>(), screen);
                 }
-                start(&home, None, &pool, global, screen)
+                start(&home, Life::Defined, &pool, global, screen)
             }
             VmCommand::Ls(Ls {}) => {
                 let machines = list_machines(&pool)?;
@@ -211,7 +220,10 @@ impl Vm {
                 Ok(0)
             }
             VmCommand::Pause(wanted) => ask(&Home::of(&pool, &wanted.name)?, Act::Pause, screen),
-            VmCommand::Resume(wanted) => ask(&Home::of(&pool, &wanted.name)?, Act::Resume, screen),
+            VmCommand::Resume(wanted) => {
+                let act = if wanted.retry { Act::Retry } else { Act::Resume };
+                ask(&Home::of(&pool, &wanted.name)?, act, screen)
+            }
             VmCommand::Stop(wanted) => {
                 let patience = if wanted.force { 0 } else { wanted.patience };
                 stop(&Home::of(&pool, &wanted.name)?, patience, screen)
@@ -224,6 +236,15 @@ impl Vm {
                 let value = serde_json::json!({ "answer": "removed", "name": home.name() });
                 screen.confirm(&value, &format!("removed the virtual machine {}\n", home.name()));
                 Ok(0)
+            }
+            VmCommand::Checkpoint(wanted) => wanted.run(&pool, screen),
+            VmCommand::Restore(wanted) => {
+                let home = wanted.home(&pool)?;
+                if wanted.detach && !daemon::is_child() {
+                    home.make()?;
+                    return detached(&home, &std::env::args_os().skip(1).collect::<Vec<_>>(), screen);
+                }
+                wanted.run(&pool, global, screen)
             }
             VmCommand::Console(wanted) => console(&Home::of(&pool, &wanted.name)?, screen),
         }
@@ -258,56 +279,14 @@ impl Run {
     }
 }
 
-/// Parses `DISK[,ro][,serial=S]`; a `DISK` with a slash is a file, and one with an `@` a snapshot.
-fn parse_disk(text: &str) -> Result<DiskDefinition> {
-    let mut parts = text.split(',');
-    let name = parts.next().unwrap_or_default();
-    let (mut file, mut of_pool) = (None, None);
-    let mut read_only = false;
-    if name.contains('/') {
-        file = Some(PathBuf::from(name));
-    } else {
-        read_only = matches!(Target::parse(name)?, Target::Snapshot(..));
-        of_pool = Some(name.to_owned());
-    }
-    let mut disk = DiskDefinition { file, disk: of_pool, read_only, serial: String::new() };
-    for part in parts {
-        match part.split_once('=') {
-            None if part == "ro" => disk.read_only = true,
-            Some(("serial", serial)) if serial.is_ascii() && serial.len() <= 20 => serial.clone_into(&mut disk.serial),
-            _ => {
-                return Err(Error::usage(format!("--disk {text}: '{part}' is not understood"))
-                    .hint("give DISK[,ro][,serial=S], with at most 20 characters of ASCII in S"));
-            }
-        }
-    }
-    Ok(disk)
-}
-
-/// Parses `tap=T[,mac=M]`; without an address it gets one of its own.
-fn parse_net(text: &str) -> Result<NetSettings> {
-    let bad = || Error::usage(format!("--net {text} is not understood")).hint("give tap=T[,mac=02:00:00:00:00:01]");
-    let mut mac = [0; 6];
-    getrandom::fill(&mut mac).map_err(|e| Error::failed(format!("the host has no random numbers: {e}")))?;
-    // Given by no maker, and of one card.
-    mac[0] = mac[0] & 0xfc | 2;
-    let mut tap = None;
-    for part in text.split(',') {
-        match part.split_once('=') {
-            Some(("tap", name)) => tap = Some(name.to_owned()),
-            Some(("mac", address)) => {
-                let mut bytes = address.split(':').map(|byte| u8::from_str_radix(byte, 16));
-                for byte in &mut mac {
-                    *byte = bytes.next().and_then(Result::ok).ok_or_else(bad)?;
-                }
-                if bytes.next().is_some() || mac[0] & 1 == 1 {
-                    return Err(bad());
-                }
-            }
-            _ => return Err(bad()),
-        }
-    }
-    Ok(NetSettings { tap: tap.ok_or_else(bad)?, mac })
+/// How a machine comes to run.
+pub(super) enum Life {
+    /// It is defined anew.
+    New(Definition),
+    /// It is defined.
+    Defined,
+    /// It goes on from a checkpoint.
+    Restored(Restore),
 }
 
 /// A machine that is made.
@@ -318,13 +297,13 @@ struct Ready {
     disks: Disks,
 }
 
-/// Runs a machine in this process: a new one, or the one that is defined.
-fn start(home: &Home, new: Option<Definition>, pool: &Path, global: &Global, screen: &Screen) -> Result<u8> {
+/// Runs a machine in this process.
+pub(super) fn start(home: &Home, life: Life, pool: &Path, global: &Global, screen: &Screen) -> Result<u8> {
     let child = daemon::is_child();
     if child {
         daemon::detach()?;
     }
-    let ready = match prepare(home, new, pool, global) {
+    let ready = match prepare(home, life, pool, global, screen) {
         Ok(ready) => ready,
         Err(error) if child => {
             screen.bytes(&Line::Error(Failure::from(&error)).encode());
@@ -353,21 +332,41 @@ fn start(home: &Home, new: Option<Definition>, pool: &Path, global: &Global, scr
 }
 
 /// Makes a machine and all that belongs to it. A new one is defined when nothing can be wrong with it any more.
-fn prepare(home: &Home, new: Option<Definition>, pool: &Path, global: &Global) -> Result<Ready> {
-    let Some(definition) = new else { return make(home, home.definition()?, home.lock()?, false, (pool, global)) };
+fn prepare(home: &Home, life: Life, pool: &Path, global: &Global, screen: &Screen) -> Result<Ready> {
+    if let Life::Defined = life {
+        let ready = make(home, home.definition()?, home.lock()?, Begin::Boot, (pool, global))?;
+        return ready.runner.confine().map(|()| ready);
+    }
     home.make()?;
-    make(home, definition, home.lock()?, true, (pool, global)).inspect_err(|_| {
+    let made = match life {
+        Life::New(definition) => define(home, definition, Begin::Boot, (pool, global)),
+        Life::Restored(restore) => restore.open(pool, home, screen).and_then(|opened| {
+            let (from, definition, undo) = opened.split();
+            define(home, definition, Begin::Restore(Box::new(from)), (pool, global))
+                .inspect_err(|_| undo.undo(home.name()))
+        }),
+        Life::Defined => unreachable!("see above"),
+    };
+    made.inspect_err(|_| {
         if let Ok(lock) = home.lock() {
             home.forget(lock);
         }
     })
 }
 
+/// Makes a machine and defines it.
+fn define(home: &Home, definition: Definition, begin: Begin<'_>, (pool, global): (&Path, &Global)) -> Result<Ready> {
+    let ready = make(home, definition.clone(), home.lock()?, begin, (pool, global))?;
+    home.define(&definition)?;
+    ready.runner.confine()?;
+    Ok(ready)
+}
+
 fn make(
     home: &Home,
     definition: Definition,
     lock: HomeLock,
-    new: bool,
+    begin: Begin<'_>,
     (pool, global): (&Path, &Global),
 ) -> Result<Ready> {
     let from_pool = definition.disks.iter().any(|disk| disk.disk.is_some());
@@ -378,7 +377,8 @@ fn make(
     };
     let cpus = usize::from(definition.cpus);
     let open = |name: &str, disk: &DiskDefinition| disks.open(name, disk.read_only, cpus, global);
-    let runner = Arc::new(Runner::new(home.clone(), definition.clone(), lock, &open)?);
+    let of_pool = Pool { open: &open, disks: disks.instants() };
+    let runner = Arc::new(Runner::new(home.clone(), definition, lock, of_pool, begin)?);
     let server = MachineServer::start(home, Arc::clone(&runner))?;
     let watched = Arc::clone(&runner);
     signal::watch(move |_| {
@@ -386,11 +386,7 @@ fn make(
             tracing::debug!("a signal came too late: {error}");
         }
     })?;
-    if new {
-        home.define(&definition)?;
-    }
     disks.begin()?;
-    runner.confine()?;
     Ok(Ready { runner, server, disks })
 }
 
@@ -437,7 +433,7 @@ fn stop(home: &Home, patience: u32, screen: &Screen) -> Result<u8> {
 }
 
 /// Says that nobody runs a machine that is defined.
-fn does_not_run(home: &Home) -> Result<Error> {
+pub(super) fn does_not_run(home: &Home) -> Result<Error> {
     home.definition()?;
     Ok(Error::not_found(format!("the virtual machine {} does not run", home.name()))
         .hint(format!("'afterimage vm start {}' starts it", home.name())))
@@ -464,6 +460,7 @@ fn state(info: &Info) -> &'static str {
     match info.state {
         State::Running => "running",
         State::Paused => "paused",
+        State::MemoryError => "memory-error",
         State::Stopping => "stopping",
         State::Ended => "stopped",
     }
@@ -483,6 +480,16 @@ fn sheet(info: &Info) -> String {
     };
     if let Some(pid) = info.pid {
         add("process", pid.to_string());
+    }
+    if let (State::MemoryError, Some(why)) = (info.state, &info.ending) {
+        add("why", why.clone());
+    }
+    if let Some(memory) = &info.memory {
+        let how = match memory.figures.resident {
+            true => "resident".to_owned(),
+            false => format!("{} % there", memory.figures.filled_percent),
+        };
+        add("memory", format!("{how}, from the checkpoint {}", memory.checkpoint));
     }
     add("kernel", info.definition.boot.kernel.display().to_string());
     if let Some(initrd) = &info.definition.boot.initrd {
@@ -537,34 +544,6 @@ fn console(home: &Home, screen: &Screen) -> Result<u8> {
         match stream.read(&mut said) {
             Ok(0) | Err(_) => return Ok(0),
             Ok(len) => screen.bytes(&said[..len]),
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn disks_are_files_with_their_wishes() {
-        let disk = parse_disk("/srv/web.raw,ro,serial=web-1").unwrap();
-        assert_eq!((disk.file, disk.read_only, disk.serial), (Some("/srv/web.raw".into()), true, "web-1".into()));
-        let disk = parse_disk("web,serial=x").unwrap();
-        assert_eq!((disk.file, disk.disk.as_deref(), disk.read_only), (None, Some("web"), false));
-        assert!(parse_disk("web@monday").unwrap().read_only);
-        for bad in ["", "a@b@c", "web,rw", "/a,rw", "/a,serial=", "/a,serial=123456789012345678901", "/a,ro=1"] {
-            assert!(parse_disk(bad).is_err() || bad == "/a,serial=", "{bad}");
-        }
-    }
-
-    #[test]
-    fn network_cards_have_a_tap_and_an_address() {
-        let net = parse_net("tap=tap0,mac=02:00:00:00:00:fe").unwrap();
-        assert_eq!((net.tap.as_str(), net.mac), ("tap0", [2, 0, 0, 0, 0, 0xfe]));
-        assert_eq!(parse_net("tap=t").unwrap().mac[0] & 3, 2);
-        for bad in ["", "tap0", "mac=02:00:00:00:00:01", "tap=t,mac=02:00", "tap=t,mac=01:00:00:00:00:00", "tap=t,x=1"]
-        {
-            assert!(parse_net(bad).is_err(), "{bad}");
         }
     }
 }

@@ -13,9 +13,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use super::vm_steward::Steward;
+use super::vm_steward::{Steward, StewardDisks};
 use super::{Global, daemon};
 use crate::api::answer::VmDisk;
+use crate::api::instant::PoolDisks;
 use crate::api::{Client, Request, Response};
 use crate::clock::{self, Instant};
 use crate::error::{Error, Kind, Result};
@@ -23,6 +24,7 @@ use crate::nbd;
 use crate::nbd::client::{Place, Sought};
 use crate::progress::{Progress, Silent};
 use crate::sync::Mutex;
+use crate::vmm;
 
 /// How long a server that ends is waited for, and how often it is looked at.
 const ENDING_TIME_MAX: Duration = Duration::from_secs(30);
@@ -70,6 +72,14 @@ impl Disks {
             Err((true, error)) => Sought::Never(error),
         };
         nbd::Client::open(&format!("disk '{disk}'"), connections, Box::new(seek))
+    }
+
+    /// Returns who takes snapshots of them.
+    pub(super) fn instants(&self) -> Arc<dyn vmm::Disks> {
+        match &self.steward {
+            Some(steward) => Arc::new(StewardDisks(Arc::clone(steward))),
+            None => Arc::new(PoolDisks::new(&self.pool)),
+        }
     }
 
     /// Says that the guest is about to run, and this process to give up its rights.

@@ -8,7 +8,8 @@
 //!
 //! # Rules
 //! 1. Disks are named before the guest runs, while both have all rights. After [`Order::Begin`] the steward only looks for
-//!    those again, by their numbers, and connects to them: that is all that a guest which has taken its machine over can ask.
+//!    those again, by their numbers, connects to them, and takes and removes snapshots of them for checkpoints of the machine:
+//!    that is all that a guest which has taken its machine over can ask.
 //! 2. Nobody has the machine's end of the socket but the machine. It ends with it, whatever it dies of, and the steward
 //!    with the socket: it gives the disks back then.
 //! 3. A signal that is for the machine does not end its steward.
@@ -27,6 +28,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::sync::mpsc::Sender;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::net::{
@@ -37,11 +39,14 @@ use serde::{Deserialize, Serialize};
 
 use super::vm_disks::{Disks, Held};
 use super::{Global, daemon, signal};
+use crate::api::instant::{Asked, PoolDisks};
 use crate::api::{Failure, check_is_pool};
+use crate::checkpoint::Name;
 use crate::error::{Error, Kind, Result};
 use crate::nbd;
 use crate::nbd::client::{Place, Sought};
 use crate::sync::Mutex;
+use crate::vmm::{self, Taken, Taking};
 
 /// Bytes of a message at most: names and reasons are shorter.
 const MESSAGE_MAX: usize = 64 << 10;
@@ -60,6 +65,12 @@ enum Order {
     Seek { number: usize },
     /// To connect to it there.
     Connect { number: usize },
+    /// To take snapshots of disks that were opened, for a checkpoint of this machine; done when the instant has been.
+    Snapshot { disks: Vec<String>, checkpoint: String },
+    /// To wait until those are durable.
+    Durable,
+    /// To remove those of a checkpoint that came to nothing.
+    Forget { checkpoint: String },
 }
 
 /// What the steward answers.
@@ -72,6 +83,8 @@ enum Reply {
     Opened { number: usize },
     /// It is there, under this name.
     At { name: String },
+    /// The snapshots are durable.
+    Taken { taken: Vec<Taken> },
     /// It is not there yet.
     Later(Failure),
     /// It is not there any more.
@@ -195,6 +208,17 @@ impl Steward {
         self.ask(&Order::Begin).map(drop)
     }
 
+    /// Takes snapshots; `told` is called when the instant has been.
+    fn take(&self, disks: Vec<String>, checkpoint: &str, told: &Sender<()>) -> Result<Vec<Taken>> {
+        self.ask(&Order::Snapshot { disks, checkpoint: checkpoint.to_owned() })?;
+        // Nobody waits any more: then nobody wants to know.
+        told.send(()).ok();
+        match self.ask(&Order::Durable)?.0 {
+            Reply::Taken { taken } => Ok(taken),
+            _ => Err(strange()),
+        }
+    }
+
     /// Ends it, and waits until it has given the disks back.
     pub(super) fn end(&self) {
         // One that has ended is not connected.
@@ -207,8 +231,66 @@ impl Steward {
     }
 }
 
+/// The disks of a machine, whose steward takes snapshots of them.
+#[derive(Debug)]
+pub(super) struct StewardDisks(pub(super) Arc<Steward>);
+
+impl vmm::Disks for StewardDisks {
+    fn snapshot(&self, disks: &[String], checkpoint: &str) -> Result<Box<dyn Taking>> {
+        let (steward, these, taking) = (Arc::clone(&self.0), disks.to_vec(), checkpoint.to_owned());
+        let (forgetting, checkpoint) = (Self(Arc::clone(&self.0)), checkpoint.to_owned());
+        let forget = move || vmm::Disks::forget(&forgetting, &checkpoint);
+        Asked::begin(move |told| steward.take(these, &taking, told), Arc::new(forget))
+    }
+
+    fn forget(&self, checkpoint: &str) {
+        if let Err(error) = self.0.ask(&Order::Forget { checkpoint: checkpoint.to_owned() }) {
+            tracing::warn!("snapshots of the checkpoint {checkpoint}, which came to nothing, stay: {error}");
+        }
+    }
+}
+
+/// Snapshots, as a steward takes them: of the disks that it looks after, for checkpoints of its machine.
+struct Instants {
+    vm: String,
+    pool: PoolDisks,
+    taking: Option<Box<dyn Taking>>,
+}
+
+impl Instants {
+    fn check(&self, checkpoint: &str) -> Result<()> {
+        if Name::parse(checkpoint)?.machine() == self.vm {
+            return Ok(());
+        }
+        Err(Error::new(Kind::Denied, format!("{checkpoint} is no checkpoint of the virtual machine {}", self.vm)))
+    }
+
+    fn begin(&mut self, kept: &[Kept], disks: &[String], checkpoint: &str) -> Result<Reply> {
+        self.check(checkpoint)?;
+        if let Some(disk) = disks.iter().find(|disk| !kept.iter().any(|kept| kept.disk == **disk)) {
+            return Err(Error::new(Kind::Denied, format!("the disk {disk} is none of this virtual machine")));
+        }
+        let mut taking = vmm::Disks::snapshot(&self.pool, disks, checkpoint)?;
+        taking.instant()?;
+        self.taking = Some(taking);
+        Ok(Reply::Done)
+    }
+
+    fn wait(&mut self) -> Result<Reply> {
+        let taking = self.taking.take().ok_or_else(|| Error::failed("no snapshots are being taken"))?;
+        taking.durable().map(|taken| Reply::Taken { taken })
+    }
+
+    fn forget(&mut self, checkpoint: &str) -> Result<Reply> {
+        self.check(checkpoint)?;
+        vmm::Disks::forget(&self.pool, checkpoint);
+        Ok(Reply::Done)
+    }
+}
+
 /// A disk that a steward looks after.
 struct Kept {
+    disk: String,
     held: Held,
     place: Option<PathBuf>,
 }
@@ -222,6 +304,7 @@ pub(super) fn serve(vm: &str, global: &Global) -> Result<u8> {
     // Given back when this ends.
     let disks = Disks::new(&pool, vm);
     let (mut kept, mut begun) = (Vec::new(), false);
+    let mut instants = Instants { vm: vm.to_owned(), pool: PoolDisks::new(&pool), taking: None };
     while let Some((text, _)) = receive(&socket)? {
         let order = serde_json::from_slice(&text).map_err(|e| strange().because(e))?;
         let done = match order {
@@ -231,16 +314,24 @@ pub(super) fn serve(vm: &str, global: &Global) -> Result<u8> {
                 Ok((Reply::Done, None))
             }
             Order::Open { disk, read_only } => disks.hold(&disk, read_only, global).map(|held| {
-                kept.push(Kept { held, place: None });
+                kept.push(Kept { disk, held, place: None });
                 (Reply::Opened { number: kept.len() - 1 }, None)
             }),
             Order::Seek { number } => with(&mut kept, number).map(|kept| (kept.seek(), None)),
             Order::Connect { number } => with(&mut kept, number).and_then(|kept| kept.connect()),
+            Order::Snapshot { disks, checkpoint } => instants.begin(&kept, &disks, &checkpoint).map(alone),
+            Order::Durable => instants.wait().map(alone),
+            Order::Forget { checkpoint } => instants.forget(&checkpoint).map(alone),
         };
         let (reply, with) = done.unwrap_or_else(|error| (Reply::Failed(Failure::from(&error)), None));
         send(&socket, &reply, with.as_ref())?;
     }
     Ok(0)
+}
+
+/// A reply without a connection.
+fn alone(reply: Reply) -> (Reply, Option<OwnedFd>) {
+    (reply, None)
 }
 
 fn with(kept: &mut [Kept], number: usize) -> Result<&mut Kept> {

@@ -163,10 +163,8 @@ pub fn remove(store: &Arc<Store>, name: &str, recursive: bool) -> Result<()> {
             return Err(Error::busy(format!("disk '{name}' has {} snapshots", named.len()))
                 .hint(format!("delete them first, or all at once with `afterimage rm {name} --recursive`")));
         }
-        if let Some(held) = named.iter().find(|row| !row.holds.is_empty()) {
-            let why = held.holds.join(", ");
-            return Err(Error::busy(format!("snapshot '{name}@{}' is held: {why}", held.name))
-                .hint("let it go with `afterimage release`"));
+        for row in &named {
+            crate::snapshot::refuse_held(row, name)?;
         }
         let mut edit = Edit::new(&mut tables);
         Store::abandon_head(&mut edit, &line, id, &row);

@@ -277,6 +277,9 @@ impl Store {
             Some(store) => store.settle_segments(segments),
             None => Err(Error::read_only("the pool is closed")),
         }));
+        let weak = Arc::downgrade(self);
+        let give = move |error: &Error| weak.upgrade().is_some_and(|store| store.give_up_ballast(error));
+        self.ledger.on_full(Box::new(give));
         let ours = Arc::clone(&self.logs);
         self.ledger.on_poison(Box::new(move || ours.spoil()));
         let logs = self.read_logs(clean);

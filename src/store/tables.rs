@@ -10,6 +10,7 @@ use super::ledger::Ledger;
 use super::past::{Moment, OpeningRow, RetiredRow, decode_stamp, encode_stamp};
 use super::rows::{BranchRow, Key, KeyParts, Meta, Row, SegmentRow, Table};
 use super::states::{DiskRow, StateRow, Status};
+use super::tree::Stretch;
 use crate::error::{Error, Result};
 use crate::units::{BranchId, DiskId, Epoch, SegmentId, SnapshotId};
 
@@ -35,6 +36,7 @@ pub struct Tables {
     by_disk: HashMap<DiskId, BTreeSet<(Epoch, BranchId)>>,
     retired: BTreeMap<SnapshotId, RetiredRow>,
     retired_by_disk: HashMap<DiskId, BTreeSet<(Epoch, SnapshotId)>>,
+    retired_by_branch: BTreeSet<(BranchId, Epoch, SnapshotId)>,
     stamps: BTreeMap<Epoch, u64>,
     openings: BTreeMap<u64, OpeningRow>,
     named: HashMap<DiskId, usize>,
@@ -165,12 +167,14 @@ impl Tables {
         self.unset_retired(id);
         self.enter_name(&row.state);
         self.retired_by_disk.entry(row.state.disk).or_default().insert((row.epoch, id));
+        self.retired_by_branch.insert((row.branch, row.epoch, id));
         self.retired.insert(id, row);
     }
 
     fn unset_retired(&mut self, id: SnapshotId) {
         let Some(old) = self.retired.remove(&id) else { return };
         self.strike_name(&old.state);
+        self.retired_by_branch.remove(&(old.branch, old.epoch, id));
         if let Some(list) = self.retired_by_disk.get_mut(&old.state.disk) {
             list.remove(&(old.epoch, id));
         }
@@ -339,6 +343,14 @@ impl Tables {
     pub fn retired_of(&self, disk: DiskId) -> impl Iterator<Item = (SnapshotId, &RetiredRow)> {
         let list = self.retired_by_disk.get(&disk);
         list.into_iter().flatten().map(|(_, id)| (*id, &self.retired[id]))
+    }
+
+    /// Returns the retired snapshots of a stretch whose records are files, oldest first.
+    pub fn retired_in_stretch(&self, stretch: Stretch) -> impl Iterator<Item = (SnapshotId, &RetiredRow)> {
+        let Stretch { branch, after, upto } = stretch;
+        // None is of an epoch after the last one.
+        let range = (branch, after.next(), SnapshotId(0))..(branch, upto.next(), SnapshotId(0));
+        self.retired_by_branch.range(range).map(|(_, _, id)| (*id, &self.retired[id]))
     }
 
     /// Returns all retired snapshots whose records are files.

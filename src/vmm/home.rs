@@ -26,6 +26,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::{Boot, NetSettings};
+use crate::checkpoint::CHECKPOINTS_DIR;
 use crate::clock;
 use crate::error::{Error, Result};
 use crate::media::{HostMedia, Media, Open};
@@ -110,6 +111,21 @@ impl DiskDefinition {
 }
 
 impl Definition {
+    /// Checks what its form cannot say.
+    ///
+    /// # Errors
+    /// `Unsupported` for a newer version, `Corrupt` for what makes no sense.
+    pub fn check(&self) -> Result<()> {
+        if self.version != VERSION {
+            return Err(Error::unsupported(format!(
+                "the definition of a machine is of version {}, and this program knows {VERSION}",
+                self.version
+            ))
+            .hint("use the version of afterimage that wrote it, or a newer one"));
+        }
+        self.disks.iter().try_for_each(|disk| disk.source().map(drop))
+    }
+
     /// Makes one of this version.
     #[must_use]
     pub fn new(boot: Boot, memory: u64, cpus: u8) -> Self {
@@ -192,6 +208,18 @@ impl Home {
     #[must_use]
     pub fn exists(&self) -> bool {
         self.path(DEFINITION).exists()
+    }
+
+    /// Returns the folder of its checkpoints, which is made if it is not there.
+    ///
+    /// # Errors
+    /// Those of the host.
+    pub fn checkpoints(&self) -> Result<PathBuf> {
+        let pool = self.dir.parent().and_then(Path::parent).expect("it is in a folder of the pool");
+        let path = pool.join(CHECKPOINTS_DIR).join(&self.name);
+        let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&path);
+        made.map_err(|e| Error::io(format!("cannot make {}", path.display()), e))?;
+        Ok(path)
     }
 
     /// Makes the folder.
@@ -295,9 +323,7 @@ impl Home {
             .hint("use the version of afterimage that wrote it, or a newer one"));
         }
         let definition: Definition = serde_json::from_slice(&text).map_err(strange)?;
-        for disk in &definition.disks {
-            disk.source().map_err(|e| e.context(&shown))?;
-        }
+        definition.check().map_err(|e| e.context(&shown))?;
         Ok(definition)
     }
 

@@ -8,6 +8,7 @@
 mod attach;
 mod client;
 mod direct;
+mod durable;
 mod ending;
 mod leases;
 mod refused;

@@ -237,7 +237,8 @@ impl Exports {
                 (What::Snapshot(_), None) => return Err(Error::failed("the snapshot is not open")),
             };
         let serial = uuid.simple().to_string()[..SERIAL_LEN].to_owned();
-        let options = vhost_blk::Options { socket: socket.into(), queues: usize::from(row.queues), serial };
+        let (queues, budget) = (usize::from(row.queues), self.budget.clone());
+        let options = vhost_blk::Options { socket: socket.into(), queues, serial, budget };
         vhost_blk::start(options, device, keep)
     }
 
