@@ -92,6 +92,11 @@ pub trait BlockDevice: Send + Sync + std::fmt::Debug {
     fn wait(&self, _need: Need, _cancel: &Arc<Cancel>, go: Go) {
         go(Ok(()));
     }
+    /// Returns how many threads may wait for it at a time beside a ring: for flushes and discards, and reads of what is not in
+    /// memory. A device that cannot see from here which of its requests wait on purpose has one for each.
+    fn threads(&self) -> usize {
+        8
+    }
     /// Says what calls back requests to this device, for one that cannot see from here whether they wait on purpose: those
     /// under way then come back soon, as ones to wait for.
     fn heed(&self, _cancel: &Arc<Cancel>) {}

@@ -33,8 +33,6 @@ const PARTS_MAX: usize = 4;
 const OWN: usize = PART;
 /// Bytes of the shared memory that a queue keeps although it does not need them now.
 const SLACK: usize = 4 << 20;
-/// Threads for what may have to wait: flushes and discards, reads of what is not in memory.
-const THREADS: usize = 8;
 
 /// Which part of which request.
 #[derive(Debug, Clone, Copy)]
@@ -90,9 +88,9 @@ impl Flights {
     /// Makes none yet; `cancel` calls back what waits on purpose.
     pub(super) fn new(target: Arc<Target>, durable: bool, cancel: Arc<Cancel>) -> Result<Self> {
         Ok(Self {
+            engine: Engine::new("disk-work", target.device.threads(), cancel)?,
             share: target.requests.nothing(),
             target,
-            engine: Engine::new("disk-work", THREADS, cancel)?,
             buffers: Buffers::default(),
             flights: Vec::new(),
             free: Vec::new(),

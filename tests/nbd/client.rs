@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use afterimage::disk::{self, BlockDevice};
+use afterimage::disk::engine::{self, Op};
+use afterimage::disk::{self, BlockDevice, Buffers, Engine};
 use afterimage::error::{Error, Kind, Result};
 use afterimage::nbd::Client;
 use afterimage::nbd::client::{Place, Sought};
@@ -153,6 +154,51 @@ fn what_is_called_back_comes_back_although_the_server_is_gone_or_lets_it_wait() 
     assert_eq!(waiting.join().unwrap(), Kind::Cancelled);
     rig.start(16);
     patiently(&client, || client.flush()).unwrap();
+}
+
+/// What waited for room kept all threads, and a guest that had no room for its writes could not read either.
+#[test]
+fn what_comes_after_requests_that_wait_for_room_goes_on() {
+    const WAITING: u64 = 100;
+    let rig = Rig::new();
+    rig.disk("web", 16 * MIB);
+    for (key, value) in [("quota", "4K"), ("enospc", "wait")] {
+        disk::set(&rig.store, "web", key, value).unwrap();
+    }
+    let client = Arc::new(open(&rig.socket(), 2));
+    client.write(&[1; 4096], 0).unwrap();
+    let mut engine = Engine::new("test", client.threads(), Arc::default()).unwrap();
+    let mut buffers = Buffers::default();
+    let mut begin = |engine: &mut Engine<u64>, op, tag: u64| {
+        let device: Arc<dyn BlockDevice> = Arc::<Client>::clone(&client);
+        let (pages, offset, len) = (Some(buffers.take(4096).unwrap()), tag * 65536, 4096);
+        engine.begin(engine::Request { op, device, offset, len, pages, at: 0, tag });
+        engine.submit().unwrap();
+    };
+    for tag in 1..=WAITING {
+        begin(&mut engine, Op::Write { durable: false }, tag);
+    }
+    for _ in 0..3 {
+        begin(&mut engine, Op::Read, 0);
+        let done = loop {
+            match engine.finished() {
+                Some(done) => break done,
+                None => engine.wait(None).unwrap(),
+            }
+        };
+        assert!(done.result.is_ok() && done.request.tag == 0 && done.request.pages.unwrap()[..4096] == [1; 4096]);
+    }
+    disk::set(&rig.store, "web", "quota", "none").unwrap();
+    let mut left = WAITING;
+    while left > 0 {
+        match engine.finished() {
+            Some(done) => {
+                done.result.unwrap();
+                left -= 1;
+            }
+            None => engine.wait(None).unwrap(),
+        }
+    }
 }
 
 #[test]

@@ -21,6 +21,8 @@
 //!    them at once where they wait here, and after half a second where the server has not answered by then: it may let them
 //!    wait on purpose. The connections are broken for that, and what was under way for others is asked again.
 //! 6. A server that makes no sense, again and again, is not asked any more.
+//! 7. A request that the server lets wait keeps a thread here, and there are enough for all ([`BlockDevice::threads`]): what
+//!    comes after it goes on.
 //!
 //! # Why not a crate
 //! See [`crate::nbd`]; none of those clients survives its server.
@@ -58,6 +60,8 @@ pub const PIECE: u64 = 1 << 20;
 const SPAN: u64 = 1 << 30;
 /// Connections at most.
 pub const CONNECTIONS_MAX: usize = 16;
+/// Threads that wait for answers at most: as many as a queue of a guest has requests.
+const THREADS: usize = 256;
 
 /// Makes a connection to a server.
 type Connect = dyn Fn() -> Result<OwnedFd> + Send + Sync;
@@ -439,6 +443,10 @@ impl BlockDevice for Client {
         self.heed(cancel);
         self.shared.waiting.lock().push(Waiter { cancel: Arc::clone(cancel), go });
         self.shared.release();
+    }
+
+    fn threads(&self) -> usize {
+        THREADS
     }
 
     fn heed(&self, cancel: &Arc<Cancel>) {

@@ -2,7 +2,8 @@
 //!
 //! # Rules
 //! 1. Who asks sends its request and waits for its answer. Of those who wait on a connection one reads, for all: no thread
-//!    stands between the socket and who asked.
+//!    stands between the socket and who asked. It wakes who has its answer, and when it goes, one that reads on: any number
+//!    may wait without being woken for each other.
 //! 2. When one connection is lost all are: what is asked again then finds a server that has ended what it was doing for the
 //!    old ones, so an old write never comes after a new one.
 //! 3. Each wait ends when the session breaks.
@@ -13,6 +14,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::Thread;
 
 use rustix::net::{AddressFamily, SendAncillaryBuffer, SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType};
 
@@ -24,7 +26,7 @@ use crate::error::{Error, Result};
 use crate::media::socket::ShortPath;
 use crate::nbd::link::Link;
 use crate::nbd::wire::{Command, Errno, Reply, Request, transmission};
-use crate::sync::{Condvar, Mutex, MutexGuard};
+use crate::sync::{Mutex, MutexGuard};
 
 /// What comes of asking.
 #[derive(Debug)]
@@ -52,16 +54,45 @@ struct Wire {
     socket: Arc<OwnedFd>,
     sending: Mutex<()>,
     state: Mutex<State>,
-    changed: Condvar,
 }
 
 #[derive(Debug)]
 struct State {
-    /// By cookie: what is waited for.
-    answers: HashMap<u64, Answer>,
+    /// By cookie: what is waited for, but for the one that is being read.
+    waits: HashMap<u64, Wait>,
     /// `None` while somebody reads.
     reader: Option<Box<Reader>>,
     broken: bool,
+}
+
+#[derive(Debug)]
+struct Wait {
+    answer: Answer,
+    asker: Thread,
+    /// It has sent its request, and sleeps until it is woken.
+    sleeps: bool,
+}
+
+impl State {
+    fn sleeps(&mut self, cookie: u64, sleeps: bool) {
+        if let Some(wait) = self.waits.get_mut(&cookie) {
+            wait.sleeps = sleeps;
+        }
+    }
+
+    fn wake_all(&self) {
+        self.waits.values().for_each(|wait| wait.asker.unpark());
+    }
+
+    /// Has somebody else read, who sleeps. Who still sends looks by itself, and must not be counted on: the server may take
+    /// nothing more until its replies are read.
+    fn pass_on(&self) {
+        if self.reader.is_some()
+            && let Some(next) = self.waits.values().find(|wait| wait.sleeps && !wait.answer.is_done())
+        {
+            next.asker.unpark();
+        }
+    }
 }
 
 impl Session {
@@ -166,15 +197,16 @@ impl Wire {
         let socket = Arc::new((place.connect)()?);
         let terms = greet(&mut Link::new(Arc::clone(&socket)), &place.name)?;
         let reader = Some(Box::new(Reader::new(Arc::clone(&socket))));
-        let state = State { answers: HashMap::new(), reader, broken: false };
-        Ok((Self { socket, sending: Mutex::new(()), state: Mutex::new(state), changed: Condvar::new() }, terms))
+        let state = State { waits: HashMap::new(), reader, broken: false };
+        Ok((Self { socket, sending: Mutex::new(()), state: Mutex::new(state) }, terms))
     }
 
     fn end(&self) {
-        self.state.lock().broken = true;
+        let mut state = self.state.lock();
+        state.broken = true;
         // Whoever sends or reads finds the end; one that is over already is not connected.
         rustix::net::shutdown(&self.socket, Shutdown::Both).ok();
-        self.changed.notify_all();
+        state.wake_all();
     }
 
     /// Returns the answer; `None` when somebody else found that the connection is lost.
@@ -185,29 +217,32 @@ impl Wire {
             if state.broken {
                 return Ok(None);
             }
-            state.answers.insert(cookie, answer);
+            state.waits.insert(cookie, Wait { answer, asker: std::thread::current(), sleeps: false });
         }
         self.send(&request.encode(), data).map_err(|error| Broken::io(&error))?;
         let mut state = self.state.lock();
         loop {
-            if state.answers.get(&cookie).is_some_and(Answer::is_done) {
-                // Somebody else reads now.
-                self.changed.notify_all();
-                return Ok(state.answers.remove(&cookie));
+            if state.waits.get(&cookie).is_some_and(|wait| wait.answer.is_done()) {
+                state.pass_on();
+                return Ok(state.waits.remove(&cookie).map(|wait| wait.answer));
             }
             if state.broken {
                 return Ok(None);
             }
             let Some(mut reader) = state.reader.take() else {
-                self.changed.wait(&mut state);
+                // It is not there while somebody reads the answer, who wakes this one then.
+                state.sleeps(cookie, true);
+                // Woken in between, it returns at once.
+                MutexGuard::unlocked(&mut state, std::thread::park);
+                state.sleeps(cookie, false);
                 continue;
             };
             let read = MutexGuard::unlocked(&mut state, || self.read(&mut reader));
             state.reader = Some(reader);
             if read.is_err() {
                 state.broken = true;
+                state.wake_all();
             }
-            self.changed.notify_all();
             read?;
         }
     }
@@ -217,13 +252,18 @@ impl Wire {
         let reply = reader.header()?;
         let (Reply::Simple { cookie, .. } | Reply::Chunk { cookie, .. }) = reply;
         // Taken out meanwhile: only who reads touches it.
-        let taken = self.state.lock().answers.remove(&cookie);
-        let mut answer = taken
-            .filter(|answer| !answer.is_done())
-            .ok_or_else(|| Broken::senseless("it answers what nobody asked"))?;
-        answer.take(reply, reader)?;
-        self.state.lock().answers.insert(cookie, answer);
-        Ok(())
+        let taken = {
+            let mut state = self.state.lock();
+            let waits = state.waits.get(&cookie).is_some_and(|wait| !wait.answer.is_done());
+            if waits { state.waits.remove(&cookie) } else { None }
+        };
+        let mut wait = taken.ok_or_else(|| Broken::senseless("it answers what nobody asked"))?;
+        let took = wait.answer.take(reply, reader);
+        let mut state = self.state.lock();
+        // Under the lock: woken before its answer is there, it would sleep again.
+        wait.asker.unpark();
+        state.waits.insert(cookie, wait);
+        took
     }
 
     fn send(&self, header: &[u8], data: &[u8]) -> io::Result<()> {
