@@ -1,7 +1,7 @@
 //! How fast the memory of a machine is saved and restored, without a machine: a thread of this process is the guest.
 //!
 //! The memory is a fixture mix: half zeros, and of the rest a half heap-like structures, a quarter the sources of this project, a
-//! sixth machine code (of this program), and noise. The disk is what DIR is on; reads are direct. each line of stdout is one figure, as
+//! sixth machine code (of this program), and noise. The disk is what DIR is on; reads are direct. Each line of stdout is one figure, as
 //! JSON.
 //!
 //!     cargo bench --bench memory -- [DIR] [--memory MIB] [--rounds N] [--parts save,touch,fill,open]
