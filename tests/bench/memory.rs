@@ -1,13 +1,14 @@
 //! How fast the memory of a machine is saved and restored, without a machine: a thread of this process is the guest.
 //!
 //! The memory is a fixture mix: half zeros, and of the rest a half heap-like structures, a quarter the sources of this project, a
-//! sixth machine code (of this program), and noise. The disk is what DIR is on; reads are direct. `tests/bench/checkpoint` runs this
-//! and shows the figures; each line of stdout is one, as JSON.
+//! sixth machine code (of this program), and noise. The disk is what DIR is on; reads are direct. Each line of stdout is one figure, as
+//! JSON.
 //!
 //!     cargo bench --bench memory -- [DIR] [--memory MIB] [--rounds N] [--parts save,touch,fill,open]
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, clippy::print_stderr, reason = "a bench")]
 #![allow(clippy::disallowed_methods, clippy::cast_possible_truncation, clippy::cast_precision_loss, reason = "a bench")]
+#![allow(clippy::cast_lossless, clippy::cast_sign_loss, reason = "a bench")]
 #![allow(missing_docs, reason = "a bench")]
 
 use std::fs::{self, File};
