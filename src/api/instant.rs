@@ -2,7 +2,7 @@
 //!
 //! # Rules
 //! 1. A request waits on a thread of its own: the machine stands still only until the instant has been, and no longer than
-//!    [`PATIENCE`] for a server that does not get there.
+//!    a second for a server that does not get there.
 //! 2. Snapshots that nobody waits for any more are removed when they have been taken after all.
 
 use std::path::{Path, PathBuf};

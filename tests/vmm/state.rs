@@ -209,6 +209,8 @@ pub(super) fn registers(mut state: Value) -> Value {
         // Of the local APIC what counts down, and the calls that wait.
         zero(&mut cpu["interrupts"], 0x390..0x394);
         zero(&mut cpu["interrupts"], 0x200..0x280);
+        // An exception that is about to come reads as one that comes and as one that waits, and is set as one that comes.
+        zero(&mut cpu["events"], 3..4);
     }
     state
 }
