@@ -70,7 +70,7 @@ pub(super) fn is_ringing(file: &impl AsFd) -> bool {
 
 #[derive(Debug)]
 enum Way {
-    Kernel(Notify),
+    Kernel(Box<Notify>),
     /// Where there is no io_uring: it waits for a front end that has taken O_NONBLOCK back and fills the counter.
     Write(File),
 }
@@ -87,7 +87,7 @@ impl Bell {
     /// When it can be rung in no way.
     pub(super) fn set(&self, file: Option<File>) -> io::Result<()> {
         let way = |file: File| match Notify::new(&file) {
-            Ok(notify) => Ok(Way::Kernel(notify)),
+            Ok(notify) => Ok(Way::Kernel(Box::new(notify))),
             Err(_) => never_wait(&file).map(|()| Way::Write(file)),
         };
         *self.0.lock() = file.map(way).transpose()?;

@@ -240,7 +240,7 @@ mod tests {
         let (pipe, _writer) = rustix::pipe::pipe().unwrap();
         let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         // A file that is called like an event is none, and no path begins like it.
-        let odd = File::create(dir.path().join("anon_inode:[eventfd]")).unwrap();
+        let odd = File::options().write(true).create_new(true).open(dir.path().join("anon_inode:[eventfd]")).unwrap();
         assert_ne!(Kind::of(odd.as_fd()), Ok(Kind::Event));
         let others = [
             File::open("/dev/zero").unwrap().into(),
