@@ -78,7 +78,8 @@ impl Send {
 ///
 /// All or nothing: the disk changes when the stream has ended, and keeps everything it had. An increment goes only onto a disk
 /// whose newest snapshot is its base and which was not written to since. With --file the stream goes into a raw file or a
-/// block device instead, which change while it comes in.
+/// block device instead, which change while it comes in. Where there is no room it ends, also for a disk whose writes wait then
+/// (enospc=wait): what arrived is kept, and goes on with the token.
 #[derive(Debug, Args)]
 pub(super) struct Receive {
     /// The disk; made when it is not there and the stream is a full one

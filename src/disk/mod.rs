@@ -79,6 +79,10 @@ pub trait BlockDevice: Send + Sync + std::fmt::Debug {
     fn end_write(&self, _writing: Writing, _data: &[u8], _written: &[std::io::Result<usize>]) -> Result<bool> {
         Err(Error::failed("a write was ended that this device has not begun"))
     }
+    /// Tells whether a read or write is one system call, which waits for nothing but the disk of the host.
+    fn is_prompt(&self) -> bool {
+        false
+    }
     /// Takes the turn of a read or write of so many bytes, by the limits of the disk. If it has to wait for it, returns what
     /// for: the caller reads or writes after it has waited ([`BlockDevice::wait`]), without asking again.
     fn take_turn(&self, _bytes: u64) -> Option<Need> {

@@ -217,7 +217,7 @@ mod tests {
     use std::fs::File;
     use std::os::unix::net::UnixStream;
 
-    use rustix::fs::{MemfdFlags, Mode, OFlags};
+    use rustix::fs::MemfdFlags;
     use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
     use super::*;
@@ -240,9 +240,7 @@ mod tests {
         let (pipe, _writer) = rustix::pipe::pipe().unwrap();
         let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         // A file that is called like an event is none, and no path begins like it.
-        let path = dir.path().join("anon_inode:[eventfd]");
-        let made = rustix::fs::open(&path, OFlags::CREATE | OFlags::RDWR, Mode::RUSR);
-        let odd = File::from(made.unwrap());
+        let odd = File::options().write(true).create_new(true).open(dir.path().join("anon_inode:[eventfd]")).unwrap();
         assert_ne!(Kind::of(odd.as_fd()), Ok(Kind::Event));
         let others = [
             File::open("/dev/zero").unwrap().into(),

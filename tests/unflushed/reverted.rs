@@ -98,6 +98,15 @@ fn in_epoch(log: &[u8], other: Epoch) -> Vec<u8> {
     bytes
 }
 
+/// Writes old records before the new ones, as if the host had lost that they were dropped.
+fn put_back(media: &dyn Media, old: &[Vec<u8>], new: &[Vec<u8>], epoch: Option<Epoch>) {
+    for (which, (old, new)) in old.iter().zip(new).enumerate() {
+        let old = epoch.map_or_else(|| old.clone(), |epoch| in_epoch(old, epoch));
+        let file = media.open(&log_path(DiskId(1), which), Open::Existing).unwrap();
+        file.write_at(&[&old[..], &new[LOG_HEADER_LEN..]].concat(), 0).unwrap();
+    }
+}
+
 /// A revert flushes, so there are no such records unless the host has lost that they were dropped. They may look older than the
 /// branch that the disk is on, as they are, or younger.
 #[test]
@@ -112,11 +121,7 @@ fn records_of_the_branch_that_a_revert_left_are_not_replayed() {
         write(&disk, 9, 49, 1);
         let new = logs(&*media);
         drop((disk, lease, store));
-        for (which, (old, new)) in old.iter().zip(new).enumerate() {
-            let old = epoch.map_or_else(|| old.clone(), |epoch| in_epoch(old, epoch));
-            let file = media.open(&log_path(DiskId(1), which), Open::Existing).unwrap();
-            file.write_at(&[&old[..], &new[LOG_HEADER_LEN..]].concat(), 0).unwrap();
-        }
+        put_back(&*media, &old, &new, epoch);
         sim.kill();
         let store = open(&media);
         let mut now = reverted();
@@ -129,4 +134,24 @@ fn records_of_the_branch_that_a_revert_left_are_not_replayed() {
         let report = store::check(&store, false, &afterimage::progress::Silent).unwrap();
         assert!(report.problems.is_empty(), "{:#?}", report.problems);
     }
+}
+
+#[test]
+fn records_of_an_epoch_that_a_snapshot_has_ended_are_not_replayed() {
+    let (sim, media, store) = with_snapshot();
+    change(&store);
+    let old = logs(&*media);
+    snapshot::take(&store, &[("vm".into(), "t".into())]).unwrap();
+    let (disk, lease) = attach(&store, "vm");
+    write(&disk, 5, 0, 100);
+    disk.flush().unwrap();
+    write(&disk, 6, 99, 1);
+    let new = logs(&*media);
+    drop((disk, lease, store));
+    put_back(&*media, &old, &new, None);
+    sim.kill();
+    let store = open(&media);
+    assert!(read(&store, "vm", 0, 101) == [filled(5, 99), filled(6, 1), filled(0, 1)].concat());
+    assert_eq!(store.lost_changes(DiskId(1)), None);
+    attach_again(&store);
 }
