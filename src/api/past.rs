@@ -10,7 +10,7 @@ use crate::media::{HostMedia, Media, Open};
 use crate::progress::Progress;
 use crate::snapshot;
 use crate::snapshot::diff::{self, StateName};
-use crate::store::Store;
+use crate::store::{SnapshotInfo, Store};
 
 /// Extents that one answer lists at most. They are one line of JSON, of 70 bytes each or so, which the server has whole before
 /// it sends it, and the client before it reads it.
@@ -52,8 +52,19 @@ fn retire(store: &Arc<Store>, names: &[String], wait: bool, progress: &dyn Progr
     let infos = snapshot::retire(store, &targets)?;
     if wait {
         snapshot::wait_retired(store, progress)?;
+        refuse_unrecorded(store, &infos)?;
     }
     Ok(Response::Snapshots { snapshots: infos.into_iter().map(Into::into).collect() })
+}
+
+/// Fails when the record of one of some snapshots could not be written: whoever waits for it has to know.
+fn refuse_unrecorded(store: &Store, infos: &[SnapshotInfo]) -> Result<()> {
+    let unrecorded = store.unrecorded();
+    let found = infos.iter().find_map(|info| Some((info, unrecorded.get(&info.id)?)));
+    let Some((info, why)) = found else { return Ok(()) };
+    let (disk, name) = (&info.disk, &info.name);
+    Err(Error::corrupt(format!("'{disk}@{name}' is retired, but its record cannot be written: {why}"))
+        .hint("it keeps its data until the record is written, which is tried again; see `afterimage check`"))
 }
 
 fn diff_answer(store: &Arc<Store>, from: String, to: String, summary: bool) -> Result<Diff> {

@@ -191,6 +191,8 @@ pub struct Store {
     unsealable: Mutex<BTreeMap<SnapshotId, String>>,
     /// Records of retired snapshots that were found to be missing or damaged.
     record_faults: Mutex<BTreeMap<SnapshotId, RecordFault>>,
+    /// Retired snapshots whose records could not be written, and why: they are passed by until somebody waits for them.
+    unrecorded: Mutex<BTreeMap<SnapshotId, String>>,
     space: space::SpaceGuard,
     waiting: waiting::WaitingRoom,
     opening: u64,
