@@ -42,7 +42,10 @@ pub fn check(store: &Arc<Store>, repair: bool, progress: &dyn Progress) -> Resul
     }
     for (id, why) in store.unrecorded() {
         let Ok(info) = store.snapshot_info_by_id(id) else { continue };
-        report.wrong(format!("the record of the retired snapshot '{}@{}' cannot be written: {why}", info.disk, info.name));
+        report.wrong(format!(
+            "the record of the retired snapshot '{}@{}' cannot be written: {why}",
+            info.disk, info.name
+        ));
     }
     Ok(report)
 }

@@ -22,6 +22,7 @@ pub mod record;
 mod remove;
 mod retire;
 mod take;
+mod verifier;
 
 pub use branch::{RevertReport, clone, clone_into, revert};
 pub use check::{check, record_faults};
@@ -30,3 +31,4 @@ pub use prune::{Keep, PruneLine, prune};
 pub use remove::{hold, release, remove, rename, unique};
 pub use retire::{attend, import_record, retire, wait_retired};
 pub use take::take;
+pub use verifier::{VerifiedReader, Verifier, Verifiers};

@@ -127,9 +127,8 @@ fn record_one(store: &Store) -> Result<bool> {
     let passed_by = store.unrecorded();
     let next = {
         let tables = store.tables.read();
-        let found = tables
-            .states()
-            .find(|(_, row)| row.status == Status::Retired && !passed_by.contains_key(&row.snapshot));
+        let found =
+            tables.states().find(|(_, row)| row.status == Status::Retired && !passed_by.contains_key(&row.snapshot));
         found.map(|(key, row)| (key, row.snapshot, row.name.clone()))
     };
     let Some((key, id, name)) = next else { return Ok(false) };

@@ -353,7 +353,8 @@ impl Store {
         self.keeper.wake();
     }
 
-    fn is_held_open(&self, id: SnapshotId) -> bool {
+    /// Tells whether somebody reads a snapshot, whose data stays as long.
+    pub fn is_held_open(&self, id: SnapshotId) -> bool {
         self.holders.lock().contains_key(&id)
     }
 }

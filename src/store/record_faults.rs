@@ -93,7 +93,10 @@ impl Store {
     pub fn record_damage(&self) -> Option<String> {
         if let Some((id, why)) = self.unrecorded().into_iter().next() {
             let info = self.snapshot_info_by_id(id).ok()?;
-            return Some(format!("the record of the retired snapshot '{}@{}' cannot be written: {why}", info.disk, info.name));
+            return Some(format!(
+                "the record of the retired snapshot '{}@{}' cannot be written: {why}",
+                info.disk, info.name
+            ));
         }
         let faults = match self.all_record_faults() {
             Ok(faults) => faults,

@@ -1,7 +1,7 @@
 //! Exports of a pool: whatever happened to a disk, a chain of increments brings a raw file from snapshot to snapshot.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -201,4 +201,30 @@ fn more_extents_than_files() {
     assert!(image == content(&*snapshot::open(&store, "web", "b").unwrap()));
     drop(disk);
     store.close().unwrap();
+}
+
+/// A block that has rotted since it was sealed went into the directory with a fresh checksum.
+#[test]
+fn a_damaged_block_is_not_exported() {
+    let bench = Bench::new();
+    let store = pool(&bench);
+    disk::create(&store, "web", 3 << 20).unwrap();
+    let disk = disk::open(&store, "web").unwrap();
+    disk.write(&Random(5).bytes(3 << 20), 0).unwrap();
+    take(&store, "a");
+    while store.seal_next().unwrap() {}
+    let (increment, device) = export::describe(&store, None, ("web", "a")).unwrap();
+    export::write(&increment, &device, &bench.path("whole"), &Silent).unwrap();
+
+    // Block 700 of the disk: behind the 2 MiB before the first slot.
+    let segment = bench.path("pool/segments/01/1.seg");
+    let file = fs::OpenOptions::new().write(true).open(segment).unwrap();
+    file.write_all_at(b"ROT!", (512 + 700) * BLOCK as u64 + 9).unwrap();
+    let error = export::write(&increment, &device, &bench.path("dir"), &Silent).unwrap_err();
+    assert_eq!(error.kind(), Kind::Corrupt, "{error}");
+    assert!(error.message().contains("'web@a'") && error.message().contains("bytes 2867200 to 2871296"), "{error}");
+    assert!(!bench.path("dir").exists());
+    // And reads of it fail from now on.
+    let mut block = vec![0; BLOCK];
+    assert_eq!(device.read(&mut block, 700 * BLOCK as u64).unwrap_err().kind(), Kind::Corrupt);
 }
