@@ -271,7 +271,7 @@ fn export(
     let (disk, snapshot) = Target::snapshot(&to)?;
     let base = base.as_ref().map(|(disk, snapshot)| (disk.as_str(), snapshot.as_str()));
     let (increment, device) = crate::export::describe(store, base, (&disk, &snapshot))?;
-    let dir = crate::export::write(&increment, &*device, dir, progress)?;
+    let dir = crate::export::write(&increment, &device, dir, progress)?;
     Ok(Response::Exported(Exported {
         path: dir.display().to_string(),
         from,

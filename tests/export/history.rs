@@ -39,7 +39,7 @@ fn content(device: &dyn BlockDevice) -> Vec<u8> {
 
 fn export(store: &Arc<Store>, from: Option<&str>, to: &str, dir: &Path) -> Increment {
     let (increment, device) = export::describe(store, from.map(|from| ("web", from)), ("web", to)).unwrap();
-    export::write(&increment, &*device, dir, &Silent).unwrap();
+    export::write(&increment, &device, dir, &Silent).unwrap();
     increment
 }
 
@@ -120,7 +120,7 @@ fn what_cannot_be_exported_says_why() {
     assert_eq!(refused(Some(("db", "a")), ("web", "b")).kind(), Kind::Failed);
 
     let (increment, device) = export::describe(&store, None, ("web", "b")).unwrap();
-    let write = |name: &str, progress: &dyn Progress| export::write(&increment, &*device, &bench.path(name), progress);
+    let write = |name: &str, progress: &dyn Progress| export::write(&increment, &device, &bench.path(name), progress);
     fs::create_dir(bench.path("taken")).unwrap();
     fs::write(bench.path("taken/it"), "").unwrap();
     assert_eq!(write("taken", &Silent).unwrap_err().kind(), Kind::Exists);
@@ -170,7 +170,7 @@ fn a_snapshot_stays_whole_while_it_is_exported() {
     disk.write(&vec![0xee; 8 << 20], 0).unwrap();
     disk.flush().unwrap();
     store.reclaim_wait(&Silent).unwrap();
-    export::write(&increment, &*device, &bench.path("full"), &Silent).unwrap();
+    export::write(&increment, &device, &bench.path("full"), &Silent).unwrap();
     bench.applies(shells()[0], "full", &["target"]);
     assert!(fs::read(bench.path("target")).unwrap() == data);
     drop((device, disk));
