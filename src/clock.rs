@@ -1,7 +1,7 @@
 //! The one place that asks what time it is.
 //!
 //! Wall-clock seconds stamp snapshots and logs; the monotonic clock measures waits. Nothing that must be correct
-//! depends on either: stamps are made unique per lineage by whoever stores them, and the clock of a guest that goes on is as
+//! depends on either: stamps are made unique per pool by whoever stores them, and the clock of a guest that goes on is as
 //! right as that of its host.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};

@@ -44,6 +44,9 @@ pub enum Response {
     Snapshots {
         /// The snapshots.
         snapshots: Vec<Snapshot>,
+        /// Which of those that were retired somebody still reads: their data is freed when the last one lets go.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        open: Vec<String>,
     },
     /// A disk or snapshot is gone.
     Removed {

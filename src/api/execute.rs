@@ -134,7 +134,7 @@ fn snapshot_answer(info: SnapshotInfo) -> Response {
 }
 
 fn snapshots_answer(infos: Vec<SnapshotInfo>) -> Response {
-    Response::Snapshots { snapshots: infos.into_iter().map(Into::into).collect() }
+    Response::Snapshots { snapshots: infos.into_iter().map(Into::into).collect(), open: Vec::new() }
 }
 
 fn list(store: &Arc<Store>, disk: Option<&str>) -> Result<Response> {
@@ -149,7 +149,7 @@ fn list(store: &Arc<Store>, disk: Option<&str>) -> Result<Response> {
         let record = faults.get(&info.id).copied();
         super::answer::Snapshot { record, ..info.into() }
     };
-    Ok(Response::Snapshots { snapshots: infos.into_iter().map(answer).collect() })
+    Ok(Response::Snapshots { snapshots: infos.into_iter().map(answer).collect(), open: Vec::new() })
 }
 
 fn resize(store: &Arc<Store>, disk: &str, size: u64, shrink: bool) -> Result<Response> {
@@ -275,11 +275,12 @@ fn export(
     progress: &dyn Progress,
 ) -> Result<Response> {
     let dir = absolute(path)?;
+    let from = from.filter(|from| from != "-");
     let base = from.as_deref().map(Target::snapshot).transpose()?;
     let (disk, snapshot) = Target::snapshot(&to)?;
     let base = base.as_ref().map(|(disk, snapshot)| (disk.as_str(), snapshot.as_str()));
     let (increment, device) = crate::export::describe(store, base, (&disk, &snapshot))?;
-    let dir = crate::export::write(&increment, &*device, dir, progress)?;
+    let dir = crate::export::write(&increment, &device, dir, progress)?;
     Ok(Response::Exported(Exported {
         path: dir.display().to_string(),
         from,

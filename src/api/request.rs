@@ -104,11 +104,15 @@ pub enum Request {
     Diff {
         /// `DISK`, `DISK@SNAPSHOT` (live or retired) or `-`.
         from: String,
-        /// `DISK` or `DISK@SNAPSHOT`.
+        /// `DISK`, `DISK@SNAPSHOT` or `-`.
         to: String,
         /// Leaves out the extents.
         #[serde(default, skip_serializing_if = "is_false")]
         summary: bool,
+        /// Absolute path of a pipe, or of a file that is empty or not there, into which the extents are written, however
+        /// many there are: one JSON object a line. The answer has none then.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        output: Option<String>,
     },
     /// Tells how many bytes the next increment of a disk would carry.
     Estimate {

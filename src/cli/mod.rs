@@ -19,6 +19,7 @@ mod disks;
 mod doctor;
 mod export;
 mod exports;
+mod extents;
 mod host;
 mod init;
 mod mount;
@@ -250,7 +251,7 @@ fn run(command: Command, global: &Global, screen: &Screen) -> Result<u8> {
         Command::Clone(command) => ask(global, screen, command.ask()),
         Command::Revert(command) => ask(global, screen, command.ask()),
         Command::Retire(command) => ask(global, screen, command.ask()),
-        Command::Diff(command) => ask(global, screen, command.ask()),
+        Command::Diff(command) => command.run(global, screen),
         Command::Estimate(command) => ask(global, screen, command.ask()),
         Command::Verify(command) => ask(global, screen, command.ask()),
         Command::Record(command) => ask(global, screen, command.ask()?),

@@ -29,8 +29,11 @@ pub(super) fn show(response: &Response, style: Style) -> String {
         }
         Response::Snapshot(snapshot) if style == Style::Full => snapshot_sheet(snapshot),
         Response::Snapshot(snapshot) => snapshot_line(snapshot),
-        Response::Snapshots { snapshots } if style == Style::Full => snapshot_table(snapshots),
-        Response::Snapshots { snapshots } => snapshots.iter().map(snapshot_line).collect(),
+        Response::Snapshots { snapshots, .. } if style == Style::Full => snapshot_table(snapshots),
+        Response::Snapshots { snapshots, open } => {
+            let still = |name| format!("{name} is still read: its data is freed when the last reader lets go\n");
+            snapshots.iter().map(snapshot_line).chain(open.iter().map(still)).collect()
+        }
         Response::Removed { name } => format!("removed {name}\n"),
         Response::Reverted(report) => reverted(report),
         Response::Diff(diff) => super::changes::show_diff(diff, style),

@@ -68,7 +68,8 @@ impl HostMedia {
         let access = match how {
             Open::Existing => OFlags::RDWR,
             Open::New => OFlags::RDWR | OFlags::CREATE | OFlags::EXCL,
-            Open::ReadOnly | Open::ReadCached => OFlags::RDONLY,
+            // A pipe in our place would be waited for until somebody writes into it.
+            Open::ReadOnly | Open::ReadCached => OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY,
         };
         let flags = access | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = rustix::fs::openat(&self.dir, super::checked(path)?, flags, FILE_MODE)?;
@@ -77,6 +78,10 @@ impl HostMedia {
             FileType::RegularFile => {}
             FileType::Directory => return Err(io::Error::from_raw_os_error(libc::EISDIR)),
             _ => return Err(io::Error::from_raw_os_error(libc::EINVAL)),
+        }
+        if access.contains(OFlags::NONBLOCK) {
+            // Reads of it through a ring would else be refused where they have to wait.
+            rustix::fs::fcntl_setfl(&file, OFlags::empty())?;
         }
         // Clean pages may be ones whose write-back failed: what is read from here on comes from the disk.
         if how != Open::ReadCached {

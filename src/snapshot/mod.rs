@@ -22,6 +22,7 @@ pub mod record;
 mod remove;
 mod retire;
 mod take;
+mod verifier;
 
 pub use branch::{RevertReport, clone, clone_into, revert};
 pub use check::{check, record_faults};
@@ -31,3 +32,4 @@ pub(crate) use remove::refuse_held;
 pub use remove::{CHECKPOINT_HOLD, hold, release, remove, rename, unique};
 pub use retire::{attend, import_record, retire, wait_retired};
 pub use take::{take, take_at_once};
+pub use verifier::{VerifiedReader, Verifier, Verifiers};

@@ -199,7 +199,6 @@ fn complete(
     let now = clock::wall_seconds();
     let (ids, ticket) = {
         let mut tables = store.tables.write();
-        let mut last = tables.last_stamps();
         let mut edit = Edit::new(&mut tables);
         let mut ids = Vec::new();
         for (target, switched) in targets.iter().zip(switched) {
@@ -207,10 +206,8 @@ fn complete(
             ids.push(id);
             let disk = edit.tables.disk(target.head.id)?.clone();
             let key = (switched.ended.branch, switched.ended.epoch);
-            // Whole seconds, no two alike in a lineage: extent files have them as their time.
-            let known = last.entry(edit.tables.branch(key.0)?.lineage).or_insert(0);
-            let stamp = now.max(*known + 1);
-            *known = stamp;
+            // Whole seconds, no two alike in the pool: extent files have them as their time.
+            let stamp = edit.tables.next_stamp(now);
             edit.put_stamp(key.1, stamp);
             let state = StateRow {
                 status: target.status,

@@ -211,6 +211,7 @@ impl Store {
             bad: RwLock::default(),
             unsealable: Mutex::default(),
             record_faults: Mutex::default(),
+            unrecorded: Mutex::default(),
             space: space::SpaceGuard::default(),
             waiting: super::waiting::WaitingRoom::default(),
             opening,

@@ -118,13 +118,16 @@ impl Store {
         };
         let Some((key, id, name)) = next else { return Ok(false) };
         match self.seal_state(key) {
-            Err(error) if error.kind() == Kind::Corrupt => {
-                tracing::error!("the epoch of snapshot '{name}' cannot be sealed: {error}");
-                self.unsealable.lock().insert(id, error.to_string());
-            }
+            Err(error) if error.kind() == Kind::Corrupt => self.note_unsealable(id, &name, &error),
             other => other?,
         }
         Ok(true)
+    }
+
+    /// Notes that an epoch cannot be sealed in this opening: the others go on, and a scrub tells of it.
+    pub fn note_unsealable(&self, id: SnapshotId, name: &str, error: &Error) {
+        tracing::error!("the epoch of snapshot '{name}' cannot be sealed: {error}");
+        self.unsealable.lock().insert(id, error.to_string());
     }
 
     /// Returns the snapshots whose epochs could not be sealed since the pool was opened, and why.

@@ -115,6 +115,15 @@ fn one_extent_tree_is_mounted_by_the_server_or_without_one() {
     assert_eq!(std::fs::read_dir(&alone).unwrap().count(), 0);
     assert!(mount.join("disks/web.raw").exists(), "the pool stays mounted");
     assert_eq!(it.error(&["mount", "--export", "web@none", export]).0, 3);
+    it.json(&["snapshot", "web@gone"]);
+    it.json(&["retire", "web@gone"]);
+    let (code, error) = it.error(&["mount", "--export", "web@gone", export]);
+    assert!(code == 1 && error["message"].as_str().unwrap().contains("is retired"), "{error}");
+    // Somebody reads it: its data stays, and who waits for the space is told.
+    it.json(&["snapshot", "web@read"]);
+    let reader = std::fs::File::open(mount.join("snapshots/web/read.raw")).unwrap();
+    assert_eq!(it.json(&["retire", "--wait", "web@read"])["open"], json!(["web@read"]));
+    drop(reader);
     it.json(&["mount", "--export", "web@a", export]);
     it.json(&["umount", at]);
     assert_eq!(std::fs::read_dir(&alone).unwrap().count(), 0, "it went with the pool");
