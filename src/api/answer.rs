@@ -306,6 +306,9 @@ pub struct Pruned {
     pub kept: bool,
     /// Which rule said so.
     pub why: String,
+    /// Why it could not be removed: it stays, although no rule says so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
 }
 
 /// What an import did.

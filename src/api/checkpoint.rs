@@ -37,7 +37,7 @@ pub(super) fn execute(store: &Arc<Store>, request: Request, progress: &dyn Progr
         Request::CheckpointDisks { checkpoint, disks } => {
             let name = Name::parse(&checkpoint)?;
             let snapshots = checkpoint::snapshot(store, &name, &disks, &|| progress.instant())?;
-            Ok(Response::Snapshots { snapshots: snapshots.into_iter().map(Into::into).collect() })
+            Ok(Response::Snapshots { snapshots: snapshots.into_iter().map(Into::into).collect(), open: Vec::new() })
         }
         Request::CheckpointForget { checkpoint } => {
             checkpoint::forget(store, &Name::parse(&checkpoint)?)?;

@@ -236,18 +236,11 @@ fn prune(store: &Arc<Store>, disk: &str, keep: Keep, dry_run: bool) -> Result<Re
     Ok(Response::Pruned { dry_run, snapshots: lines.into_iter().map(Into::into).collect() })
 }
 
-/// Sets all or nothing: the values are tried on a copy first.
 fn set(store: &Arc<Store>, disk: &str, settings: &BTreeMap<String, String>) -> Result<Response> {
-    let info = store.disk_info(&Target::disk(disk)?)?;
-    let mut now = info.settings;
-    let mut trial = now.clone();
-    for (key, value) in settings {
-        trial.set(key, value)?;
-    }
-    for (key, value) in settings {
-        now = disk::set(store, &info.name, key, value)?;
-    }
-    Ok(Response::Settings { disk: info.name, settings: (&now).into() })
+    let disk = Target::disk(disk)?;
+    let changes = settings.iter().map(|(key, value)| (key.as_str(), value.as_str()));
+    let now = disk::set_all(store, &disk, changes)?;
+    Ok(Response::Settings { disk, settings: (&now).into() })
 }
 
 fn import(

@@ -41,7 +41,7 @@ impl PoolDisks {
         let request = Request::CheckpointDisks { checkpoint: checkpoint.to_owned(), disks: disks.to_vec() };
         let answer = self.client()?.ask(&request, &Told(Mutex::new(told.clone())))?;
         let strange = || Error::failed("the server of the pool gave an answer that makes no sense");
-        let Response::Snapshots { snapshots } = answer else { return Err(strange()) };
+        let Response::Snapshots { snapshots, .. } = answer else { return Err(strange()) };
         let mut taken = Vec::new();
         for snapshot in snapshots {
             let request = Request::Info { name: snapshot.disk.clone() };

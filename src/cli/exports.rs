@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use clap::{ArgGroup, Args, ValueEnum};
 
 use super::screen::Screen;
-use super::server::{Duty, PoolServer, take_lock};
+use super::server::{Duty, Means, PoolServer, take_lock};
 use super::show::Style;
 use super::table::{Head, Table};
 use super::{Ask, Global, daemon, vm_steward};
@@ -145,6 +145,8 @@ pub(super) struct Serve {
     /// Without a server, go to the background once the disk is served; the log goes to POOL/server.log
     #[arg(long)]
     daemon: bool,
+    #[command(flatten)]
+    means: Means,
 }
 
 impl Serve {
@@ -165,22 +167,24 @@ impl Serve {
             && let Some(client) = Client::find(&pool)?
         {
             screen.answer(&client.ask(request, &Silent)?, Style::Brief);
+            self.means.not_taken(screen);
             return Ok(0);
         }
         if self.daemon {
             let how = self.how.as_ref().map_or(Ok(Vec::new()), How::words)?;
-            let words = [vec!["serve".into()], how].concat();
+            let means = self.means.words().into_iter().collect();
+            let words = [vec!["serve".into()], means, how].concat();
             screen.answer(&daemon::start(&pool, &words, global)?, Style::Brief);
             return Ok(0);
         }
-        serve(&pool, &request.map_or(Duty::Keep, Duty::Attach), screen, note)
+        serve(&pool, &request.map_or(Duty::Keep, Duty::Attach), self.means, screen, note)
     }
 }
 
 /// Becomes the server of a pool, in the foreground or as the background half of a command.
-pub(super) fn serve(pool: &Path, duty: &Duty, screen: &Screen, note: &str) -> Result<u8> {
+pub(super) fn serve(pool: &Path, duty: &Duty, means: Means, screen: &Screen, note: &str) -> Result<u8> {
     if !daemon::is_child() {
-        let server = PoolServer::start(take_lock(pool)?, pool, duty)?;
+        let server = PoolServer::start(take_lock(pool)?, pool, duty, means)?;
         screen.answer(&server.answer(), Style::Brief);
         screen.note(note);
         return server.wait().map(|()| 0);
@@ -189,7 +193,7 @@ pub(super) fn serve(pool: &Path, duty: &Duty, screen: &Screen, note: &str) -> Re
     let server = daemon::report(screen, || {
         let lock = take_lock(pool)?;
         daemon::begin_log(pool, &lock)?;
-        let server = PoolServer::start(lock, pool, duty)?;
+        let server = PoolServer::start(lock, pool, duty, means)?;
         let answer = server.answer();
         Ok((server, answer))
     })?;

@@ -12,10 +12,14 @@
 //! The mount is dead ("transport endpoint is not connected") until the next `mount` or `umount` there takes it away.
 //! Clients see their connection closed, and can connect again once a server has started what persists.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 
+use clap::Args;
+
+use super::screen::Screen;
 use super::signal;
 use crate::api::{Answer, Client, Entry, Request, Response, Server, Service, Target, enter, open_store};
 use crate::error::{Error, Result};
@@ -23,6 +27,46 @@ use crate::pool::PoolLock;
 use crate::progress::Silent;
 use crate::store::{OpenOptions, Store};
 use crate::tree::{self, MountOptions};
+use crate::units::parse_size;
+
+/// Least bytes of the cache of the block maps.
+const MAP_CACHE_MIN: u64 = 1 << 20;
+
+/// What a server is given of the host.
+#[derive(Debug, Clone, Copy, Args)]
+pub(super) struct Means {
+    /// Memory at most for the block maps of what is in use, 512M unless given; a disk written at random takes 4K of it
+    /// for each 2M, one written in sequence much less
+    #[arg(long, value_name = "SIZE", value_parser = map_cache)]
+    map_cache: Option<u64>,
+}
+
+fn map_cache(text: &str) -> Result<u64> {
+    let bytes = parse_size(text)?;
+    if bytes < MAP_CACHE_MIN {
+        return Err(Error::usage(format!("a map cache of {text} is too small")).hint("give it 1M or more"));
+    }
+    Ok(bytes)
+}
+
+impl Means {
+    /// Returns the words that say the same.
+    pub(super) fn words(self) -> Option<OsString> {
+        self.map_cache.map(|bytes| format!("--map-cache={bytes}").into())
+    }
+
+    fn options(self) -> OpenOptions {
+        let usual = OpenOptions::default();
+        OpenOptions { cache_bytes: self.map_cache.unwrap_or(usual.cache_bytes), ..usual }
+    }
+
+    /// Tells who asked for them that a server runs already, and has its own.
+    pub(super) fn not_taken(self, screen: &Screen) {
+        if self.map_cache.is_some() {
+            screen.note("the server that runs on the pool keeps the map cache it was started with");
+        }
+    }
+}
 
 /// What a server is started for.
 #[derive(Debug)]
@@ -102,11 +146,11 @@ pub(super) struct PoolServer {
 
 impl PoolServer {
     /// Opens the pool, whose lock is [`take_lock`]'s, and begins.
-    pub(super) fn start(lock: PoolLock, pool: &Path, duty: &Duty) -> Result<Self> {
+    pub(super) fn start(lock: PoolLock, pool: &Path, duty: &Duty, means: Means) -> Result<Self> {
         if let Err(error) = crate::sys::process::raise_open_files() {
             tracing::debug!("the limit of open files stays as it is: {error}");
         }
-        let store = open_store(pool, OpenOptions::default())?;
+        let store = open_store(pool, means.options())?;
         let (ask, asked) = channel();
         // The receiver lives as long as the one who waits for it, which is as long as the process.
         let asker = || {

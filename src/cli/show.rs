@@ -262,12 +262,14 @@ fn reverted(report: &Reverted) -> String {
 fn pruned(dry_run: bool, snapshots: &[Pruned]) -> String {
     let mut table = Table::new(&[Head::Left("SNAPSHOT"), Head::Left("DECISION"), Head::Left("WHY")]);
     for snapshot in snapshots {
-        let decision = match (snapshot.kept, dry_run) {
-            (true, _) => "kept",
-            (false, true) => "would go",
-            (false, false) => "removed",
+        let decision = match (&snapshot.error, snapshot.kept, dry_run) {
+            (Some(_), ..) => "not removed",
+            (None, true, _) => "kept",
+            (None, false, true) => "would go",
+            (None, false, false) => "removed",
         };
-        table.row([snapshot.name.clone(), decision.to_owned(), snapshot.why.clone()]);
+        let why = snapshot.error.as_ref().unwrap_or(&snapshot.why);
+        table.row([snapshot.name.clone(), decision.to_owned(), why.clone()]);
     }
     table.render()
 }

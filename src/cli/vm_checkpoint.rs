@@ -148,7 +148,7 @@ impl Disks<'_> {
             || Error::not_found(format!("there is no snapshot {}@{} any more", wanted.disk_name, wanted.snapshot_name));
         let Response::Disks { disks, .. } = self.ask(Request::Ls { disk: None })? else { return Err(strange()) };
         let disk = disks.into_iter().find(|disk| disk.uuid == wanted.disk).ok_or_else(gone)?;
-        let Response::Snapshots { snapshots } = self.ask(Request::Ls { disk: Some(disk.name) })? else {
+        let Response::Snapshots { snapshots, .. } = self.ask(Request::Ls { disk: Some(disk.name) })? else {
             return Err(strange());
         };
         let is = |snapshot: &Snapshot| snapshot.uuid == wanted.snapshot && snapshot.state == "live";

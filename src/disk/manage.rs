@@ -233,17 +233,31 @@ fn keep_last_stamp(edit: &mut Edit<'_>, id: DiskId, row: &DiskRow) -> Result<()>
     }
 }
 
-/// Changes a setting of a disk.
+/// Changes one setting of a disk.
 ///
 /// # Errors
-/// `NotFound`, `Usage` for an unknown key or a value that makes no sense.
+/// As [`set_all`].
 pub fn set(store: &Arc<Store>, name: &str, key: &str, value: &str) -> Result<Settings> {
+    set_all(store, name, [(key, value)])
+}
+
+/// Changes settings of a disk, given as keys and values: all of them or none.
+///
+/// # Errors
+/// `NotFound`, `Usage` for an unknown key or a value that makes no sense, `Failed` for one that cannot be changed any more.
+pub fn set_all<'a>(
+    store: &Arc<Store>,
+    name: &str,
+    changes: impl IntoIterator<Item = (&'a str, &'a str)>,
+) -> Result<Settings> {
     let (id, settings, ticket) = {
         let mut tables = store.tables.write();
         let id = tables.disk_id(name)?;
         let row = tables.disk(id)?;
         let mut settings = row.settings.clone();
-        settings.set(key, value)?;
+        for (key, value) in changes {
+            settings.set(key, value)?;
+        }
         if settings.extent_size != row.settings.extent_size && row.base.is_some() {
             return Err(Error::failed(format!("the extent size of disk '{name}' is fixed since its first snapshot"))
                 .hint("copies made of its extent files go by it; a new disk can have another one"));

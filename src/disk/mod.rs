@@ -33,7 +33,9 @@ pub(crate) use engine::pieces;
 pub use import::{ImportReport, import};
 pub use lease::{Attached, Lease, MOUNT};
 pub(crate) use manage::new_row;
-pub use manage::{check_disk_name, check_snapshot_name, create, create_empty, remove, rename, round_size, set, unique};
+pub use manage::{
+    check_disk_name, check_snapshot_name, create, create_empty, remove, rename, round_size, set, set_all, unique,
+};
 pub use read_only::ReadOnly;
 pub use scrub::{Damage, LISTED_MAX, ScrubReport, scrub};
 

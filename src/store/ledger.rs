@@ -24,6 +24,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use super::catalog::{Catalog, View};
 use super::frozen::Frozen;
 use super::journal::{Journal, encode_row};
+use super::outdated::Outdated;
 use super::rows::{Key, KeyParts, Row, Table};
 use crate::codec::Writer;
 use crate::error::{Error, Kind, Result};
@@ -84,6 +85,7 @@ pub struct Ledger {
     layers: Mutex<Layers>,
     writer: Mutex<Writing>,
     catalog: Mutex<Option<Catalog>>,
+    outdated: Outdated,
     poison: RwLock<Option<String>>,
     settle: RwLock<Option<Settle>>,
     when_full: RwLock<Option<WhenFull>>,
@@ -139,6 +141,7 @@ impl Ledger {
             layers: Mutex::new(layers),
             writer: Mutex::new(Writing { journal, durable: Ticket(0) }),
             catalog: Mutex::new(Some(catalog)),
+            outdated: Outdated::default(),
             poison: RwLock::new(None),
             settle: RwLock::new(None),
             when_full: RwLock::new(None),
@@ -275,6 +278,7 @@ impl Ledger {
             if folded == FOLDS_MAX {
                 return Err(Error::failed("the journal has no room even after a fold"));
             }
+            self.outdated.let_go()?;
             folded += 1;
             self.fold()?;
         }
@@ -316,7 +320,8 @@ impl Ledger {
         Ok(true)
     }
 
-    /// Moves everything durable into the catalog. Returns whether there was anything.
+    /// Moves everything durable into the catalog. Returns whether there was anything and it could be: after a fold that
+    /// found no room there is none as long as somebody reads the catalog as it was before.
     ///
     /// # Errors
     /// `NoSpace` when the host has no room, also after [`Ledger::on_full`]: the rows stay in memory and in the journal, and a
@@ -339,7 +344,7 @@ impl Ledger {
         let (folding, mark) = {
             let writer = self.writer.lock();
             let mut layers = self.layers.lock();
-            if layers.journaled.is_empty() {
+            if layers.journaled.is_empty() || self.outdated.are_read() {
                 return Ok(false);
             }
             layers.folding = std::mem::take(&mut layers.journaled);
@@ -409,10 +414,7 @@ impl Ledger {
         catalog.reopen()?;
         let fresh = Arc::new(catalog.view()?);
         let old = std::mem::replace(&mut self.layers.lock().view, fresh);
-        // Pages that the old view can see may be reused by the folds to come.
-        while Arc::strong_count(&old) > 1 {
-            std::thread::yield_now();
-        }
+        self.outdated.note(&old);
         Ok(())
     }
 

@@ -53,6 +53,7 @@ mod locate;
 mod logged;
 mod open;
 pub mod origin;
+mod outdated;
 mod past;
 mod punch;
 mod rebuild;

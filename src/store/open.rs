@@ -34,7 +34,7 @@ use super::{Counters, Store, keeper, space};
 use crate::error::{Error, Kind, Result};
 use crate::map::Cache;
 use crate::media::{Media, Open};
-use crate::pool::{CATALOG, JOURNAL, RETIRED_DIR, SEGMENTS_DIR, SUPERBLOCK, Segments, Superblock, probe};
+use crate::pool::{CATALOG, DirectIo, JOURNAL, RETIRED_DIR, SEGMENTS_DIR, SUPERBLOCK, Segments, Superblock, probe};
 use crate::sync::{Mutex, RwLock};
 use crate::units::{SegmentId, show_size};
 
@@ -120,7 +120,13 @@ impl Store {
         }
         if options.probe {
             require_room(&**media, &options)?;
-            probe(&**media)?.require()?;
+            let host = probe(&**media)?;
+            host.require()?;
+            if host.direct == DirectIo::Missing {
+                tracing::warn!(
+                    "the host file system has no direct I/O: disks take memory of the host for its page cache, and are slower"
+                );
+            }
         }
         Self::make_files(media, options).inspect_err(|_| {
             // What was made is taken away again, as far as the host lets us: the error is what counts.

@@ -14,11 +14,13 @@
 //!    since the host tells nobody that it has room.
 //! 5. A request that waits holds nothing: no lock, gate, claim or thread. So nobody waits for it, either.
 //! 6. A [`Cancel`] once given holds for good: who comes with it later does not wait.
+//! 7. A panic on the thread that attends fails those who wait; it leaves none waiting for a thread that is gone.
 //!
 //! # After a crash
 //! Nothing of it was acknowledged.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -181,7 +183,7 @@ impl WaitingRoom {
             state.closed = true;
             state.end_all()
         };
-        over.into_iter().for_each(|(go, result)| go(result));
+        tell(over);
     }
 }
 
@@ -192,6 +194,18 @@ impl Lobby for Shared {
             state.look = true;
             self.changed.notify_all();
         }
+    }
+}
+
+impl Shared {
+    /// Fails everybody who waits: nobody attends to them any more.
+    fn fail_all(&self, error: &dyn Fn() -> Error) {
+        let over = {
+            let mut state = self.state.lock();
+            state.attended = false;
+            state.end_all()
+        };
+        tell(over.into_iter().map(|(go, _)| (go, Err(error()))).collect());
     }
 }
 
@@ -305,6 +319,23 @@ impl State {
     }
 }
 
+/// Tells everybody whose waiting is over; one who panics over it takes no other with it.
+fn tell(over: Over) {
+    for (go, result) in over {
+        if catch_unwind(AssertUnwindSafe(|| go(result))).is_err() {
+            tracing::error!("a request that waited failed on a mistake in this program");
+        }
+    }
+}
+
+/// Attends until nobody waits; whoever still waits after a panic is told that it failed.
+fn attend_all(shared: &Shared, store: &Weak<Store>) {
+    if catch_unwind(AssertUnwindSafe(|| attend(shared, store))).is_err() {
+        tracing::error!("those who wait failed on a mistake in this program");
+        shared.fail_all(&|| Error::failed("the request waited, and failed on a mistake in this program"));
+    }
+}
+
 /// Lets go who can, until nobody waits.
 fn attend(shared: &Shared, store: &Weak<Store>) {
     loop {
@@ -319,7 +350,7 @@ fn attend(shared: &Shared, store: &Weak<Store>) {
             state.attended = next.is_some();
             (over, next)
         };
-        over.into_iter().for_each(|(go, result)| go(result));
+        tell(over);
         // Not while anything is locked: it may be the last one.
         drop(store);
         let Some(next) = next else { return };
@@ -367,16 +398,10 @@ impl Store {
             return;
         }
         let (room, store) = (Arc::clone(shared), Arc::downgrade(self));
-        let attend = move || attend(&room, &store);
+        let attend = move || attend_all(&room, &store);
         if let Err(error) = std::thread::Builder::new().name("afterimage-wait".into()).spawn(attend) {
             tracing::error!("the host has no thread for requests that wait: {error}");
-            let over = {
-                let mut state = shared.state.lock();
-                state.attended = false;
-                state.end_all()
-            };
-            let failed = || Err(Error::failed("the host has no thread for requests that wait"));
-            over.into_iter().for_each(|(go, _)| go(failed()));
+            shared.fail_all(&|| Error::failed("the host has no thread for requests that wait"));
         }
     }
 }

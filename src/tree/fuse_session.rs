@@ -392,7 +392,9 @@ fn serve(store: &Arc<Store>, tree: Tree, mountpoint: &Path, options: &MountOptio
 fn announce(queue: &Queue, notifier: &Notifier) {
     while let Some(items) = queue.take() {
         for item in &items {
-            if let Err(error) = tell(notifier, item) {
+            // A panic is a line in the log: without this thread every command would wait in vain.
+            let told = catch_unwind(AssertUnwindSafe(|| tell(notifier, item)));
+            if let Ok(Err(error)) = told {
                 tracing::debug!("cannot tell the kernel to forget {item:?}: {error}");
             }
             queue.told(1);

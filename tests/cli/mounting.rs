@@ -248,6 +248,53 @@ fn what_a_killed_server_left_is_taken_away() {
     it.json(&["umount", at]);
 }
 
+/// A line of the log that nobody took ended the thread that wrote it: `rm` of a disk with snapshots was EIO, then nothing
+/// was answered any more.
+#[test]
+fn a_server_whose_stderr_is_closed_goes_on() {
+    if !can_mount() {
+        return;
+    }
+    let it = Afterimage::with_pool();
+    let mount = it.path("mnt");
+    std::fs::create_dir(&mount).unwrap();
+    let (reader, stderr) = std::io::pipe().unwrap();
+    drop(reader);
+    let words = ["-v", "--json", "mount", mount.to_str().unwrap()];
+    let mut server = it.command(&words).stdout(Stdio::piped()).stderr(stderr).spawn().unwrap();
+    let mounted = Mounted(&it);
+    let mut line = String::new();
+    BufReader::new(server.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    assert!(line.contains("\"answer\":\"status\""), "{line}");
+    it.json(&["create", "web", "-s", "1M"]);
+    it.json(&["snapshot", "web@a"]);
+    for n in 0..20 {
+        // Each is told of in the log.
+        let refused = std::fs::remove_file(mount.join("disks/web.raw")).unwrap_err();
+        assert_eq!(refused.kind(), std::io::ErrorKind::ResourceBusy, "{n}: {refused}");
+    }
+    it.json(&["rm", "web", "--recursive"]);
+    it.json(&["umount", mount.to_str().unwrap()]);
+    assert_eq!(server.wait().unwrap().code(), Some(0));
+    drop(mounted);
+}
+
+#[test]
+fn the_background_server_has_the_map_cache_it_was_given() {
+    if !can_mount() {
+        return;
+    }
+    let it = Afterimage::new();
+    let mount = it.path("mnt");
+    let at = mount.to_str().unwrap();
+    let status = it.json(&["mount", "--init", "--daemon", "--map-cache", "64M", at]);
+    let mounted = Mounted(&it);
+    let words = std::fs::read_to_string(format!("/proc/{}/cmdline", status["pid"])).unwrap();
+    assert!(words.split('\0').any(|word| word == "--map-cache=67108864"), "{words:?}");
+    it.json(&["umount", at]);
+    drop(mounted);
+}
+
 #[test]
 fn a_place_that_cannot_be_mounted_at_is_refused_before_a_pool_is_made() {
     let it = Afterimage::new();

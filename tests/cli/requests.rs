@@ -336,3 +336,17 @@ fn the_page_lists_every_request_and_answer() {
         }
     }
 }
+
+/// One kind of error was missing in the page: programs that match on the kind did not know of it.
+#[test]
+fn every_kind_of_error_is_in_the_page_with_its_exit_code() {
+    let page = std::fs::read_to_string(super::man_dir().join("afterimage-api.5")).unwrap();
+    for kind in afterimage::error::Kind::ALL {
+        let (name, code) = (kind.name().replace('-', "\\-"), kind.exit_code().to_string());
+        let told = page.lines().any(|line| {
+            let cells: Vec<_> = line.split('\t').collect();
+            matches!(cells[..], [kind, status, exit] if kind == name && exit == code && status.parse::<u16>().is_ok())
+        });
+        assert!(told, "{name} with exit code {code}");
+    }
+}

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use afterimage::disk;
+use afterimage::disk::{self, BlockDevice};
 use afterimage::media::{Media, Open};
 use afterimage::progress::Silent;
 use afterimage::snapshot;
@@ -337,4 +337,42 @@ fn the_records_of_a_disk_go_with_it() {
     disk::remove(&pool.store, "one", true).unwrap();
     let left = paths(&pool, "retired/", ".aimg");
     assert_eq!(left, [record_path(pool.store.snapshot_info("two", "s").unwrap().uuid)]);
+}
+
+/// A fold that found no room waited, with the catalog locked, for everybody who read it as it was before.
+#[test]
+fn a_reader_from_before_a_full_host_holds_up_folds_and_nothing_else() {
+    let mut pool = Pool::new();
+    let disk = pool.disk("d", MIB);
+    let mut made = 0;
+    let mut make = |pool: &Pool, count: u32| {
+        for _ in 0..count {
+            made += 1;
+            disk::create(&pool.store, &format!("other{made}"), MIB).unwrap();
+        }
+    };
+    make(&pool, 40);
+    pool.store.fold().unwrap();
+    make(&pool, 40);
+    let view = pool.store.ledger.view();
+    pool.media.set_space(Some(0));
+    // It finds no room, gives the ballast up, and cannot go on for the reader.
+    assert!(!pool.store.fold().unwrap());
+    assert!(!pool.media.paths().iter().any(|path| path == "ballast"), "it found no room");
+    pool.media.set_space(None);
+    assert!(!pool.store.fold().unwrap(), "not as long as somebody reads it");
+    fill(&disk, 0, MIB, 1);
+    disk.flush().unwrap();
+    assert_eq!(pool.store.disks().len(), 81);
+    // The journal runs full, and whoever needs room in it waits until the reader has ended.
+    let reader = std::thread::spawn(move || {
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        drop(view);
+    });
+    make(&pool, 600);
+    reader.join().unwrap();
+    drop(disk);
+    pool.reopen();
+    assert_eq!(pool.store.disks().len(), 681);
+    pool.sound();
 }
