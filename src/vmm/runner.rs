@@ -441,11 +441,12 @@ impl Runner {
             if !retry || stuck.for_good {
                 return Err(self.cannot_be_had(&stuck));
             }
-            if let Some(filling) = &*self.filling.lock() {
-                filling.restorer.retry();
-            }
+            // In this order: what fails again at once makes the guest stand still again, and that is not to be undone.
             if let Some(machine) = &now.machine {
                 machine.resume();
+            }
+            if let Some(filling) = &*self.filling.lock() {
+                filling.restorer.retry();
             }
             now.state = if now.state == State::Stopping { State::Stopping } else { State::Running };
         } else if now.state == State::Paused {

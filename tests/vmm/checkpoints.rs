@@ -221,6 +221,7 @@ fn a_page_that_is_damaged_is_told_and_read_again() {
         let (code, error) = place.0.error(&["vm", "resume", "toy"]);
         assert_eq!((code, error["kind"].as_str().unwrap()), (5, "corrupt"));
         assert_eq!(place.0.error(&["vm", "checkpoint", "toy", "--as", "two"]).1["kind"], "corrupt");
+        place.hear("toy", "sum ");
         assert_eq!(place.said("toy"), "go\nsum ", "what is not there is not answered");
     };
     // It can always be ended, asked nicely as well.
