@@ -134,7 +134,7 @@ mod tests {
         bell.set(None).unwrap();
         bell.ring();
         assert!(!silence(&event).unwrap());
-        let (pipe, _writer) = rustix::pipe::pipe().unwrap();
-        silence(&pipe).unwrap_err();
+        let (_reader, writer) = rustix::pipe::pipe().unwrap();
+        silence(&writer).unwrap_err();
     }
 }
