@@ -1,7 +1,8 @@
 //! The one place that asks what time it is.
 //!
 //! Wall-clock seconds stamp snapshots and logs; the monotonic clock measures waits. Nothing that must be correct
-//! depends on either: stamps are made unique per lineage by whoever stores them.
+//! depends on either: stamps are made unique per pool by whoever stores them, and the clock of a guest that goes on is as
+//! right as that of its host.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -12,6 +13,13 @@ pub use std::time::Instant;
 #[expect(clippy::disallowed_methods, reason = "this module is the seam")]
 pub fn wall_seconds() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}
+
+/// Returns the time since 1970 in UTC.
+#[must_use]
+#[expect(clippy::disallowed_methods, reason = "this module is the seam")]
+pub fn wall() -> Duration {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
 /// Returns the monotonic clock.

@@ -16,6 +16,8 @@
 //! | [`snapshot`] | take, clone, revert, delete, retire; records and diffs |
 //! | [`disk`] | disks: read, write, flush, discard, resize, import, scrub |
 //! | [`stream`], [`mod@export`] | changes as one file, and as a directory of plain files |
+//! | [`checkpoint`] | the memory of virtual machines as files |
+//! | [`memory`] | the memory of a machine that runs: saved and restored while it does |
 //! | [`tree`] | the mounted tree: names and files, and the FUSE adapter |
 //! | [`nbd`] | disks and snapshots over NBD, with what changed since any snapshot |
 //! | [`vhost_blk`] | disks for virtual machines over vhost-user |
@@ -24,7 +26,7 @@
 //!
 //! # Layers
 //! Lower never names higher: `units codec error clock sync parallel workers budget metrics progress` < `sys` < `media` < `pool` < `map` <
-//! `store` < `snapshot, disk` < `stream, export` < `tree, nbd, vhost_blk, vmm` < `api` < `cli`. Only `cli` prints and reads the
+//! `store` < `snapshot, disk` < `stream, export, checkpoint` < `memory` < `tree, nbd, vhost_blk, vmm` < `api` < `cli`. Only `cli` prints and reads the
 //! environment; storage is synchronous and knows nothing of FUSE and HTTP. A tidy test holds this.
 //!
 //! # What must always hold
@@ -40,10 +42,11 @@
 //! 9. After a failed sync the pool refuses further writes until it is opened again; a sync is never retried.
 //! 10. No byte from a guest, a peer or a file reaches an index, a length or an allocation unchecked.
 //!
-//! The formats are in the FORMAT pages of [`pool`], [`store`], [`snapshot::record`], [`stream`] and [`mod@export`].
+//! The formats are in the FORMAT pages of [`pool`], [`store`], [`snapshot::record`], [`stream`], [`mod@export`] and [`checkpoint`].
 
 pub mod api;
 pub mod budget;
+pub mod checkpoint;
 pub mod cli;
 pub mod clock;
 pub mod codec;
@@ -52,6 +55,7 @@ pub mod error;
 pub mod export;
 pub mod map;
 pub mod media;
+pub mod memory;
 pub mod metrics;
 pub mod nbd;
 pub mod parallel;

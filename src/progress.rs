@@ -8,6 +8,8 @@ pub trait Progress: Sync {
     fn advance(&self, done: u64);
     /// Says what is being done now.
     fn message(&self, text: &str);
+    /// Says that the instant has been that the work is about: what happens from now on is not in it. The rest may take long.
+    fn instant(&self) {}
     /// Tells the work to stop early.
     fn cancelled(&self) -> bool {
         false

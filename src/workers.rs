@@ -4,7 +4,8 @@
 //! 1. There are as many threads as there ever were tasks at a time, up to a limit; more tasks wait in order.
 //! 2. The first thread is made at once, so that a task always has one to wait for: a host that has no more threads makes
 //!    tasks slower. None is ever run by the thread that brings it, which must not wait.
-//! 3. A task that panics takes nothing with it but itself.
+//! 3. A task that panics takes nothing with it but itself. Nor does a panic beside the tasks end a thread: whoever brings
+//!    tasks to threads that are gone would wait for ever.
 //!
 //! # Why none sleeps on something undone
 //! A thread looks for a task under the lock under which one is brought, and sleeps only when there is none. One that was woken
@@ -92,7 +93,7 @@ impl Workers {
         let (shared, begin, number) = (Arc::clone(&self.state), self.begin, self.number);
         let work = move || {
             begin(number);
-            work(&shared);
+            while catch_unwind(AssertUnwindSafe(|| work(&shared))).is_err() {}
         };
         (self.spawn)(self.name, Box::new(work))
     }

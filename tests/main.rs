@@ -4,6 +4,7 @@
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_possible_wrap, reason = "tests")]
 #![allow(clippy::let_underscore_must_use, let_underscore_drop, reason = "tests")]
 
+mod checkpoint;
 mod cli;
 mod engine;
 mod export;
@@ -13,6 +14,7 @@ mod guest;
 mod import;
 mod instant;
 mod limits;
+mod memory;
 mod model;
 mod nbd;
 mod past;

@@ -12,6 +12,7 @@ mod from_core;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::checkpoint::{Checkpoint, VerifyReport as VerifyCheckpointReport};
 use crate::disk::ScrubReport;
 use crate::snapshot::diff::{Extent, VerifyReport};
 use crate::store::{CheckReport, RebuildReport, RecordFault};
@@ -43,6 +44,9 @@ pub enum Response {
     Snapshots {
         /// The snapshots.
         snapshots: Vec<Snapshot>,
+        /// Which of those that were retired somebody still reads: their data is freed when the last one lets go.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        open: Vec<String>,
     },
     /// A disk or snapshot is gone.
     Removed {
@@ -102,6 +106,8 @@ pub enum Response {
     },
     /// A disk or snapshot is served.
     Attached(Export),
+    /// A disk or snapshot waits for a virtual machine.
+    VmDisk(VmDisk),
     /// What was served is served no longer.
     Detached {
         /// The exports that ended.
@@ -111,6 +117,9 @@ pub enum Response {
     Exports {
         /// The exports.
         exports: Vec<Export>,
+        /// For whom disks are kept.
+        #[serde(default)]
+        awaited: Vec<Awaited>,
     },
     /// An increment directory was written.
     Exported(Exported),
@@ -130,6 +139,15 @@ pub enum Response {
         /// The disk it was for.
         disk: String,
     },
+    /// Checkpoints, by machine and name.
+    Checkpoints {
+        /// The checkpoints.
+        checkpoints: Vec<Checkpoint>,
+    },
+    /// One checkpoint.
+    Checkpoint(Box<Checkpoint>),
+    /// What reading a checkpoint found.
+    CheckpointVerified(VerifyCheckpointReport),
     /// Who answers, and how the pool is.
     Status(Status),
     /// The server is about to unmount and end.
@@ -288,6 +306,9 @@ pub struct Pruned {
     pub kept: bool,
     /// Which rule said so.
     pub why: String,
+    /// Why it could not be removed: it stays, although no rule says so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
 }
 
 /// What an import did.
@@ -324,6 +345,9 @@ pub struct Export {
     pub queues: Option<u16>,
     /// Whether it is served again after a restart.
     pub persist: bool,
+    /// The virtual machine it is for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vm: Option<String>,
     /// Connections there are now.
     pub clients: u64,
     /// Disks it has open for writing.
@@ -333,6 +357,35 @@ pub struct Export {
     pub state: String,
     /// Why it failed.
     pub error: Option<String>,
+}
+
+/// Somebody who wrote to a disk when the last server ended, and may come back to it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Awaited {
+    /// The disk.
+    pub disk: String,
+    /// Who.
+    pub holder: String,
+    /// The virtual machine that this is, if it is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vm: Option<String>,
+    /// For how long the disk is kept; `None` when that begins with the next server.
+    pub seconds: Option<u64>,
+}
+
+/// Where a virtual machine finds its disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmDisk {
+    /// Number of the export.
+    pub export: u64,
+    /// Path of its socket, which speaks NBD.
+    pub socket: String,
+    /// The name of the export there.
+    pub name: String,
+    /// What to ask for when the machine comes back to a server that was restarted.
+    pub claim: String,
+    /// Whether nothing can be written.
+    pub read_only: bool,
 }
 
 /// What an increment directory holds.
@@ -383,4 +436,7 @@ pub struct Status {
     pub available: u64,
     /// Size of the host file system.
     pub total: u64,
+    /// Whether the server is about to end: what it refuses now, the next one may not.
+    #[serde(default)]
+    pub ending: bool,
 }

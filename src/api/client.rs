@@ -137,6 +137,7 @@ impl Client {
                 searched = 0;
                 match serde_json::from_slice(&line).map_err(|e| self.strange().because(e))? {
                     Line::Progress { done, total, message } => relay.report(done, total, &message),
+                    Line::Instant {} => progress.instant(),
                     Line::Result(response) => return Ok(response),
                     Line::Error(failure) => return Err(failure.into()),
                 }

@@ -76,6 +76,13 @@ pub fn execute(store: &Arc<Store>, request: Request, progress: &dyn Progress) ->
         | Request::Estimate { .. }
         | Request::VerifyDiff { .. }
         | Request::RecordImport { .. } => super::past::execute(store, request, progress),
+        Request::CheckpointLs { .. }
+        | Request::CheckpointInfo { .. }
+        | Request::CheckpointVerify { .. }
+        | Request::CheckpointRm { .. }
+        | Request::CheckpointDisks { .. }
+        | Request::CheckpointForget { .. }
+        | Request::CheckpointFlatten { .. } => super::checkpoint::execute(store, request, progress),
         Request::Check { .. }
         | Request::Scrub {}
         | Request::Reclaim { .. }
@@ -83,6 +90,8 @@ pub fn execute(store: &Arc<Store>, request: Request, progress: &dyn Progress) ->
         | Request::Flush {}
         | Request::MountExport { .. }
         | Request::Attach { .. }
+        | Request::AttachVm { .. }
+        | Request::DetachVm { .. }
         | Request::Detach { .. }
         | Request::Exports {}
         | Request::Status {}
@@ -125,7 +134,7 @@ fn snapshot_answer(info: SnapshotInfo) -> Response {
 }
 
 fn snapshots_answer(infos: Vec<SnapshotInfo>) -> Response {
-    Response::Snapshots { snapshots: infos.into_iter().map(Into::into).collect() }
+    Response::Snapshots { snapshots: infos.into_iter().map(Into::into).collect(), open: Vec::new() }
 }
 
 fn list(store: &Arc<Store>, disk: Option<&str>) -> Result<Response> {
@@ -140,7 +149,7 @@ fn list(store: &Arc<Store>, disk: Option<&str>) -> Result<Response> {
         let record = faults.get(&info.id).copied();
         super::answer::Snapshot { record, ..info.into() }
     };
-    Ok(Response::Snapshots { snapshots: infos.into_iter().map(answer).collect() })
+    Ok(Response::Snapshots { snapshots: infos.into_iter().map(answer).collect(), open: Vec::new() })
 }
 
 fn resize(store: &Arc<Store>, disk: &str, size: u64, shrink: bool) -> Result<Response> {
@@ -227,18 +236,11 @@ fn prune(store: &Arc<Store>, disk: &str, keep: Keep, dry_run: bool) -> Result<Re
     Ok(Response::Pruned { dry_run, snapshots: lines.into_iter().map(Into::into).collect() })
 }
 
-/// Sets all or nothing: the values are tried on a copy first.
 fn set(store: &Arc<Store>, disk: &str, settings: &BTreeMap<String, String>) -> Result<Response> {
-    let info = store.disk_info(&Target::disk(disk)?)?;
-    let mut now = info.settings;
-    let mut trial = now.clone();
-    for (key, value) in settings {
-        trial.set(key, value)?;
-    }
-    for (key, value) in settings {
-        now = disk::set(store, &info.name, key, value)?;
-    }
-    Ok(Response::Settings { disk: info.name, settings: (&now).into() })
+    let disk = Target::disk(disk)?;
+    let changes = settings.iter().map(|(key, value)| (key.as_str(), value.as_str()));
+    let now = disk::set_all(store, &disk, changes)?;
+    Ok(Response::Settings { disk, settings: (&now).into() })
 }
 
 fn import(
@@ -266,11 +268,12 @@ fn export(
     progress: &dyn Progress,
 ) -> Result<Response> {
     let dir = absolute(path)?;
+    let from = from.filter(|from| from != "-");
     let base = from.as_deref().map(Target::snapshot).transpose()?;
     let (disk, snapshot) = Target::snapshot(&to)?;
     let base = base.as_ref().map(|(disk, snapshot)| (disk.as_str(), snapshot.as_str()));
     let (increment, device) = crate::export::describe(store, base, (&disk, &snapshot))?;
-    let dir = crate::export::write(&increment, &*device, dir, progress)?;
+    let dir = crate::export::write(&increment, &device, dir, progress)?;
     Ok(Response::Exported(Exported {
         path: dir.display().to_string(),
         from,
@@ -297,5 +300,6 @@ fn status(store: &Arc<Store>) -> Result<Response> {
         free: room.free,
         available: room.available(),
         total: room.total,
+        ending: false,
     }))
 }

@@ -1,4 +1,5 @@
-//! The lines of an answer on the socket: progress while the work goes on, then the result or the error.
+//! The lines of an answer on the socket: progress while the work goes on, the instant it is about, then the result or the
+//! error.
 //!
 //! # Rules
 //! 1. One JSON object per line, ended by a newline; the last one is `result` or `error`, and no answer lacks it. A
@@ -24,6 +25,8 @@ pub enum Line {
         /// What is being done; may be empty.
         message: String,
     },
+    /// The instant has been that was asked for: what happens from now on is not in it. The result comes later.
+    Instant {},
     /// It is done.
     Result(Response),
     /// It failed or was refused.
@@ -92,6 +95,7 @@ mod tests {
     fn lines_are_pinned() {
         let line = Line::Progress { done: 1, total: 2, message: "reading".into() };
         assert_eq!(line.encode(), b"{\"progress\":{\"done\":1,\"total\":2,\"message\":\"reading\"}}\n");
+        assert_eq!(Line::Instant {}.encode(), b"{\"instant\":{}}\n");
         let line = Line::Error(Failure::from(&Error::busy("in use")));
         assert_eq!(line.encode(), b"{\"error\":{\"kind\":\"busy\",\"message\":\"in use\",\"hint\":null}}\n");
         let line = Line::Result(Response::Flushed {});

@@ -4,11 +4,13 @@
 //!   GET  /v1/vm               tells about it
 //!   POST /v1/vm/pause         stops it where it is
 //!   POST /v1/vm/resume        lets it go on
+//!   POST /v1/vm/checkpoint    makes a checkpoint
 //!   POST /v1/vm/stop          asks the guest to switch itself off, and ends it after a minute; asked again, ends it
 //!   POST /v1/vm/kill          ends it as a power cut does
 //! ```
 //!
-//! Each answer is that of the first, after it was done; an error is what the control socket says.
+//! Each answer is that of the first, after it was done, but for that about a checkpoint; an error is what the control socket
+//! says.
 //!
 //! # Rules
 //! 1. The socket has mode 0600 and is in a folder of mode 0700: whoever can reach it may use it.
@@ -29,13 +31,16 @@ use http_body_util::{BodyExt, Full, Limited};
 use hyper::Method;
 use hyper::body::Bytes;
 use hyper_util::rt::TokioIo;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::oneshot;
+use tokio::task::JoinError;
 
 use super::{Failure, Line};
 use crate::error::{Error, Kind, Result};
 use crate::media::socket::{ShortPath, Socket};
-use crate::vmm::{self, Home, Info, PATIENCE, Runner};
+use crate::vmm::{self, Home, Info, PATIENCE, Runner, Saved};
 
 /// File name of the socket in the folder of the machine.
 const NAME: &str = "api.sock";
@@ -44,6 +49,8 @@ const LOOKS: u32 = 50;
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 /// How long the process of a machine may take to end after its guest has.
 const END_TIME_MAX: Duration = Duration::from_secs(60);
+/// Bytes of an order for a checkpoint at most.
+const ORDER_MAX: usize = 4096;
 /// Connections the kernel keeps before they are accepted.
 const BACKLOG: i32 = 16;
 /// Bytes of an answer at most.
@@ -76,6 +83,7 @@ impl MachineServer {
         let (stop, stopped) = oneshot::channel::<()>();
         let router = axum::Router::new()
             .route("/v1/vm", get(tell))
+            .route("/v1/vm/checkpoint", post(checkpoint))
             .route("/v1/vm/{what}", post(act))
             .fallback(async || failure(&Error::not_found("there is nothing at this address")))
             .with_state(runner);
@@ -120,7 +128,11 @@ fn patience(query: Option<&str>) -> Result<Duration> {
 async fn act(State(runner): State<Arc<Runner>>, UrlPath(what): UrlPath<String>, uri: Uri) -> HttpResponse {
     match what.as_str() {
         "pause" => answer(runner, Runner::pause).await,
-        "resume" => answer(runner, Runner::resume).await,
+        "resume" => match uri.query() {
+            None => answer(runner, |runner| runner.resume(false)).await,
+            Some("retry=true") => answer(runner, |runner| runner.resume(true)).await,
+            Some(query) => failure(&Error::usage(format!("'{query}' is not understood")).hint("give ?retry=true")),
+        },
         "stop" => match patience(uri.query()) {
             Ok(patience) => answer(runner, move |runner| runner.stop(patience)).await,
             Err(error) => failure(&error),
@@ -130,12 +142,36 @@ async fn act(State(runner): State<Arc<Runner>>, UrlPath(what): UrlPath<String>, 
     }
 }
 
+/// What is wanted of a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Order {
+    /// Its name, without the machine.
+    pub name: String,
+    /// It has what was written since the last one, and needs that.
+    #[serde(default)]
+    pub incremental: bool,
+}
+
+async fn checkpoint(State(runner): State<Arc<Runner>>, body: Body) -> HttpResponse {
+    let bytes = axum::body::to_bytes(body, ORDER_MAX).await;
+    let order = bytes.ok().and_then(|bytes| serde_json::from_slice::<Order>(&bytes).ok());
+    let Some(Order { name, incremental }) = order else {
+        let error = Error::usage("this does not say what checkpoint is wanted");
+        return failure(&error.hint("give {\"name\": NAME, \"incremental\": true or false}"));
+    };
+    tell_done(tokio::task::spawn_blocking(move || runner.checkpoint(&name, incremental)).await)
+}
+
 /// Does something and tells about the machine.
 async fn answer(runner: Arc<Runner>, act: impl FnOnce(&Runner) -> Result<()> + Send + 'static) -> HttpResponse {
-    let done = tokio::task::spawn_blocking(move || act(&runner).map(|()| runner.info())).await;
+    tell_done(tokio::task::spawn_blocking(move || act(&runner).map(|()| runner.info())).await)
+}
+
+fn tell_done<T: Serialize>(done: Result<Result<T>, JoinError>) -> HttpResponse {
     match done {
-        Ok(Ok(info)) => {
-            let bytes = serde_json::to_vec(&info).expect("it holds nothing JSON cannot say");
+        Ok(Ok(answer)) => {
+            let bytes = serde_json::to_vec(&answer).expect("it holds nothing JSON cannot say");
             http(StatusCode::OK, Body::from(bytes))
         }
         Ok(Err(error)) => failure(&error),
@@ -168,6 +204,8 @@ pub enum Act {
     Pause,
     /// Let it go on.
     Resume,
+    /// Let it read again what of its memory could not be had.
+    Retry,
     /// Ask it to switch itself off, and end it after that many seconds.
     Stop(u32),
     /// End it.
@@ -189,7 +227,29 @@ pub fn ask_machine(home: &Home, act: Act) -> Result<Option<Info>> {
     exchange(home, act)
 }
 
+/// Has the process that runs a machine make a checkpoint, and returns when that is done; `None` when none runs it.
+///
+/// # Errors
+/// What that process says, or that it went away.
+pub fn checkpoint_machine(home: &Home, order: &Order) -> Result<Option<Saved>> {
+    let body = serde_json::to_vec(order).expect("it holds nothing JSON cannot say");
+    send(home, Method::POST, "/v1/vm/checkpoint", body)
+}
+
 fn exchange(home: &Home, act: Act) -> Result<Option<Info>> {
+    let (method, path) = match act {
+        Act::Tell => (Method::GET, "/v1/vm".to_owned()),
+        Act::Pause => (Method::POST, "/v1/vm/pause".to_owned()),
+        Act::Resume => (Method::POST, "/v1/vm/resume".to_owned()),
+        Act::Retry => (Method::POST, "/v1/vm/resume?retry=true".to_owned()),
+        Act::Stop(seconds) => (Method::POST, format!("/v1/vm/stop?patience={seconds}")),
+        Act::Kill => (Method::POST, "/v1/vm/kill".to_owned()),
+    };
+    send(home, method, &path, Vec::new())
+}
+
+/// Sends a request to the process that runs a machine; `None` when none does.
+fn send<T: DeserializeOwned>(home: &Home, method: Method, path: &str, body: Vec<u8>) -> Result<Option<T>> {
     let gone = || Error::failed(format!("the virtual machine {} ended before it answered", home.name()));
     let cannot = |e| Error::io(format!("cannot reach the virtual machine {}", home.name()), e);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(cannot)?;
@@ -207,13 +267,6 @@ fn exchange(home: &Home, act: Act) -> Result<Option<Info>> {
                 };
             }
         };
-        let (method, path) = match act {
-            Act::Tell => (Method::GET, "/v1/vm".to_owned()),
-            Act::Pause => (Method::POST, "/v1/vm/pause".to_owned()),
-            Act::Resume => (Method::POST, "/v1/vm/resume".to_owned()),
-            Act::Stop(seconds) => (Method::POST, format!("/v1/vm/stop?patience={seconds}")),
-            Act::Kill => (Method::POST, "/v1/vm/kill".to_owned()),
-        };
         let lost = |e: hyper::Error| gone().because(e);
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(lost)?;
@@ -223,7 +276,7 @@ fn exchange(home: &Home, act: Act) -> Result<Option<Info>> {
             .method(method)
             .uri(path)
             .header(hyper::header::HOST, "afterimage")
-            .body(Full::new(Bytes::new()))
+            .body(Full::new(Bytes::from(body)))
             .expect("all parts are constants");
         let response = sender.send_request(request).await.map_err(lost)?;
         let good = response.status().is_success();

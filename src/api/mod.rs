@@ -21,9 +21,11 @@
 //! A server that was killed leaves `control.sock` behind. Whoever holds the lock of the pool next removes it.
 
 pub mod answer;
+mod checkpoint;
 pub mod client;
 mod execute;
 mod exports;
+pub mod instant;
 mod line;
 pub mod machine;
 mod name;

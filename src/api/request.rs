@@ -104,11 +104,15 @@ pub enum Request {
     Diff {
         /// `DISK`, `DISK@SNAPSHOT` (live or retired) or `-`.
         from: String,
-        /// `DISK` or `DISK@SNAPSHOT`.
+        /// `DISK`, `DISK@SNAPSHOT` or `-`.
         to: String,
         /// Leaves out the extents.
         #[serde(default, skip_serializing_if = "is_false")]
         summary: bool,
+        /// Absolute path of a pipe, or of a file that is empty or not there, into which the extents are written, however
+        /// many there are: one JSON object a line. The answer has none then.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        output: Option<String>,
     },
     /// Tells how many bytes the next increment of a disk would carry.
     Estimate {
@@ -243,6 +247,26 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "is_false")]
         persist: bool,
     },
+    /// Serves a disk or snapshot to a virtual machine of this pool, over NBD on a socket of its own. It ends when the machine
+    /// has gone.
+    AttachVm {
+        /// Name of the machine.
+        vm: String,
+        /// `DISK` or `DISK@SNAPSHOT`.
+        disk: String,
+        /// Lets it not write, and takes no lease.
+        #[serde(default, skip_serializing_if = "is_false")]
+        read_only: bool,
+        /// What the machine was given for this disk before: it gets the same one, or an error if somebody else may have
+        /// changed it since.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        claim: Option<String>,
+    },
+    /// Ends everything that is served to a virtual machine; its disks are not kept for it.
+    DetachVm {
+        /// Name of the machine.
+        vm: String,
+    },
     /// Ends an export: what is in flight is finished, clients are cut off.
     Detach {
         /// Number of the export, or the `DISK` or `DISK@SNAPSHOT` it serves.
@@ -299,6 +323,46 @@ pub enum Request {
     ReceiveAbort {
         /// The disk.
         disk: String,
+    },
+    /// Lists the checkpoints of all machines, or of one.
+    CheckpointLs {
+        /// The machine whose checkpoints are wanted.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        machine: Option<String>,
+    },
+    /// Tells everything about a checkpoint.
+    CheckpointInfo {
+        /// `MACHINE@CHECKPOINT`.
+        checkpoint: String,
+    },
+    /// Reads all of a checkpoint, and of those it is based on, and compares checksums.
+    CheckpointVerify {
+        /// `MACHINE@CHECKPOINT`.
+        checkpoint: String,
+    },
+    /// Removes a checkpoint; what it needed can be removed after that.
+    CheckpointRm {
+        /// `MACHINE@CHECKPOINT`.
+        checkpoint: String,
+    },
+    /// Takes snapshots of disks for a checkpoint that is being made, under its name, and keeps them for it. The disks are not
+    /// flushed first, and it is told when the instant has been (`{"instant":{}}`): the virtual machine stands still meanwhile.
+    /// The answer comes when they are durable.
+    CheckpointDisks {
+        /// `MACHINE@CHECKPOINT`.
+        checkpoint: String,
+        /// The disks, each once.
+        disks: Vec<String>,
+    },
+    /// Removes the snapshots that were taken for a checkpoint that came to nothing.
+    CheckpointForget {
+        /// `MACHINE@CHECKPOINT`.
+        checkpoint: String,
+    },
+    /// Makes a checkpoint that is based on others one that is not.
+    CheckpointFlatten {
+        /// `MACHINE@CHECKPOINT`.
+        checkpoint: String,
     },
     /// Tells who answers, and how the pool is.
     Status {},

@@ -33,7 +33,7 @@ use axum::serve::IncomingStream;
 use hyper::body::{Bytes, Frame};
 use tokio::net::UnixListener;
 use tokio::runtime::Runtime;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
 
 use super::{Answer, Failure, Line, Request, Response, SOCKET_NAME};
 use crate::error::{Error, Kind, Result};
@@ -211,7 +211,7 @@ async fn answer_get(State(shared): State<Shared>, request: Request) -> HttpRespo
     let mut lines = begin(shared, request);
     loop {
         match lines.recv().await.unwrap_or_else(cut_off) {
-            Line::Progress { .. } => {}
+            Line::Progress { .. } | Line::Instant {} => {}
             Line::Result(Response::Metrics { text }) => {
                 return http(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", Body::from(text));
             }
@@ -262,6 +262,10 @@ async fn drive(shared: Shared, request: Request, lines: mpsc::Sender<Line>) {
                 listening = false;
                 tracker.cancelled.store(true, Ordering::Release);
             }
+            () = tracker.instant.notified() => {
+                // Whoever waits for it stands still: it is not left out, as a report may be.
+                drop(lines.send(Line::Instant {}).await);
+            }
             _ = tick.tick() => {
                 if shared.stopping.load(Ordering::Acquire) {
                     tracker.cancelled.store(true, Ordering::Release);
@@ -284,6 +288,7 @@ fn cut_off() -> Line {
 struct Tracker {
     state: Mutex<Track>,
     cancelled: AtomicBool,
+    instant: Notify,
 }
 
 #[derive(Debug, Default)]
@@ -321,6 +326,10 @@ impl Progress for Tracker {
 
     fn message(&self, text: &str) {
         self.update(|track| text.clone_into(&mut track.message));
+    }
+
+    fn instant(&self) {
+        self.instant.notify_one();
     }
 
     fn cancelled(&self) -> bool {

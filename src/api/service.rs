@@ -39,7 +39,7 @@ impl Service {
     /// Puts a store that lives in the directory `pool` behind the requests.
     #[must_use]
     pub fn new(store: Arc<Store>, pool: &Path) -> Self {
-        let exports = Exports::new(&store);
+        let exports = Exports::new(&store, pool);
         let (mount, mounts) = (Mutex::new(None), Mutex::new(None));
         Self { store, pool: pool.to_owned(), mount, stop: None, mounts, exports }
     }
@@ -126,8 +126,13 @@ impl Answer for Service {
         }
         match &request {
             Request::Attach { .. } => return self.exports.attach(&request).map(Response::Attached),
+            Request::AttachVm { .. } => return self.exports.attach_vm(&request).map(Response::VmDisk),
+            Request::DetachVm { vm } => return Ok(Response::Detached { exports: self.exports.detach_vm(vm)? }),
             Request::Detach { name } => return Ok(Response::Detached { exports: self.exports.detach(name)? }),
-            Request::Exports {} => return Ok(Response::Exports { exports: self.exports.list()? }),
+            Request::Exports {} => {
+                let (exports, awaited) = self.exports.list()?;
+                return Ok(Response::Exports { exports, awaited });
+            }
             _ => {}
         }
         let mut response = execute(&self.store, request, progress)?;
@@ -135,6 +140,7 @@ impl Answer for Service {
             Response::Status(status) => {
                 status.pool = self.pool.to_string_lossy().into_owned();
                 status.mount = self.mount.lock().as_ref().map(|path| path.to_string_lossy().into_owned());
+                status.ending = self.stop.is_some() && !self.exports.serves();
             }
             Response::Metrics { text } => text.push_str(&self.exports.metrics()),
             _ => {}

@@ -1,4 +1,5 @@
-//! Streams in and out: their bytes go through a pipe or file that the request names, not through the socket.
+//! Streams in and out, and long lists of extents: they go through a pipe or file that the request names, not through the
+//! socket.
 //!
 //! The command line names its stdout, or its end of a pipe that it makes (`/proc/PID/fd/N`), so the same request serves a
 //! server and a process that opened the pool itself, and the bytes are copied by nobody in between. A program with other
@@ -73,16 +74,26 @@ fn what(snapshot: Option<&str>, from: Option<&str>, resume: Option<&str>) -> Res
 }
 
 fn send(store: &Arc<Store>, options: &SendOptions, output: &str, progress: &dyn Progress) -> Result<Response> {
+    let report = write_lines(output, progress, |out| stream::send(store, options, out, progress))?;
+    Ok(Response::Sent(report))
+}
+
+/// Opens `output` as a stream is written to, lets `write` write into it, and sees that it arrives.
+pub(super) fn write_lines<T>(
+    output: &str,
+    progress: &dyn Progress,
+    write: impl FnOnce(&mut dyn Write) -> Result<T>,
+) -> Result<T> {
     let file = open_output(output, progress)?;
     let mut out = BufWriter::with_capacity(BUFFER, Output { file: &file, progress });
-    let report = stream::send(store, options, &mut out, progress)?;
+    let done = write(&mut out)?;
     let fail = |e| Error::io(format!("cannot write {output}"), e);
     out.flush().map_err(fail)?;
     drop(out);
     if file.metadata().is_ok_and(|meta| meta.is_file()) {
         file.sync_all().map_err(fail)?;
     }
-    Ok(Response::Sent(report))
+    Ok(done)
 }
 
 fn open_input(path: &str) -> Result<File> {

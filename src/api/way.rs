@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Answer, Client, Request, Response, Service};
+use crate::checkpoint;
 use crate::clock::{self, Instant};
 use crate::error::{Error, Kind, Result};
 use crate::media::Media;
@@ -162,6 +163,7 @@ pub fn open_store(pool: &Path, options: OpenOptions) -> Result<Arc<Store>> {
     let store = Store::open(Arc::new(media), options)
         .map_err(|e| e.context(format!("cannot open the pool {}", pool.display())))?;
     snapshot::attend(&store);
+    checkpoint::attend(&store);
     Ok(store)
 }
 

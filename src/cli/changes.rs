@@ -4,9 +4,10 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 
-use super::Ask;
+use super::screen::Screen;
 use super::show::Style;
 use super::table::{Head, Table};
+use super::{Ask, Global};
 use crate::api::Request;
 use crate::api::answer;
 use crate::error::{Error, Result};
@@ -21,7 +22,7 @@ pub(super) struct Retire {
     /// The snapshots, all or none of them
     #[arg(value_name = "DISK@SNAPSHOT", required = true)]
     snapshots: Vec<String>,
-    /// Return only when the records are durable and the space is back
+    /// Return only when the records are durable and the space is back, but for what somebody still reads
     #[arg(long)]
     wait: bool,
 }
@@ -34,7 +35,8 @@ impl Retire {
 
 /// Tell what changed between two states
 ///
-/// Any two of a disk, its snapshots (live or retired), and those of its clones, in either order. No data is read.
+/// Any two of a disk, its snapshots (live or retired), and those of its clones, in either order. No data is read. Both sides
+/// are taken at one instant, and extents are printed as they are found, however many there are.
 #[derive(Debug, Args)]
 pub(super) struct Diff {
     /// The older side: DISK, DISK@SNAPSHOT, or - for nothing
@@ -49,9 +51,13 @@ pub(super) struct Diff {
 }
 
 impl Diff {
-    pub(super) fn ask(self) -> Ask {
-        let style = if self.summary { Style::Brief } else { Style::Full };
-        Ask { style, ..Ask::question(Request::Diff { from: self.from, to: self.to, summary: self.summary }) }
+    pub(super) fn run(self, global: &Global, screen: &Screen) -> Result<u8> {
+        let Self { from, to, summary } = self;
+        if !summary {
+            return super::extents::run(global, screen, from, to);
+        }
+        let request = Request::Diff { from, to, summary, output: None };
+        super::ask(global, screen, Ask { style: Style::Brief, ..Ask::question(request) })
     }
 }
 

@@ -60,7 +60,7 @@ pub(super) fn start(pool: &Path, words: &[OsString], global: &Global) -> Result<
     match serde_json::from_str(&line).map_err(|e| silent().because(e))? {
         Line::Result(response) => Ok(response),
         Line::Error(failure) => Err(failure.into()),
-        Line::Progress { .. } => Err(silent()),
+        Line::Progress { .. } | Line::Instant {} => Err(silent()),
     }
 }
 

@@ -33,7 +33,8 @@ impl Create {
 
 /// Make a disk from an image file
 ///
-/// Holes of the image stay holes. The image is only read.
+/// Holes of the image stay holes. The image is only read. Where there is no room it ends, and there is no disk then: a new one
+/// does not wait for room (see afterimage-set(1)).
 #[derive(Debug, Args)]
 pub(super) struct Import {
     /// The image
@@ -157,9 +158,9 @@ impl Rm {
 
 /// Change settings of a disk
 ///
-/// enospc=fail|wait says what happens to writes when the host has no room; quota=SIZE, iops=N and bandwidth=SIZE limit the
-/// disk ("none" lifts the limit); extent-size=SIZE is the size of a file of its extent tree, and fixed from the first
-/// snapshot on.
+/// enospc=fail|wait says what happens to writes of programs and guests when the host has no room; 'afterimage receive' never
+/// waits for it. quota=SIZE, iops=N and bandwidth=SIZE limit the disk ("none" lifts the limit); extent-size=SIZE is the size of
+/// a file of its extent tree, and fixed from the first snapshot on.
 #[derive(Debug, Args)]
 pub(super) struct Set {
     /// The disk

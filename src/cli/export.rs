@@ -15,8 +15,8 @@ use crate::error::{Error, Result};
 /// OLD may be retired. Without --from it carries the whole disk.
 #[derive(Debug, Args)]
 pub(super) struct Export {
-    /// The snapshot to begin at, live or retired; without it the whole disk is written
-    #[arg(long, value_name = "OLD")]
+    /// The snapshot to begin at, live or retired; '-' is nothing, as without it: the whole disk is written
+    #[arg(long, value_name = "OLD", allow_hyphen_values = true)]
     from: Option<String>,
     /// The snapshot to end at, DISK@SNAPSHOT
     #[arg(value_name = "NEW")]

@@ -9,11 +9,11 @@ use std::path::{Path, PathBuf};
 use clap::{ArgGroup, Args, ValueEnum};
 
 use super::screen::Screen;
-use super::server::{Duty, PoolServer, already_served};
+use super::server::{Duty, Means, PoolServer, already_served};
 use super::show::Style;
 use super::table::{Head, Table};
-use super::{Ask, Global, daemon};
-use crate::api::answer::Export;
+use super::{Ask, Global, daemon, vm_steward};
+use crate::api::answer::{Awaited, Export};
 use crate::api::{Client, Entry, Request, Response, check_is_pool, enter};
 use crate::error::{Error, Result};
 use crate::pool::ExportKind;
@@ -130,38 +130,68 @@ fn absolute(path: &Path) -> Result<String> {
 ///
 /// A server that was started here ends with the last 'afterimage detach', which also ends what was to persist. To end the
 /// server and keep that, send SIGTERM to it; 'afterimage doctor' tells the number of its process.
+///
+/// Without a disk it serves what is attached to stay (--persist), and the virtual machines of the pool, which come back to
+/// their disks by themselves.
 #[derive(Debug, Args)]
+#[command(
+    mut_group("address", |group| group.required(false)),
+    mut_arg("kind", |kind| kind.required(false).requires_all(["disks", "address"])),
+    mut_arg("disks", |disks| disks.required(false)),
+)]
 pub(super) struct Serve {
     #[command(flatten)]
-    how: How,
+    how: Option<How>,
+    /// What the background half attaches, in the form of the control socket
+    #[arg(long, hide = true, value_name = "JSON", conflicts_with = "kind")]
+    request: Option<String>,
+    /// Reach the server for this virtual machine, which is at the other end of stdin
+    #[arg(long, hide = true, value_name = "VM", conflicts_with_all = ["kind", "request"])]
+    steward: Option<String>,
     /// Without a server, go to the background once the disk is served; the log goes to POOL/server.log
     #[arg(long)]
     daemon: bool,
+    #[command(flatten)]
+    means: Means,
 }
 
 impl Serve {
     pub(super) fn run(self, global: &Global, screen: &Screen) -> Result<u8> {
+        if let Some(vm) = &self.steward {
+            return vm_steward::serve(vm, global);
+        }
         let pool = check_is_pool(global.pool()?)?;
-        let request = self.how.request()?;
+        let note = "serving in the foreground; Ctrl-C ends it";
+        let request = match (&self.how, &self.request) {
+            (Some(how), _) => Some(how.request()?),
+            (None, Some(text)) => {
+                Some(serde_json::from_str(text).map_err(|e| Error::usage(format!("--request is none: {e}")))?)
+            }
+            (None, None) => None,
+        };
         // The background half answers in its own way, below.
         if !daemon::is_child()
+            && let Some(request) = &request
             && let Some(client) = Client::find(&pool)?
         {
-            screen.answer(&client.ask(&request, &Silent)?, Style::Brief);
+            screen.answer(&client.ask(request, &Silent)?, Style::Brief);
+            self.means.not_taken(screen);
             return Ok(0);
         }
         if self.daemon {
-            let words = [vec!["serve".into()], self.how.words()?].concat();
+            let how = self.how.as_ref().map_or(Ok(Vec::new()), How::words)?;
+            let means = self.means.words().into_iter().collect();
+            let words = [vec!["serve".into()], means, how].concat();
             screen.answer(&daemon::start(&pool, &words, global)?, Style::Brief);
             return Ok(0);
         }
-        serve(&pool, &Duty::Attach(request), screen, "serving in the foreground; Ctrl-C ends it")
+        serve(&pool, &request.map_or(Duty::Keep, Duty::Attach), self.means, screen, note)
     }
 }
 
 /// Becomes the server of a pool, in the foreground or as the background half of a command. Where somebody else has become it a
 /// moment before, that one is asked to attach.
-pub(super) fn serve(pool: &Path, duty: &Duty, screen: &Screen, note: &str) -> Result<u8> {
+pub(super) fn serve(pool: &Path, duty: &Duty, means: Means, screen: &Screen, note: &str) -> Result<u8> {
     let child = daemon::is_child();
     if child {
         daemon::detach()?;
@@ -170,12 +200,12 @@ pub(super) fn serve(pool: &Path, duty: &Duty, screen: &Screen, note: &str) -> Re
         let lock = match (enter(pool)?, duty) {
             (Entry::Lock(lock), _) => lock,
             (Entry::Server(client), Duty::Attach(request)) => return Ok((None, client.ask(request, &Silent)?)),
-            (Entry::Server(client), Duty::Mount(_)) => return Err(already_served(pool, &client)),
+            (Entry::Server(client), Duty::Mount(_) | Duty::Keep) => return Err(already_served(pool, &client)),
         };
         if child {
             daemon::begin_log(pool, &lock)?;
         }
-        let server = PoolServer::start(lock, pool, duty)?;
+        let server = PoolServer::start(lock, pool, duty, means)?;
         let answer = server.answer();
         Ok((Some(server), answer))
     };
@@ -186,7 +216,10 @@ pub(super) fn serve(pool: &Path, duty: &Duty, screen: &Screen, note: &str) -> Re
         screen.answer(&answer, Style::Brief);
         server
     };
-    let Some(server) = server else { return Ok(0) };
+    let Some(server) = server else {
+        means.not_taken(screen);
+        return Ok(0);
+    };
     if !child {
         screen.note(note);
     }
@@ -231,8 +264,10 @@ impl Detach {
 
 /// List what is attached
 ///
-/// Without a server it lists what will be served again when one is started. What failed to start is attempted again when the
-/// command that attached it is said again.
+/// Without a server it lists what will be served again when one is started. Below it tells for whom disks are kept: who was
+/// writing when the last server ended has a minute to come back, a virtual machine as well as the client of an export.
+///
+/// What failed to start is attempted again when the command that attached it is said again.
 #[derive(Debug, Args)]
 pub(super) struct Exports {}
 
@@ -253,8 +288,8 @@ pub(super) fn show_export(export: &Export, verb: &str) -> String {
     format!("export {id}: {} {verb} {} over {kind}\n", disks.join(", "), address(export))
 }
 
-/// Returns a table of exports.
-pub(super) fn show_exports(exports: &[Export]) -> String {
+/// Returns a table of exports, and who is awaited.
+pub(super) fn show_exports(exports: &[Export], awaited: &[Awaited]) -> String {
     let mut table = Table::new(&[
         Head::Right("ID"),
         Head::Left("KIND"),
@@ -285,6 +320,13 @@ pub(super) fn show_exports(exports: &[Export]) -> String {
         if let Some(error) = &export.error {
             reasons.push_str(&format!("export {}: {error}\n", export.id));
         }
+    }
+    for Awaited { disk, holder, seconds, .. } in awaited {
+        let time = seconds.map_or_else(
+            || "until a minute after the next server has begun".to_owned(),
+            |seconds| format!("for {seconds} s more"),
+        );
+        reasons.push_str(&format!("disk '{disk}' is kept for {holder} {time}\n"));
     }
     table.render() + &reasons
 }

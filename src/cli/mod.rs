@@ -13,13 +13,16 @@
 
 mod bar;
 mod changes;
+mod checkpoint;
 mod daemon;
 mod disks;
 mod doctor;
 mod export;
 mod exports;
+mod extents;
 mod host;
 mod init;
+mod log;
 mod mount;
 mod new_dirs;
 mod pages;
@@ -33,6 +36,10 @@ mod table;
 mod umount;
 mod upkeep;
 mod vm;
+mod vm_checkpoint;
+mod vm_disks;
+mod vm_parts;
+mod vm_steward;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -47,9 +54,6 @@ use show::Style;
 
 /// Environment variable that names the pool.
 const POOL_VARIABLE: &str = "AFTERIMAGE_POOL";
-
-/// Environment variable that sets what is logged, in the words of `tracing`.
-const LOG_VARIABLE: &str = "AFTERIMAGE_LOG";
 
 /// Virtual disks whose snapshots can retire
 ///
@@ -130,6 +134,7 @@ enum Command {
     Scrub(upkeep::Scrub),
     Reclaim(upkeep::Reclaim),
     Metrics(upkeep::Metrics),
+    Checkpoint(checkpoint::Checkpoint),
     Vm(vm::Vm),
     Doctor(doctor::Doctor),
     Completions(pages::Completions),
@@ -172,13 +177,7 @@ pub fn main() -> ExitCode {
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
         }
     };
-    log(&cli.global);
-    let usual = std::panic::take_hook();
-    std::panic::set_hook(Box::new(move |panic| {
-        if !crate::store::panic_is_guarded() {
-            usual(panic);
-        }
-    }));
+    log::begin(&cli.global);
     let screen = Screen::new(cli.global.json, cli.global.quiet);
     match run(cli.command, &cli.global, &screen) {
         Ok(code) => ExitCode::from(code),
@@ -244,7 +243,7 @@ fn run(command: Command, global: &Global, screen: &Screen) -> Result<u8> {
         Command::Clone(command) => ask(global, screen, command.ask()),
         Command::Revert(command) => ask(global, screen, command.ask()),
         Command::Retire(command) => ask(global, screen, command.ask()),
-        Command::Diff(command) => ask(global, screen, command.ask()),
+        Command::Diff(command) => command.run(global, screen),
         Command::Estimate(command) => ask(global, screen, command.ask()),
         Command::Verify(command) => ask(global, screen, command.ask()),
         Command::Record(command) => ask(global, screen, command.ask()?),
@@ -258,6 +257,7 @@ fn run(command: Command, global: &Global, screen: &Screen) -> Result<u8> {
         Command::Scrub(command) => ask(global, screen, command.ask()),
         Command::Reclaim(command) => ask(global, screen, command.ask()),
         Command::Metrics(command) => ask(global, screen, command.ask()),
+        Command::Checkpoint(command) => ask(global, screen, command.ask()),
     }
 }
 
@@ -265,8 +265,10 @@ fn run(command: Command, global: &Global, screen: &Screen) -> Result<u8> {
 fn ask(global: &Global, screen: &Screen, ask: Ask) -> Result<u8> {
     let style = ask.style;
     let response = answer(global, screen, ask)?;
-    screen.answer(&response, style);
-    Ok(verdict(&response))
+    let code = verdict(&response);
+    // What failed is told, however quiet it was asked to be.
+    screen.answer(&response, if code == 0 { style } else { Style::Full });
+    Ok(code)
 }
 
 /// Asks the pool, in whichever way there is.
@@ -291,38 +293,20 @@ fn rebuild(global: &Global, screen: &Screen) -> Result<u8> {
     Ok(0)
 }
 
-/// An answer that says "this pool is damaged" is no success.
+/// An answer that says "this pool is damaged" or "some of it failed" is no success.
 fn verdict(response: &Response) -> u8 {
+    if let Response::Pruned { snapshots, .. } = response {
+        let failed = snapshots.iter().any(|snapshot| snapshot.error.is_some());
+        return if failed { crate::error::Kind::Failed.exit_code() } else { 0 };
+    }
     let sound = match response {
         Response::Checked(report) => report.open() == 0,
         Response::Scrubbed(report) => report.damaged.is_empty(),
         Response::Verified(verified) => verified.report.first_wrong.is_none(),
+        Response::CheckpointVerified(report) => report.is_sound(),
         _ => true,
     };
     if sound { 0 } else { crate::error::Kind::Corrupt.exit_code() }
-}
-
-/// Sends what the program logs to stderr.
-fn log(global: &Global) {
-    use std::io::IsTerminal;
-    use tracing_subscriber::EnvFilter;
-    let level = match (global.quiet, global.verbose) {
-        (true, _) => "error",
-        (false, 0) => "warn",
-        (false, 1) => "info",
-        (false, 2) => "debug",
-        (false, _) => "trace",
-    };
-    // With --json an error is all there is on stderr, so nobody is told there that a server takes its time.
-    let client = if global.json { ",afterimage::api::client=error" } else { "" };
-    let usual = || EnvFilter::new(format!("{level}{client}"));
-    let filter = EnvFilter::try_from_env(LOG_VARIABLE).unwrap_or_else(|_| usual());
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_target(false)
-        .init();
 }
 
 #[cfg(test)]
@@ -356,5 +340,22 @@ mod tests {
         // No more than is listed, also when nothing of it is mended.
         (0..LISTED_MAX * 2).for_each(|n| report.wrong(format!("fault {n}")));
         assert!(report.problems.len() == LISTED_MAX && report.problems.iter().all(|problem| !problem.fixed));
+    }
+
+    #[test]
+    fn a_snapshot_that_could_not_be_pruned_is_told_of_and_fails_the_command() {
+        let line = |name: &str, error: Option<&str>| crate::api::answer::Pruned {
+            name: name.into(),
+            kept: error.is_some(),
+            why: "no rule keeps it".into(),
+            error: error.map(Into::into),
+        };
+        let all_gone = Response::Pruned { dry_run: false, snapshots: vec![line("a", None)] };
+        assert_eq!(verdict(&all_gone), 0);
+        let one_stays =
+            Response::Pruned { dry_run: false, snapshots: vec![line("a", Some("it is held")), line("b", None)] };
+        assert_eq!(verdict(&one_stays), 1);
+        let text = show::show(&one_stays, Style::Full);
+        assert!(text.contains("not removed  it is held") && text.contains("removed      no rule"), "{text}");
     }
 }

@@ -15,7 +15,7 @@ use clap::Args;
 use super::exports::serve;
 use super::new_dirs::NewDirs;
 use super::screen::Screen;
-use super::server::{Duty, Show};
+use super::server::{Duty, Means, Show};
 use super::show::Style;
 use super::{Global, daemon, host, init};
 use crate::api::{Client, Request, check_is_pool};
@@ -49,6 +49,8 @@ pub(super) struct Mount {
     /// Mount only the extent files of this snapshot
     #[arg(long, value_name = "DISK@SNAPSHOT", conflicts_with = "init")]
     export: Option<String>,
+    #[command(flatten)]
+    means: Means,
 }
 
 impl Mount {
@@ -66,6 +68,7 @@ impl Mount {
             let (snapshot, path) = (snapshot.clone(), mount.to_string_lossy().into_owned());
             let request = Request::MountExport { snapshot, path, allow_other: self.allow_other };
             screen.answer(&client.ask(&request, &Silent)?, Style::Brief);
+            self.means.not_taken(screen);
             return Ok(0);
         }
         if self.daemon {
@@ -74,7 +77,7 @@ impl Mount {
             return Ok(0);
         }
         let show = Show { at: mount, allow_other: self.allow_other, export: self.export };
-        serve(&pool, &Duty::Mount(show), screen, "serving in the foreground; Ctrl-C unmounts")
+        serve(&pool, &Duty::Mount(show), self.means, screen, "serving in the foreground; Ctrl-C unmounts")
     }
 
     /// Returns the words that mount the same.
@@ -86,6 +89,7 @@ impl Mount {
         if let Some(snapshot) = &self.export {
             words.push(format!("--export={snapshot}").into());
         }
+        words.extend(self.means.words());
         words.extend(["--".into(), mount.into()]);
         words
     }

@@ -20,18 +20,19 @@ const WRITTEN: [(&str, &str); 3] = [
 ];
 
 /// Commands that are about one thing: the page of each names the others.
-const RELATED: [&[&str]; 7] = [
+const RELATED: [&[&str]; 8] = [
     &["init", "mount", "umount", "doctor"],
     &["serve", "attach", "detach", "exports"],
     &["create", "import", "resize", "ls", "info", "rename", "rm", "set", "get"],
     &["snapshot", "clone", "revert", "retire", "hold", "release", "prune"],
     &["diff", "estimate", "verify", "export", "send", "receive", "record"],
     &["check", "scrub", "reclaim", "metrics"],
+    &["checkpoint", "vm"],
     &["completions", "man"],
 ];
 
 /// Commands that write or read a format that has a life of its own.
-const OF_FORMATS: [&str; 4] = ["export", "send", "receive", "record"];
+const OF_FORMATS: [&str; 5] = ["export", "send", "receive", "record", "checkpoint"];
 
 /// Print a completion script for a shell
 ///

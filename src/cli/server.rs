@@ -5,17 +5,21 @@
 //!    Order down: mount, exports (what is in flight is finished), socket, store, lock. So what persists has its disks
 //!    before anybody can ask for them, and nothing is served any more when the store closes.
 //! 2. A server that mounts ends when nothing is mounted any more; one that was started to serve ends when nothing is
-//!    attached any more. A signal and a `shutdown` unmount or end it: there is one way down.
+//!    attached any more, be it to clients or to virtual machines, and no machine is awaited. A signal and a `shutdown` unmount or end it: there is one way down.
 //! 3. Files that are still open then are cut off, and clients too; `umount` without --force refuses instead.
 //!
 //! # After a crash
 //! The mount is dead ("transport endpoint is not connected") until the next `mount` or `umount` there takes it away.
 //! Clients see their connection closed, and can connect again once a server has started what persists.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 
+use clap::Args;
+
+use super::screen::Screen;
 use super::signal;
 use crate::api::{Answer, Client, Request, Response, Server, Service, Target, open_store};
 use crate::error::{Error, Result};
@@ -23,6 +27,46 @@ use crate::pool::PoolLock;
 use crate::progress::Silent;
 use crate::store::{OpenOptions, Store};
 use crate::tree::{self, MountOptions};
+use crate::units::parse_size;
+
+/// Least bytes of the cache of the block maps.
+const MAP_CACHE_MIN: u64 = 1 << 20;
+
+/// What a server is given of the host.
+#[derive(Debug, Clone, Copy, Args)]
+pub(super) struct Means {
+    /// Memory at most for the block maps of what is in use, 512M unless given; a disk written at random takes 4K of it
+    /// for each 2M, one written in sequence much less
+    #[arg(long, value_name = "SIZE", value_parser = map_cache)]
+    map_cache: Option<u64>,
+}
+
+fn map_cache(text: &str) -> Result<u64> {
+    let bytes = parse_size(text)?;
+    if bytes < MAP_CACHE_MIN {
+        return Err(Error::usage(format!("a map cache of {text} is too small")).hint("give it 1M or more"));
+    }
+    Ok(bytes)
+}
+
+impl Means {
+    /// Returns the words that say the same.
+    pub(super) fn words(self) -> Option<OsString> {
+        self.map_cache.map(|bytes| format!("--map-cache={bytes}").into())
+    }
+
+    fn options(self) -> OpenOptions {
+        let usual = OpenOptions::default();
+        OpenOptions { cache_bytes: self.map_cache.unwrap_or(usual.cache_bytes), ..usual }
+    }
+
+    /// Tells who asked for them that a server runs already, and has its own.
+    pub(super) fn not_taken(self, screen: &Screen) {
+        if self.map_cache.is_some() {
+            screen.note("the server that runs on the pool keeps the map cache it was started with");
+        }
+    }
+}
 
 /// What a server is started for.
 #[derive(Debug)]
@@ -31,6 +75,8 @@ pub(super) enum Duty {
     Mount(Show),
     /// To serve what this request attaches.
     Attach(Request),
+    /// To serve what persists, and machines that come back.
+    Keep,
 }
 
 /// What is mounted, where, and for whom.
@@ -100,11 +146,11 @@ pub(super) struct PoolServer {
 
 impl PoolServer {
     /// Opens the pool, whose lock this is, and begins.
-    pub(super) fn start(lock: PoolLock, pool: &Path, duty: &Duty) -> Result<Self> {
+    pub(super) fn start(lock: PoolLock, pool: &Path, duty: &Duty, means: Means) -> Result<Self> {
         if let Err(error) = crate::sys::process::raise_open_files() {
             tracing::debug!("the limit of open files stays as it is: {error}");
         }
-        let store = open_store(pool, OpenOptions::default())?;
+        let store = open_store(pool, means.options())?;
         let (ask, asked) = channel();
         // The receiver lives as long as the one who waits for it, which is as long as the process.
         let asker = || {
@@ -128,6 +174,10 @@ impl PoolServer {
         let opened = Opened { service, store, server, pool: pool.to_owned(), lock };
         let begun = match duty {
             Duty::Mount(show) => opened.mount(show, asked),
+            Duty::Keep => {
+                opened.service.on_idle(asker());
+                opened.service.answer(Request::Status {}, &Silent).map(|answer| (Work::Attached(asked), answer))
+            }
             Duty::Attach(request) => {
                 opened.service.on_idle(asker());
                 let attached = opened.service.answer(request.clone(), &Silent);

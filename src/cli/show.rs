@@ -29,8 +29,11 @@ pub(super) fn show(response: &Response, style: Style) -> String {
         }
         Response::Snapshot(snapshot) if style == Style::Full => snapshot_sheet(snapshot),
         Response::Snapshot(snapshot) => snapshot_line(snapshot),
-        Response::Snapshots { snapshots } if style == Style::Full => snapshot_table(snapshots),
-        Response::Snapshots { snapshots } => snapshots.iter().map(snapshot_line).collect(),
+        Response::Snapshots { snapshots, .. } if style == Style::Full => snapshot_table(snapshots),
+        Response::Snapshots { snapshots, open } => {
+            let still = |name| format!("{name} is still read: its data is freed when the last reader lets go\n");
+            snapshots.iter().map(snapshot_line).chain(open.iter().map(still)).collect()
+        }
         Response::Removed { name } => format!("removed {name}\n"),
         Response::Reverted(report) => reverted(report),
         Response::Diff(diff) => super::changes::show_diff(diff, style),
@@ -48,15 +51,19 @@ pub(super) fn show(response: &Response, style: Style) -> String {
         Response::Imported(report) => imported(report),
         Response::Mounted { snapshot, mount } => format!("mounted the extent files of {snapshot} at {mount}\n"),
         Response::Attached(export) => super::exports::show_export(export, "at"),
+        Response::VmDisk(disk) => format!("{} waits at {}\n", disk.name, disk.socket),
         Response::Detached { exports } => {
             exports.iter().map(|export| super::exports::show_export(export, "no longer at")).collect()
         }
-        Response::Exports { exports } => super::exports::show_exports(exports),
+        Response::Exports { exports, awaited } => super::exports::show_exports(exports, awaited),
         Response::Exported(report) => exported(report),
         Response::Sent(report) => sent(report),
         Response::Received(report) => received(report),
         Response::Token { token, .. } => format!("{token}\n"),
         Response::Aborted { disk } => format!("dropped what had arrived for {disk}\n"),
+        Response::Checkpoints { checkpoints } => super::checkpoint::show_list(checkpoints),
+        Response::Checkpoint(one) => super::checkpoint::show(one, style),
+        Response::CheckpointVerified(report) => super::checkpoint::show_verified(report),
         Response::Status(status) => status_sheet(status),
         Response::Stopping { pid } => format!("process {pid} ends\n"),
     }
@@ -173,11 +180,12 @@ pub(super) fn count(number: u64, noun: &str) -> String {
 }
 
 /// Returns an amount for people and the exact bytes.
-fn exact(bytes: u64) -> String {
+pub(super) fn exact(bytes: u64) -> String {
     if bytes < 1024 { show_size(bytes) } else { format!("{} ({bytes} bytes)", show_size(bytes)) }
 }
 
-fn time(seconds: u64) -> String {
+/// Returns a time for people.
+pub(super) fn time(seconds: u64) -> String {
     format!("{} UTC", clock::show(seconds))
 }
 
@@ -254,12 +262,14 @@ fn reverted(report: &Reverted) -> String {
 fn pruned(dry_run: bool, snapshots: &[Pruned]) -> String {
     let mut table = Table::new(&[Head::Left("SNAPSHOT"), Head::Left("DECISION"), Head::Left("WHY")]);
     for snapshot in snapshots {
-        let decision = match (snapshot.kept, dry_run) {
-            (true, _) => "kept",
-            (false, true) => "would go",
-            (false, false) => "removed",
+        let decision = match (&snapshot.error, snapshot.kept, dry_run) {
+            (Some(_), ..) => "not removed",
+            (None, true, _) => "kept",
+            (None, false, true) => "would go",
+            (None, false, false) => "removed",
         };
-        table.row([snapshot.name.clone(), decision.to_owned(), snapshot.why.clone()]);
+        let why = snapshot.error.as_ref().unwrap_or(&snapshot.why);
+        table.row([snapshot.name.clone(), decision.to_owned(), why.clone()]);
     }
     table.render()
 }

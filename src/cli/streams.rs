@@ -78,7 +78,8 @@ impl Send {
 ///
 /// All or nothing: the disk changes when the stream has ended, and keeps everything it had. An increment goes only onto a disk
 /// whose newest snapshot is its base and which was not written to since. With --file the stream goes into a raw file or a
-/// block device instead, which change while it comes in.
+/// block device instead, which change while it comes in. Where there is no room it ends, also for a disk whose writes wait then
+/// (enospc=wait): what arrived is kept, and goes on with the token.
 #[derive(Debug, Args)]
 pub(super) struct Receive {
     /// The disk; made when it is not there and the stream is a full one
@@ -162,10 +163,13 @@ fn refuse_terminal() -> Result<()> {
         return Err(Error::usage("a stream does not come from a terminal")
             .hint("give it one: '< FILE', or 'afterimage send DISK@SNAPSHOT | afterimage receive DISK'"));
     }
+    if rustix::fs::fstat(io::stdin()).is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Directory) {
+        return Err(Error::failed("stdin is a directory, and a stream is a file").hint("give it the file: '< FILE'"));
+    }
     Ok(())
 }
 
-fn make_pipe() -> Result<(PipeReader, PipeWriter)> {
+pub(super) fn make_pipe() -> Result<(PipeReader, PipeWriter)> {
     let (reader, writer) = io::pipe().map_err(|e| Error::io("cannot make a pipe", e))?;
     // A smaller one serves as well, if more slowly.
     pipe::widen(&writer, PIPE_SIZE).ok();
@@ -183,7 +187,7 @@ fn can_be_opened(stdout: &io::Stdout) -> bool {
 }
 
 /// Returns the path under which a process of this user opens the same end of a pipe.
-fn path_of(end: &impl AsRawFd) -> String {
+pub(super) fn path_of(end: &impl AsRawFd) -> String {
     format!("/proc/{}/fd/{}", std::process::id(), end.as_raw_fd())
 }
 

@@ -80,7 +80,7 @@ fn server_of(pool: &Path, mount: &Path) -> Result<Option<Served>> {
 impl Served {
     /// Fails while somebody uses what the server has attached: it would end with the mount.
     fn refuse_used(&self) -> Result<()> {
-        let Response::Exports { exports } = self.client.ask(&Request::Exports {}, &Silent)? else { return Ok(()) };
+        let Response::Exports { exports, .. } = self.client.ask(&Request::Exports {}, &Silent)? else { return Ok(()) };
         let Some(used) = exports.iter().find(|export| export.clients > 0) else {
             return Ok(());
         };

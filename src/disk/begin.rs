@@ -124,7 +124,10 @@ impl Disk {
         for ((stretch, crcs), written) in writing.plan.stretches.iter().zip(&writing.crcs).zip(written) {
             let part = &data[stretch.from..stretch.from + stretch.len];
             let done = match written {
-                Ok(len) if *len == part.len() => Ok(stretch.segment.wrote()),
+                Ok(len) if *len == part.len() => {
+                    stretch.segment.wrote();
+                    Ok(())
+                }
                 // Cut short: once more, in the way that goes on until all is written.
                 Ok(_) => stretch.segment.write(part, stretch.address, false),
                 Err(error)
@@ -139,8 +142,8 @@ impl Disk {
                 }
             };
             let crcs = done.is_ok().then_some(crcs);
-            self.note_write(&stretch.segment, part, stretch.address, !matches!(done, Ok(false)), crcs);
-            result = result.and(done.map(drop));
+            self.note_write(&stretch.segment, part, stretch.address, crcs);
+            result = result.and(done);
         }
         let Writing { line, plan, .. } = writing;
         self.enter(&line, plan, result.is_ok());

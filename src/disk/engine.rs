@@ -47,7 +47,7 @@ use crate::error::{Error, Result};
 use crate::store::{Cancel, Extent, Located, Need};
 use crate::sync::Mutex;
 use crate::sys::pages::Pages;
-use crate::sys::ring::{Job, Piece, Ring};
+use crate::sys::ring::{ALONE_MAX, Job, Piece, Ring};
 use crate::units::to_usize;
 use crate::workers::Workers;
 
@@ -146,6 +146,9 @@ pub struct Engine<T: Send + 'static> {
     shared: Arc<Shared<T>>,
     /// Requests that the other threads have, or that wait.
     aside: usize,
+    /// One that is small, for a device to which it is one system call ([`BlockDevice::is_prompt`]): done by the thread itself if
+    /// no other comes before the next [`Self::submit`].
+    alone: Option<Request<T>>,
     done: VecDeque<Done<T>>,
     patience: Patience,
 }
@@ -213,6 +216,7 @@ impl<T: Send + 'static> Engine<T> {
                 cancel,
             }),
             aside: 0,
+            alone: None,
             done: VecDeque::new(),
             patience: Patience::default(),
         })
@@ -221,7 +225,8 @@ impl<T: Send + 'static> Engine<T> {
     /// Returns how many requests are under way, or finished and not yet taken.
     #[must_use]
     pub fn in_flight(&self) -> usize {
-        self.ring.as_ref().map_or(0, Ring::in_flight) + self.aside + self.done.len()
+        let alone = usize::from(self.alone.is_some());
+        self.ring.as_ref().map_or(0, Ring::in_flight) + self.aside + alone + self.done.len()
     }
 
     /// Begins a request. It goes to the host with the next [`Self::submit`] or [`Self::wait`].
@@ -254,8 +259,21 @@ impl<T: Send + 'static> Engine<T> {
             Op::Write { durable: false } => self.begin_write(request),
             _ => Some(request),
         };
-        if let Some(request) = refused {
+        let Some(request) = refused else { return };
+        let moves = matches!(request.op, Op::Read | Op::Write { durable: false });
+        let small = moves && request.len <= ALONE_MAX as u64 && request.device.is_prompt();
+        if small && self.in_flight() == 0 {
+            self.alone = Some(request);
+        } else {
+            self.company();
             self.run_aside(request);
+        }
+    }
+
+    /// Lets the one that was alone go aside: it has company, or is waited for.
+    fn company(&mut self) {
+        if let Some(alone) = self.alone.take() {
+            self.run_aside(alone);
         }
     }
 
@@ -320,6 +338,10 @@ impl<T: Send + 'static> Engine<T> {
     /// # Errors
     /// When the ring fails; what is under way cannot be finished any more then.
     pub fn submit(&mut self) -> Result<()> {
+        if let Some(mut request) = self.alone.take() {
+            let result = guarded(|| request.run());
+            self.done.push_back(Done { request, result });
+        }
         let Some(ring) = &mut self.ring else { return Ok(()) };
         let alone = self.aside == 0 && ring.run_alone();
         if !alone && ring.pending() > 0 {
@@ -381,6 +403,7 @@ impl<T: Send + 'static> Engine<T> {
 
     /// Makes the ring tell of `readable` and of the other threads.
     fn watch(&mut self, readable: Option<BorrowedFd<'_>>) -> Result<()> {
+        self.company();
         let Some(ring) = &mut self.ring else { return Ok(()) };
         if self.aside > 0 {
             ring.watch(RETURNED, self.shared.bell.as_fd()).map_err(ring_failed)?;

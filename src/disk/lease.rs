@@ -82,6 +82,12 @@ impl Disk {
         self.head.tenancy.wait_vacant(Some(holder)).map_err(|refusal| self.store.refused(self.head.id, refusal))
     }
 
+    /// Tells whether nobody else can have changed the disk since `holder` had it: it has it, or it is kept for it.
+    #[must_use]
+    pub fn remembers(&self, holder: &str) -> bool {
+        self.head.tenancy.remembers(holder)
+    }
+
     /// Keeps the lease for `holder` for so long, unless somebody has it: nobody else gets it meanwhile.
     ///
     /// It has written before the pool was opened. If some of that may be lost, its first flush will say so.
@@ -99,6 +105,11 @@ impl Disk {
         self.head.tenancy.reserve(holder, time);
     }
 
+    /// Notes that `holder`, for which nothing is kept, has to be told why something it had written may be lost, if it comes.
+    pub fn owe_loss(&self, holder: &str, why: String) {
+        self.head.tenancy.note_loss(holder, why);
+    }
+
     /// Keeps the lease for `holder`, which may or may not have written and cannot come to this process.
     pub fn keep_for(&self, holder: &str) {
         self.head.tenancy.reserve(holder, None);
@@ -108,6 +119,11 @@ impl Disk {
     #[must_use]
     pub fn owes_loss_to(&self, holder: &str) -> bool {
         self.head.tenancy.owes_loss_to(holder)
+    }
+
+    /// Says that `holder` begins anew, and need not be told that something was lost.
+    pub fn forgive_loss(&self, holder: &str) {
+        self.head.tenancy.forgive_loss(holder);
     }
 
     /// Ends a reservation for `holder`.

@@ -7,7 +7,7 @@ use uuid::Uuid;
 use crate::clock;
 use crate::error::{Error, Result};
 use crate::store::rows::BranchRow;
-use crate::store::{Change, DiskInfo, DiskRow, Edit, Settings, Status, Store};
+use crate::store::{Change, DiskInfo, DiskRow, Edit, Settings, Status, Store, record_path};
 use crate::units::{BlockAddress, BranchId, DISK_SIZE_MAX, DiskId, Epoch};
 
 const DISK_NAME_MAX: usize = 128;
@@ -149,7 +149,7 @@ pub fn remove(store: &Arc<Store>, name: &str, recursive: bool) -> Result<()> {
     store.flush_ordered(&head, &mut order)?;
     let gate = head.gate.write();
     let line = head.line();
-    let ticket = {
+    let (ticket, records) = {
         // Until the disk is marked as gone.
         let _removal = store.begin_removal(&head)?;
         store.refuse_leased(&head)?;
@@ -164,26 +164,38 @@ pub fn remove(store: &Arc<Store>, name: &str, recursive: bool) -> Result<()> {
             return Err(Error::busy(format!("disk '{name}' has {} snapshots", named.len()))
                 .hint(format!("delete them first, or all at once with `afterimage rm {name} --recursive`")));
         }
-        if let Some(held) = named.iter().find(|row| !row.holds.is_empty()) {
-            let why = held.holds.join(", ");
-            return Err(Error::busy(format!("snapshot '{name}@{}' is held: {why}", held.name))
-                .hint("let it go with `afterimage release`"));
+        for row in &named {
+            crate::snapshot::refuse_held(row, name)?;
         }
         let mut edit = Edit::new(&mut tables);
         Store::abandon_head(&mut edit, &line, id, &row);
+        let records: Vec<_> = edit.tables.retired_of(id).map(|(_, row)| record_path(row.state.uuid)).collect();
         end_snapshots(&mut edit, id, &row)?;
         keep_last_stamp(&mut edit, id, &row)?;
         edit.delete_disk(id);
         head.set_gone();
-        store.ledger.submit(edit.finish())?
+        (store.ledger.submit(edit.finish())?, records)
     };
     drop(gate);
     drop(order);
     store.ledger.wait(ticket)?;
     store.forget_head(id);
+    remove_records(store, name, &records);
     store.tell(&Change::Disk { id, name: name.to_owned(), was: None, gone: true, resized: false, data: false });
     store.wake_keeper();
     Ok(())
+}
+
+/// Removes the records of a disk that is gone. One that stays is removed at the next opening: nothing names it.
+fn remove_records(store: &Store, disk: &str, paths: &[String]) {
+    for path in paths {
+        match store.media().remove(path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                tracing::warn!("cannot remove {path} of the removed disk '{disk}': {error}");
+            }
+            _ => {}
+        }
+    }
 }
 
 /// Ends every snapshot of a disk that goes, retired ones too.
@@ -222,17 +234,31 @@ fn keep_last_stamp(edit: &mut Edit<'_>, id: DiskId, row: &DiskRow) -> Result<()>
     }
 }
 
-/// Changes a setting of a disk.
+/// Changes one setting of a disk.
 ///
 /// # Errors
-/// `NotFound`, `Usage` for an unknown key or a value that makes no sense.
+/// As [`set_all`].
 pub fn set(store: &Arc<Store>, name: &str, key: &str, value: &str) -> Result<Settings> {
+    set_all(store, name, [(key, value)])
+}
+
+/// Changes settings of a disk, given as keys and values: all of them or none.
+///
+/// # Errors
+/// `NotFound`, `Usage` for an unknown key or a value that makes no sense, `Failed` for one that cannot be changed any more.
+pub fn set_all<'a>(
+    store: &Arc<Store>,
+    name: &str,
+    changes: impl IntoIterator<Item = (&'a str, &'a str)>,
+) -> Result<Settings> {
     let (id, settings, ticket) = {
         let mut tables = store.tables.write();
         let id = tables.disk_id(name)?;
         let row = tables.disk(id)?;
         let mut settings = row.settings.clone();
-        settings.set(key, value)?;
+        for (key, value) in changes {
+            settings.set(key, value)?;
+        }
         if settings.extent_size != row.settings.extent_size && row.base.is_some() {
             return Err(Error::failed(format!("the extent size of disk '{name}' is fixed since its first snapshot"))
                 .hint("copies made of its extent files go by it; a new disk can have another one"));

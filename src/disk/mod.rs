@@ -33,7 +33,9 @@ pub(crate) use engine::pieces;
 pub use import::{ImportReport, import};
 pub use lease::{Attached, Lease, MOUNT};
 pub(crate) use manage::new_row;
-pub use manage::{check_disk_name, check_snapshot_name, create, create_empty, remove, rename, round_size, set, unique};
+pub use manage::{
+    check_disk_name, check_snapshot_name, create, create_empty, remove, rename, round_size, set, set_all, unique,
+};
 pub use read_only::ReadOnly;
 pub use scrub::{Damage, LISTED_MAX, ScrubReport, scrub};
 
@@ -79,6 +81,10 @@ pub trait BlockDevice: Send + Sync + std::fmt::Debug {
     fn end_write(&self, _writing: Writing, _data: &[u8], _written: &[std::io::Result<usize>]) -> Result<bool> {
         Err(Error::failed("a write was ended that this device has not begun"))
     }
+    /// Tells whether a read or write is one system call, which waits for nothing but the disk of the host.
+    fn is_prompt(&self) -> bool {
+        false
+    }
     /// Takes the turn of a read or write of so many bytes, by the limits of the disk. If it has to wait for it, returns what
     /// for: the caller reads or writes after it has waited ([`BlockDevice::wait`]), without asking again.
     fn take_turn(&self, _bytes: u64) -> Option<Need> {
@@ -92,6 +98,14 @@ pub trait BlockDevice: Send + Sync + std::fmt::Debug {
     fn wait(&self, _need: Need, _cancel: &Arc<Cancel>, go: Go) {
         go(Ok(()));
     }
+    /// Returns how many threads may wait for it at a time beside a ring: for flushes and discards, and reads of what is not in
+    /// memory. A device that cannot see from here which of its requests wait on purpose has one for each.
+    fn threads(&self) -> usize {
+        8
+    }
+    /// Says what calls back requests to this device, for one that cannot see from here whether they wait on purpose: those
+    /// under way then come back soon, as ones to wait for.
+    fn heed(&self, _cancel: &Arc<Cancel>) {}
     /// Makes every write that returned before durable.
     ///
     /// # Errors

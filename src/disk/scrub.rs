@@ -1,6 +1,7 @@
 //! `scrub`: reads every sealed block and compares it with the checksum it was sealed with.
 //!
-//! Seal files are read one after the other, record by record. A block that is damaged is named by every disk and snapshot
+//! Seal files are read one after the other, record by record; the blocks of a batch of records are read in whole runs, on
+//! several threads. Only what is found damaged is looked at block by block. A block that is damaged is named by every disk and snapshot
 //! that shows it, and reads of it fail from then on. A seal file that is damaged or missing is reported as such, and a segment whose
 //! file is missing once, not block by block. So many lines are listed, and the others counted: a segment may have 2^28 blocks.
 
@@ -12,11 +13,16 @@ use serde::{Deserialize, Serialize};
 use crate::codec::crc32;
 use crate::error::{Error, Kind, Result};
 use crate::map::{BlockSet, Run};
+use crate::parallel;
 use crate::pool::segment_path;
 use crate::progress::Progress;
 use crate::store::seal_file::{SealFile, SealedSlab, seal_path};
 use crate::store::{SealDue, SealsDue, Status, Store};
+use crate::sys::pages::Pages;
 use crate::units::{BLOCK_SIZE, BlockAddress, ChunkIndex, Epoch, SegmentId, to_usize};
+
+/// Records whose blocks are read at a time: up to 64 MiB of the disk.
+const BATCH: usize = 32;
 
 /// Lines of damage that a report has at most.
 pub const LISTED_MAX: usize = 1000;
@@ -89,7 +95,7 @@ pub fn scrub(store: &Arc<Store>, progress: &dyn Progress) -> Result<ScrubReport>
     }
     for (segment, epoch) in seals.into_iter().filter(|(id, _)| !missing.contains(id)) {
         if progress.cancelled() {
-            return Err(Error::failed("the scrub was cancelled"));
+            return Err(cancelled());
         }
         if let Err(error) = scrub.seal(segment, epoch) {
             if error.kind() != Kind::Corrupt {
@@ -100,6 +106,52 @@ pub fn scrub(store: &Arc<Store>, progress: &dyn Progress) -> Result<ScrubReport>
     }
     scrub.report.unverified = scrub.mapped.len();
     Ok(scrub.report)
+}
+
+fn cancelled() -> Error {
+    Error::failed("the scrub was cancelled")
+}
+
+/// Blocks of one slab that are to be compared.
+struct Due {
+    base: BlockAddress,
+    chunk: ChunkIndex,
+    runs: Vec<Run>,
+    /// Of each block of the runs, in order.
+    crcs: Vec<u32>,
+}
+
+impl Due {
+    /// Reads the blocks and returns those that are not as they were sealed, and why.
+    fn compare(&self, store: &Store) -> Result<Vec<(usize, String)>> {
+        let longest = self.runs.iter().map(|run| run.len).max().unwrap_or(0);
+        let pages = Pages::new(longest * to_usize(BLOCK_SIZE));
+        let mut pages = pages.map_err(|e| Error::io("cannot get memory to read into", e))?;
+        let (mut wrong, mut crcs) = (Vec::new(), &self.crcs[..]);
+        let _inside = store.fence.enter();
+        for run in &self.runs {
+            let (here, rest) = crcs.split_at(run.len);
+            crcs = rest;
+            let bytes = &mut pages[..run.len * to_usize(BLOCK_SIZE)];
+            if store.read_run(run, bytes, 0).is_ok() {
+                let blocks = bytes.chunks_exact(to_usize(BLOCK_SIZE)).zip(here).enumerate();
+                let differ = blocks.filter(|(_, (block, crc))| crc32(block) != **crc).map(|(n, _)| run.start + n);
+                wrong.extend(differ.map(|index| (index, "it does not match its checksum".to_owned())));
+                continue;
+            }
+            // Some of it cannot be read: which?
+            let block = &mut bytes[..to_usize(BLOCK_SIZE)];
+            for (index, crc) in (run.start..).zip(here) {
+                let one = Run { start: index, len: 1, address: Some(self.base.at(index)) };
+                match store.read_run(&one, block, 0) {
+                    Ok(()) if crc32(block) == *crc => {}
+                    Ok(()) => wrong.push((index, "it does not match its checksum".to_owned())),
+                    Err(error) => wrong.push((index, error.to_string())),
+                }
+            }
+        }
+        Ok(wrong)
+    }
 }
 
 struct Scrub<'a> {
@@ -144,39 +196,51 @@ impl Scrub<'_> {
         }
         let (header, records) = SealFile::open(&**self.store.media(), segment, epoch)?;
         header.require_owner(self.store.uuid(), self.store.tables.read().segment(segment)?.nonce)?;
+        let mut batch = Vec::with_capacity(BATCH);
         for record in records {
             if let SealedSlab::Written { base, chunk, set, crcs } = record? {
-                self.slab(base, chunk, &set, &crcs)?;
+                batch.extend(self.due(base, chunk, &set, &crcs));
+            }
+            if batch.len() == BATCH {
+                self.compare(&std::mem::take(&mut batch))?;
+            }
+            if self.progress.cancelled() {
+                return Err(cancelled());
             }
         }
-        Ok(())
+        self.compare(&batch)
     }
 
-    fn slab(&mut self, base: BlockAddress, chunk: ChunkIndex, set: &BlockSet, crcs: &[u32]) -> Result<()> {
-        let mut buf = vec![0; to_usize(BLOCK_SIZE)];
+    /// Returns what of a slab is to be compared, if anything is: not what was freed since, nor what was compared already (a
+    /// copy of a seal says the same).
+    fn due(&mut self, base: BlockAddress, chunk: ChunkIndex, set: &BlockSet, crcs: &[u32]) -> Option<Due> {
+        let mut due = Due { base, chunk, runs: Vec::new(), crcs: Vec::with_capacity(crcs.len()) };
         for (index, crc) in set.iter().zip(crcs) {
-            let address = base.at(index);
-            // Freed since, or compared already: a copy of a seal says the same.
-            if !self.mapped.remove(address.raw()) {
+            if !self.mapped.remove(base.at(index).raw()) {
                 continue;
             }
-            let inside = self.store.fence.enter();
-            let run = Run { start: index, len: 1, address: Some(address) };
-            let read = self.store.read_run(&run, &mut buf, 0);
-            drop(inside);
-            let why = match read {
-                Ok(()) if crc32(&buf) == *crc => None,
-                Ok(()) => Some("it does not match its checksum".to_owned()),
-                Err(error) => Some(error.to_string()),
-            };
-            self.report.blocks += 1;
-            self.report.bytes += BLOCK_SIZE;
-            self.progress.advance(BLOCK_SIZE);
-            if let Some(why) = why {
-                self.name_damage(address, chunk, &why)?;
+            due.crcs.push(*crc);
+            match due.runs.last_mut() {
+                Some(run) if run.start + run.len == index => run.len += 1,
+                _ => due.runs.push(Run { start: index, len: 1, address: Some(base.at(index)) }),
             }
         }
-        Ok(())
+        (!due.runs.is_empty()).then_some(due)
+    }
+
+    /// Reads and compares the blocks of a batch.
+    fn compare(&mut self, batch: &[Due]) -> Result<()> {
+        let store = self.store;
+        let work = |n: u32| batch[n as usize].compare(store).map(|wrong| (n, wrong));
+        let parts = u32::try_from(batch.len()).expect("a batch is short");
+        parallel::in_order(parts, work, &mut |(n, wrong)| {
+            let due = &batch[n as usize];
+            let blocks = due.crcs.len() as u64;
+            self.report.blocks += blocks;
+            self.report.bytes += blocks * BLOCK_SIZE;
+            self.progress.advance(blocks * BLOCK_SIZE);
+            wrong.into_iter().try_for_each(|(index, why)| self.name_damage(due.base.at(index), due.chunk, &why))
+        })
     }
 
     /// Finds every disk and snapshot that shows an address. If none does, it was freed meanwhile.

@@ -250,11 +250,9 @@ impl Disk {
         // New space: the host allocates it now for direct I/O, or with many others when the page cache is written back.
         let cached = fresh && self.head.small.would_copy(data.len());
         let result = segment.write(data, address, cached);
-        // Also after a failure: what was written is owed a sync, or at least must not be trusted.
-        let owe = !matches!(result, Ok(false));
         let crcs = if result.is_ok() { checksums(data) } else { Vec::new() };
-        self.note_write(segment, data, address, owe, result.is_ok().then_some(&crcs));
-        result.map(drop)
+        self.note_write(segment, data, address, result.is_ok().then_some(&crcs));
+        result
     }
 
     /// Enters a write that has returned into the books; `crcs` are the checksums of its blocks unless it failed.
@@ -263,12 +261,11 @@ impl Disk {
         segment: &Arc<Segment>,
         data: &[u8],
         address: BlockAddress,
-        owe: bool,
         crcs: Option<&Vec<u32>>,
     ) {
-        if owe {
-            self.head.owe(segment);
-        }
+        // Each write by itself: another one may have been first to leave something to sync, and not be here yet. Also after
+        // a failure: part of the data may be in the page cache.
+        self.head.owe(segment);
         let at =
             |byte: usize| BlockAddress::from_raw(address.raw() + byte as u64 / BLOCK_SIZE).expect("of one segment");
         match crcs {

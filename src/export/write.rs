@@ -5,7 +5,8 @@
 //!    step. When anything fails it is removed; after a crash it is left under its own name.
 //! 2. Nothing that is there is overwritten: the directory must be new or empty.
 //! 3. Blocks of zeros become holes of the files, so a copy takes no more room than the data.
-//! 4. One pass: the checksums come from the bytes as they go by, so the texts that hold them are written last.
+//! 4. What was read is compared with its seals before it is written: no damaged block gets a fresh checksum.
+//! 5. One pass: the checksums come from the bytes as they go by, so the texts that hold them are written last.
 
 use std::fs;
 use std::io;
@@ -16,10 +17,10 @@ use rustix::fs::AtFlags;
 use uuid::Uuid;
 
 use super::{Cksum, Increment, Member, Part, Sums};
-use crate::disk::BlockDevice;
 use crate::error::{Error, Kind, Result};
 use crate::media::{File, HostMedia, Media, Open};
 use crate::progress::Progress;
+use crate::snapshot::{SnapshotDevice, VerifiedReader};
 use crate::units::{BLOCK_SIZE, show_size, to_usize};
 
 /// Bytes read at once.
@@ -29,14 +30,14 @@ const ZEROS: [u8; to_usize(BLOCK_SIZE)] = [0; to_usize(BLOCK_SIZE)];
 /// Writes the directory `dir`, whose parent must exist; `device` is the new state. Returns its path without links.
 ///
 /// # Errors
-/// `Exists` when there is something in it, `NoSpace`, `Failed` when the caller cancels, any error of the host or of reading.
+/// `Exists` when there is something in it, `NoSpace`, `Corrupt` when a block is not what was sealed, `Failed` when the caller cancels, any error of the host or of reading.
 /// There is no directory then, or the empty one that was there.
-pub fn write(increment: &Increment, device: &dyn BlockDevice, dir: &Path, progress: &dyn Progress) -> Result<PathBuf> {
+pub fn write(increment: &Increment, device: &SnapshotDevice, dir: &Path, progress: &dyn Progress) -> Result<PathBuf> {
     write_all(increment, device, dir, progress)
         .map_err(|error| error.context(format_args!("cannot export to {}", dir.display())))
 }
 
-fn write_all(increment: &Increment, device: &dyn BlockDevice, dir: &Path, progress: &dyn Progress) -> Result<PathBuf> {
+fn write_all(increment: &Increment, device: &SnapshotDevice, dir: &Path, progress: &dyn Progress) -> Result<PathBuf> {
     let dir = free_name(dir)?;
     let (Some(parent), Some(name)) = (dir.parent(), dir.file_name().and_then(|name| name.to_str())) else {
         return Err(Error::usage("it is no directory that could be made, or its name is not UTF-8"));
@@ -108,12 +109,13 @@ struct Writer<'a> {
 }
 
 impl Writer<'_> {
-    fn fill(&self, increment: &Increment, device: &dyn BlockDevice) -> Result<()> {
+    fn fill(&self, increment: &Increment, device: &SnapshotDevice) -> Result<()> {
         self.progress.total(increment.data());
         let mut buffer = vec![0; to_usize(PIECE)];
+        let mut reader = VerifiedReader::new(device)?;
         let mut sums = Vec::with_capacity(increment.plan.files.len());
         for part in &increment.plan.files {
-            sums.push(self.copy(*part, device, &mut buffer)?);
+            sums.push(self.copy(*part, &mut reader, &mut buffer)?);
         }
         let sums = Sums(sums);
         self.text(Member::Zeros, &increment.zeros_text())?;
@@ -138,7 +140,7 @@ impl Writer<'_> {
     }
 
     /// Copies a range into its file and returns its checksum.
-    fn copy(&self, part: Part, device: &dyn BlockDevice, buffer: &mut [u8]) -> Result<u32> {
+    fn copy(&self, part: Part, reader: &mut VerifiedReader<'_>, buffer: &mut [u8]) -> Result<u32> {
         let name = part.name();
         let file = self.make(&name)?;
         let mut sum = Cksum::default();
@@ -149,7 +151,7 @@ impl Writer<'_> {
                 return Err(Error::failed("cancelled"));
             }
             let piece = &mut buffer[..to_usize(PIECE.min(part.length - at))];
-            device.read(piece, part.offset + at)?;
+            reader.read(piece, part.offset + at)?;
             sum.update(piece);
             end = write_data(&*file, piece, at).map_err(|e| cannot_write(&name, e))?.unwrap_or(end);
             at += piece.len() as u64;

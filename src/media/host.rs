@@ -65,12 +65,13 @@ impl AsFd for HostMedia {
 
 impl HostMedia {
     fn open_file(&self, path: &str, how: Open) -> io::Result<HostFile> {
-        let how = match how {
+        let access = match how {
             Open::Existing => OFlags::RDWR,
             Open::New => OFlags::RDWR | OFlags::CREATE | OFlags::EXCL,
-            Open::ReadOnly => OFlags::RDONLY,
+            // A pipe in our place would be waited for until somebody writes into it.
+            Open::ReadOnly | Open::ReadCached => OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY,
         };
-        let flags = how | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let flags = access | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = rustix::fs::openat(&self.dir, super::checked(path)?, flags, FILE_MODE)?;
         // A directory opens for reading and a device in our place would lie about sparseness.
         match FileType::from_raw_mode(rustix::fs::fstat(&file)?.st_mode) {
@@ -78,8 +79,14 @@ impl HostMedia {
             FileType::Directory => return Err(io::Error::from_raw_os_error(libc::EISDIR)),
             _ => return Err(io::Error::from_raw_os_error(libc::EINVAL)),
         }
+        if access.contains(OFlags::NONBLOCK) {
+            // Reads of it through a ring would else be refused where they have to wait.
+            rustix::fs::fcntl_setfl(&file, OFlags::empty())?;
+        }
         // Clean pages may be ones whose write-back failed: what is read from here on comes from the disk.
-        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
+        if how != Open::ReadCached {
+            rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
+        }
         Ok(HostFile { file: file.into(), direct: None })
     }
 }
@@ -91,7 +98,7 @@ impl Media for HostMedia {
 
     fn open_direct(&self, path: &str, how: Open) -> io::Result<Arc<dyn File>> {
         let mut file = self.open_file(path, how)?;
-        let access = if how == Open::ReadOnly { OFlags::RDONLY } else { OFlags::RDWR };
+        let access = if how.writes() { OFlags::RDWR } else { OFlags::RDONLY };
         let flags = access | OFlags::DIRECT | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         match rustix::fs::openat(&self.dir, super::checked(path)?, flags, Mode::empty()) {
             Ok(direct) => file.direct = Some(Direct::new(direct.into())),
@@ -239,6 +246,10 @@ impl File for HostFile {
 
     fn try_lock(&self) -> io::Result<bool> {
         lock::try_exclusive(&self.file)
+    }
+
+    fn try_lock_shared(&self) -> io::Result<bool> {
+        lock::try_shared(&self.file)
     }
 }
 

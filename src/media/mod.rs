@@ -38,6 +38,17 @@ pub enum Open {
     New,
     /// The file must exist and is never written.
     ReadOnly,
+    /// As [`Open::ReadOnly`], and what the host has cached of it is believed: for a file of which every byte is checked when it
+    /// is used.
+    ReadCached,
+}
+
+impl Open {
+    /// Tells whether the file can be written to.
+    #[must_use]
+    pub fn writes(self) -> bool {
+        matches!(self, Self::Existing | Self::New)
+    }
 }
 
 /// Free and total bytes of the host file system, as an ordinary user may use them.
@@ -114,6 +125,11 @@ pub trait File: Send + Sync + Debug {
     }
     /// Takes the file for this process for as long as it is open; false when another one has it.
     fn try_lock(&self) -> io::Result<bool> {
+        Ok(true)
+    }
+
+    /// As [`File::try_lock`], together with others who do the same; false while one has it for itself.
+    fn try_lock_shared(&self) -> io::Result<bool> {
         Ok(true)
     }
 

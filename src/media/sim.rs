@@ -174,7 +174,7 @@ impl Media for SimMedia {
             inode,
             generation: world.generation(),
             path: path.to_owned(),
-            writable: how != Open::ReadOnly,
+            writable: how.writes(),
             _held: Arc::clone(&world.inode(inode).held),
         }))
     }

@@ -1,4 +1,4 @@
-//! Disks and snapshots over NBD, for QEMU, libnbd and the kernel; and the wire for a client of ours.
+//! Disks and snapshots over NBD, for QEMU, libnbd and the kernel; and a client of our own, for our virtual machines.
 //!
 //! ```text
 //!   Server --accept--> Link (socket, TLS) --Handshake--> Terms --Session--> Engine --> disk
@@ -25,6 +25,7 @@
 //! `nbd` 0.3 and `nbd-async` speak simple replies of one request at a time and know no contexts; `tokio-nbd` wants an async
 //! runtime below every disk; `nbdkit` binds to plugins of a C server. None has block status, which backups are about.
 
+pub mod client;
 pub mod contexts;
 mod handshake;
 mod link;
@@ -41,6 +42,7 @@ pub mod wire;
 use std::any::Any;
 use std::sync::Arc;
 
+pub use client::Client;
 pub use contexts::{Asked, Contexts, Dirty, Exported, NoContexts, contexts_of};
 pub use listen::Listen;
 pub use server::{Limits, Options, Server, start};

@@ -136,6 +136,15 @@ impl Server {
         self.shared.connections.lock().len()
     }
 
+    /// Parts with who is connected, for what was agreed on with them is out of date: what is under way is finished and
+    /// answered, and they may connect again. Returns at once.
+    pub fn part(&self) {
+        for socket in self.shared.connections.lock().values() {
+            // A thread that waits for a request finds the end instead.
+            rustix::net::shutdown(socket, Shutdown::Read).ok();
+        }
+    }
+
     /// Ends it: no new connections, what is under way is finished and answered, everything is let go.
     pub fn stop(self) {
         drop(self);

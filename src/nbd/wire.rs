@@ -219,6 +219,12 @@ impl Reply {
         }
     }
 
+    /// Tells whether the header of a chunk begins here.
+    #[must_use]
+    pub fn begins_chunk(bytes: &[u8]) -> bool {
+        bytes.starts_with(&CHUNK_MAGIC.to_be_bytes())
+    }
+
     /// Appends the bytes.
     pub fn encode(&self, out: &mut Vec<u8>) {
         match self {

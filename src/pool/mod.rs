@@ -21,7 +21,7 @@ mod text_file;
 
 pub use export_list::{EXPORT_LIST, ExportKind, ExportList, ExportRow, LeaseRow};
 pub use lock::PoolLock;
-pub use probe::{Probe, probe};
+pub use probe::{DirectIo, Probe, probe};
 pub use segment::{Segment, SegmentHeader, Segments, segment_dir, segment_path};
 pub use superblock::{FORMAT_VERSION, SUPERBLOCK, Superblock};
 

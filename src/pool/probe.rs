@@ -17,6 +17,19 @@ pub struct Probe {
     pub holes: bool,
     /// A file can be 1 TiB long and sparse.
     pub large: bool,
+    /// Direct I/O in blocks of 4 KiB.
+    pub direct: DirectIo,
+}
+
+/// What the host file system does of direct I/O.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DirectIo {
+    /// It works in blocks of 4 KiB.
+    Works,
+    /// There is none: the page cache does its work, slower and with the memory of the guests.
+    Missing,
+    /// There is some, and it refuses blocks of 4 KiB, so reads and writes of disks would fail.
+    Fails,
 }
 
 impl Probe {
@@ -29,6 +42,7 @@ impl Probe {
             (self.punch, "punching a hole frees 4 KiB"),
             (self.holes, "SEEK_DATA finds holes"),
             (self.large, "sparse files of 1 TiB"),
+            (self.direct != DirectIo::Fails, "direct I/O in blocks of 4 KiB"),
         ]
         .into_iter()
         .filter_map(|(there, name)| (!there).then_some(name))
@@ -52,10 +66,21 @@ pub fn probe(media: &dyn Media) -> Result<Probe> {
         _ => {}
     }
     let file = media.open(NAME, Open::New).map_err(fail)?;
-    let found = try_out(&file);
+    let found = try_out(&file).and_then(|found| Ok(Probe { direct: try_direct(media)?, ..found }));
     drop(file);
     media.remove(NAME).map_err(fail)?;
     found.map_err(fail)
+}
+
+/// Writes a block past the page cache and reads it back.
+fn try_direct(media: &dyn Media) -> std::io::Result<DirectIo> {
+    let file = media.open_direct(NAME, Open::Existing)?;
+    if file.direct().is_none() {
+        return Ok(DirectIo::Missing);
+    }
+    let (block, mut found) = ([0xa5; 4096], [0; 4096]);
+    let done = file.write_at(&block, 8192).and_then(|()| file.read_exact_at(&mut found, 8192));
+    Ok(if done.is_ok() && found == block { DirectIo::Works } else { DirectIo::Fails })
 }
 
 fn try_out(file: &Arc<dyn File>) -> std::io::Result<Probe> {
@@ -69,5 +94,34 @@ fn try_out(file: &Arc<dyn File>) -> std::io::Result<Probe> {
     };
     let large = file.set_len(SEGMENT_SIZE_MAX).and_then(|()| file.write_at(&[1], SEGMENT_SIZE_MAX - 1)).is_ok();
     let holes = file.next_data(4096).is_ok_and(|found| found == Some((8192, 16384)));
-    Ok(Probe { punch, holes, large })
+    Ok(Probe { punch, holes, large, direct: DirectIo::Missing })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Kind;
+    use crate::media::{HostMedia, SimMedia};
+
+    #[test]
+    fn what_the_host_lacks_is_named() {
+        let whole = Probe { punch: true, holes: true, large: true, direct: DirectIo::Works };
+        whole.require().unwrap();
+        Probe { direct: DirectIo::Missing, ..whole }.require().unwrap();
+        let error = Probe { holes: false, direct: DirectIo::Fails, ..whole }.require().unwrap_err();
+        assert_eq!(error.kind(), Kind::Unsupported);
+        let said = error.to_string();
+        assert!(said.contains("SEEK_DATA") && said.contains("direct I/O in blocks of 4 KiB"), "{said}");
+        assert!(!said.contains("1 TiB"), "{said}");
+    }
+
+    #[test]
+    fn direct_io_is_tried_out() {
+        assert_eq!(probe(&SimMedia::new(1)).unwrap().direct, DirectIo::Missing);
+        // Not in the usual temporary directory: a tmpfs may have no direct I/O.
+        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let media = HostMedia::new(dir.path()).unwrap();
+        assert_eq!(probe(&media).unwrap().direct, DirectIo::Works);
+        assert!(media.list("").unwrap().is_empty(), "it leaves nothing behind");
+    }
 }

@@ -135,12 +135,12 @@ impl Segment {
         Ok(())
     }
 
-    /// Writes whole blocks at `address`, and remembers that a sync is owed. Returns whether it was the first write since
-    /// the last sync. `cached` leaves the data in the page cache: right for what is logged and synced much later.
+    /// Writes whole blocks at `address`, and remembers that a sync is owed. `cached` leaves the data in the page cache:
+    /// right for what is logged and synced much later.
     ///
     /// # Errors
     /// Any error of the host; what was written is undefined then.
-    pub fn write(&self, data: &[u8], address: BlockAddress, cached: bool) -> Result<bool> {
+    pub fn write(&self, data: &[u8], address: BlockAddress, cached: bool) -> Result<()> {
         assert_eq!(address.segment(), self.id, "an address is written in its own segment");
         assert!((data.len() as u64).is_multiple_of(BLOCK_SIZE), "segments are written in whole blocks");
         let result = if cached {
@@ -149,15 +149,13 @@ impl Segment {
             self.file.write_at(data, address.byte())
         };
         // Also after an error: part of the data may be in the page cache.
-        let first = self.wrote();
-        result.map_err(|e| Error::io(format!("cannot write segment {}", self.id), e))?;
-        Ok(first)
+        self.wrote();
+        result.map_err(|e| Error::io(format!("cannot write segment {}", self.id), e))
     }
 
-    /// Remembers that a sync is owed, after a write through [`Self::direct`]. Returns whether it was the first since the
-    /// last sync.
-    pub fn wrote(&self) -> bool {
-        !self.dirty.swap(true, Ordering::AcqRel)
+    /// Remembers that a sync is owed, after a write through [`Self::direct`].
+    pub fn wrote(&self) {
+        self.dirty.store(true, Ordering::Release);
     }
 
     /// Returns the host file, see [`File::direct`].

@@ -255,19 +255,16 @@ pub fn adopt(store: &Arc<Store>, hidden: DiskId, place: Place<'_>, who: &Identit
     }
 }
 
-/// Enters the epoch that `row` was writing as a snapshot of `disk`, with a stamp after `after`; returns id and stamp.
+/// Enters the epoch that `row` was writing as a snapshot of `disk`; returns id and stamp.
 fn put_snapshot(
     edit: &mut Edit<'_>,
     row: &DiskRow,
     floor: u64,
-    after: u64,
     disk: DiskId,
     who: &Identity,
 ) -> Result<(SnapshotId, u64)> {
     let id = edit.meta(|meta| meta.snapshot = meta.snapshot.next()).snapshot;
-    let lineage = edit.tables.branch(row.branch)?.lineage;
-    let last = edit.tables.last_stamps().get(&lineage).copied().unwrap_or(0);
-    let stamp = clock::wall_seconds().max(last.max(after) + 1);
+    let stamp = edit.tables.next_stamp(clock::wall_seconds());
     edit.put_stamp(row.epoch, stamp);
     let state = StateRow {
         status: Status::Live,
@@ -307,7 +304,7 @@ fn adopt_as_new(store: &Arc<Store>, hidden: DiskId, name: &str, who: &Identity) 
         store.ledger.writable()?;
         let old = tables.disk(hidden)?.clone();
         let mut edit = Edit::new(&mut tables);
-        let (id, stamp) = put_snapshot(&mut edit, &old, line.floor, old.stamp, hidden, who)?;
+        let (id, stamp) = put_snapshot(&mut edit, &old, line.floor, hidden, who)?;
         let epoch = edit.meta(|meta| meta.epoch = meta.epoch.next()).epoch;
         let floor = fresh_floor(&edit);
         let base = Some((line.branch, line.epoch));
@@ -443,17 +440,15 @@ fn commit(
     let own = pair.from.base.and_then(hidden_base);
     let segments: Vec<_> = tables.segments().filter(|(_, row)| row.disk == hidden).map(|(id, _)| id).collect();
     let mut edit = Edit::new(tables);
-    let mut stamp = pair.old.stamp;
     let mut kept = None;
     match name {
         Some(name) => {
             let who = Identity { name, uuid: Uuid::new_v4(), created: clock::wall_seconds() };
-            let (id, at) = put_snapshot(&mut edit, &pair.old, ended.floor, stamp, disk, &who)?;
-            (kept, stamp) = (Some(id), at);
+            kept = Some(put_snapshot(&mut edit, &pair.old, ended.floor, disk, &who)?.0);
         }
         None => Store::abandon_head(&mut edit, &ended, disk, &pair.old),
     }
-    let (id, stamp) = put_snapshot(&mut edit, &pair.from, from.floor, stamp, disk, who)?;
+    let (id, stamp) = put_snapshot(&mut edit, &pair.from, from.floor, disk, who)?;
     if let Some((key, snapshot)) = own {
         edit.pass_on_written(snapshot)?;
         edit.change_state(key, |row| row.status = Status::Dying);

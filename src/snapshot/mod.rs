@@ -22,11 +22,14 @@ pub mod record;
 mod remove;
 mod retire;
 mod take;
+mod verifier;
 
 pub use branch::{RevertReport, clone, clone_into, revert};
 pub use check::{check, record_faults};
 pub use device::{SnapshotDevice, open, open_by_id};
 pub use prune::{Keep, PruneLine, prune};
-pub use remove::{hold, release, remove, rename, unique};
+pub(crate) use remove::refuse_held;
+pub use remove::{CHECKPOINT_HOLD, hold, release, remove, rename, unique};
 pub use retire::{attend, import_record, retire, wait_retired};
-pub use take::take;
+pub use take::{take, take_at_once};
+pub use verifier::{VerifiedReader, Verifier, Verifiers};

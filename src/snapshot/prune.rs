@@ -8,7 +8,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::clock;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::store::{SnapshotInfo, SnapshotState, Store};
 
 /// How many of each to keep.
@@ -38,6 +38,8 @@ pub struct PruneLine {
     pub kept: bool,
     /// Why.
     pub why: String,
+    /// Why it could not be deleted: it is kept, although no rule says so.
+    pub error: Option<String>,
 }
 
 /// Decides for snapshots from new to old.
@@ -72,15 +74,16 @@ fn decide(newest_first: &[SnapshotInfo], keep: &Keep) -> Vec<PruneLine> {
         }
         let kept = !why.is_empty();
         let why = if kept { why.join(", ") } else { "no rule keeps it".to_owned() };
-        lines.push(PruneLine { snapshot: info.name.clone(), kept, why });
+        lines.push(PruneLine { snapshot: info.name.clone(), kept, why, error: None });
     }
     lines
 }
 
-/// Deletes the live snapshots of a disk that no rule keeps; with `dry_run` only says which. Oldest first.
+/// Deletes the live snapshots of a disk that no rule keeps; with `dry_run` only says which. Oldest first. One that cannot be
+/// deleted, such as one that was held meanwhile, keeps none of the others: its line says why.
 ///
 /// # Errors
-/// `Usage` when no rule keeps anything; `NotFound`; the first error of deleting one.
+/// `Usage` when no rule keeps anything; `NotFound`; `ReadOnly` when nothing can be deleted any more.
 pub fn prune(store: &Arc<Store>, disk: &str, keep: &Keep, dry_run: bool) -> Result<Vec<PruneLine>> {
     if *keep == Keep::default() {
         return Err(
@@ -93,11 +96,26 @@ pub fn prune(store: &Arc<Store>, disk: &str, keep: &Keep, dry_run: bool) -> Resu
     let mut lines = decide(&list, keep);
     lines.reverse();
     if !dry_run {
-        for line in lines.iter().filter(|line| !line.kept) {
-            super::remove(store, disk, &line.snapshot)?;
-        }
+        carry_out(&mut lines, |snapshot| super::remove(store, disk, snapshot))?;
     }
     Ok(lines)
+}
+
+/// Deletes what is not kept.
+fn carry_out(lines: &mut [PruneLine], mut remove: impl FnMut(&str) -> Result<()>) -> Result<()> {
+    for line in lines.iter_mut().filter(|line| !line.kept) {
+        match remove(&line.snapshot) {
+            Ok(()) => {}
+            // Somebody else has deleted it.
+            Err(error) if error.kind() == Kind::NotFound => {}
+            Err(error) if error.kind() == Kind::ReadOnly => return Err(error),
+            Err(error) => {
+                line.kept = true;
+                line.error = Some(error.to_string());
+            }
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -140,5 +158,31 @@ mod tests {
         let list = [at("monday", sunday + 86_400), at("sunday", sunday), at("saturday", sunday - 86_400)];
         let lines = decide(&list, &Keep { weekly: 2, ..Keep::default() });
         assert_eq!(lines.iter().map(|l| l.kept).collect::<Vec<_>>(), [true, true, false]);
+    }
+
+    /// The first snapshot that could not be deleted left all the others where they were.
+    #[test]
+    fn one_that_cannot_be_deleted_keeps_no_other() {
+        let list: Vec<_> = ["e", "d", "c", "b", "a"].into_iter().map(|name| at(name, 1_795_352_707)).collect();
+        let mut lines = decide(&list, &Keep { last: 1, ..Keep::default() });
+        lines.reverse();
+        let mut deleted = Vec::new();
+        let remove = |name: &str| match name {
+            "b" => Err(Error::busy("snapshot 'd@b' is held: backup")),
+            "c" => Err(Error::not_found("there is no snapshot 'd@c'")),
+            _ => {
+                deleted.push(name.to_owned());
+                Ok(())
+            }
+        };
+        carry_out(&mut lines, remove).unwrap();
+        assert_eq!(deleted, ["a", "d"]);
+        let kept: Vec<_> = lines.iter().filter(|line| line.kept).map(|line| line.snapshot.as_str()).collect();
+        assert_eq!(kept, ["b", "e"]);
+        assert_eq!(lines[1].error.as_deref(), Some("snapshot 'd@b' is held: backup"));
+        assert!(lines[4].error.is_none());
+
+        let mut lines = decide(&list, &Keep { last: 1, ..Keep::default() });
+        carry_out(&mut lines, |_| Err(Error::read_only("the pool refuses writes"))).unwrap_err();
     }
 }

@@ -28,12 +28,25 @@ fn change(
     Ok(old)
 }
 
-pub(super) fn refuse_held(row: &StateRow, disk: &str) -> Result<()> {
-    if row.holds.is_empty() {
-        return Ok(());
-    }
-    Err(Error::busy(format!("snapshot '{disk}@{}' is held: {}", row.name, row.holds.join(", ")))
-        .hint("let it go with `afterimage release`"))
+/// What the tag of a checkpoint begins with; the name of the checkpoint follows. No user can give such a tag, because it has a
+/// `@` in it.
+pub const CHECKPOINT_HOLD: &str = "checkpoint ";
+
+/// Refuses to remove or retire a snapshot that something holds.
+///
+/// # Errors
+/// `Busy`, naming all that hold it.
+pub(crate) fn refuse_held(row: &StateRow, disk: &str) -> Result<()> {
+    let Some(first) = row.holds.first() else { return Ok(()) };
+    let held = Error::busy(format!("snapshot '{disk}@{}' is held: {}", row.name, row.holds.join(", ")));
+    Err(match first.strip_prefix(CHECKPOINT_HOLD) {
+        Some(name) => held.hint(checkpoint_hint(name)),
+        None => held.hint("let it go with `afterimage release`"),
+    })
+}
+
+fn checkpoint_hint(name: &str) -> String {
+    format!("the checkpoint cannot be restored without it; `afterimage checkpoint rm {name}` removes the checkpoint")
 }
 
 /// Deletes a snapshot; what only it holds is freed in the background.
@@ -114,7 +127,7 @@ pub fn hold(store: &Arc<Store>, disk: &str, snapshot: &str, tag: &str) -> Result
         if row.holds.iter().any(|held| held == tag) {
             return Err(Error::exists(format!("snapshot '{disk}@{snapshot}' has the hold '{tag}' already")));
         }
-        if row.holds.len() >= HOLDS_MAX {
+        if row.holds.iter().filter(|held| !held.starts_with(CHECKPOINT_HOLD)).count() >= HOLDS_MAX {
             return Err(Error::failed(format!("snapshot '{disk}@{snapshot}' has {HOLDS_MAX} holds, and no more fit")));
         }
         Ok(())
@@ -127,7 +140,7 @@ const HOLDS_MAX: usize = 64;
 /// Lets go of a hold.
 ///
 /// # Errors
-/// `NotFound` when the snapshot or the tag is not there.
+/// `NotFound` when the snapshot or the tag is not there; `Busy` for the tag of a checkpoint.
 pub fn release(store: &Arc<Store>, disk: &str, snapshot: &str, tag: &str) -> Result<()> {
     let missing = |row: &StateRow, _: &crate::store::Tables| {
         if row.holds.iter().any(|held| held == tag) {
@@ -135,6 +148,10 @@ pub fn release(store: &Arc<Store>, disk: &str, snapshot: &str, tag: &str) -> Res
         }
         Err(Error::not_found(format!("snapshot '{disk}@{snapshot}' has no hold '{tag}'")))
     };
+    if let Some(name) = tag.strip_prefix(CHECKPOINT_HOLD) {
+        return Err(Error::busy(format!("snapshot '{disk}@{snapshot}' belongs to the checkpoint {name}"))
+            .hint(checkpoint_hint(name)));
+    }
     change(store, disk, snapshot, missing, |row| row.holds.retain(|held| held != tag)).map(drop)
 }
 

@@ -11,6 +11,8 @@
 //! 1. Retiring copies nothing and needs no room but that of a small file; on a full host the ballast is given up for it.
 //! 2. Nothing of the snapshot is freed before its record is durable and the catalog names it.
 //! 3. Who still reads the snapshot keeps its data until the last one lets go.
+//! 4. A record needs addresses, not data: an epoch that cannot be sealed because a block of it is lost is retired like any
+//!    other. A snapshot whose record cannot be written is passed by, keeps its data, and is named; the others go on.
 //!
 //! # After a crash
 //! Between the two commits the work starts over. A record that the catalog does not name is removed.
@@ -79,12 +81,14 @@ fn refuse_twin(tables: &Tables, row: &StateRow, disk: &str) -> Result<()> {
     .hint("one record serves both; delete one of the two"))
 }
 
-/// Returns when the records of all retired snapshots are durable and their data is freed.
+/// Returns when the records of all retired snapshots are durable and their data is freed, but for what somebody holds open
+/// and for snapshots whose records cannot be written ([`Store::unrecorded`]): these are tried once more and passed by.
 ///
 /// # Errors
-/// Any error of writing a record or of freeing.
+/// Any error of freeing, and of writing a record that is not about the one snapshot.
 pub fn wait_retired(store: &Arc<Store>, progress: &dyn Progress) -> Result<()> {
     attend(store);
+    store.try_records_again();
     store.reclaim_wait(progress).map(drop)
 }
 
@@ -120,19 +124,39 @@ fn remove_orphans(store: &Store) -> Result<()> {
 
 /// Writes the record of one retired snapshot and lets its data go. Returns false when there is none to write.
 fn record_one(store: &Store) -> Result<bool> {
+    let passed_by = store.unrecorded();
     let next = {
         let tables = store.tables.read();
-        let found = tables.states().find(|(_, row)| row.status == Status::Retired);
-        found.map(|(key, _)| key)
+        let found =
+            tables.states().find(|(_, row)| row.status == Status::Retired && !passed_by.contains_key(&row.snapshot));
+        found.map(|(key, row)| (key, row.snapshot, row.name.clone()))
     };
-    let Some(key) = next else { return Ok(false) };
-    // Blocks that other states share stay, and their checksums are in this seal only. Without room for it, retiring
-    // still goes on.
+    let Some((key, id, name)) = next else { return Ok(false) };
+    // Blocks that other states share stay, and their checksums are in this seal only. Without room for it, or when a
+    // block of it cannot be read, retiring still goes on.
     match store.seal_state(key) {
-        Err(error) if error.kind() != Kind::NoSpace => return Err(error),
-        _ => {}
+        Err(error) if error.kind() == Kind::NoSpace => {}
+        Err(error) if is_of_one(&error) => store.note_unsealable(id, &name, &error),
+        other => other?,
     }
-    let Some(identity) = identity(store, key)? else { return Ok(true) };
+    match write_record(store, key) {
+        Err(error) if is_of_one(&error) => {
+            tracing::error!("the record of the retired snapshot '{name}' cannot be written: {error}");
+            store.note_unrecorded(id, error.to_string());
+        }
+        other => other?,
+    }
+    Ok(true)
+}
+
+/// Tells whether an error is about what one snapshot has, so that others may have better luck.
+fn is_of_one(error: &Error) -> bool {
+    matches!(error.kind(), Kind::Corrupt | Kind::Io)
+}
+
+/// Writes the record of a retired snapshot and lets its data go, unless it was deleted meanwhile.
+fn write_record(store: &Store, key: StateKey) -> Result<()> {
+    let Some(identity) = identity(store, key)? else { return Ok(()) };
     let map = store.map_of(key);
     let nonce = |segment| store.tables.read().segment(segment).map(|row| row.nonce);
     let write = || record::write(&**store.media(), &identity, &map, &nonce);
@@ -140,8 +164,7 @@ fn record_one(store: &Store) -> Result<bool> {
         Err(error) if error.kind() == Kind::NoSpace && store.give_up_ballast(&error) => write()?,
         other => other?,
     }
-    replace_state(store, key, identity.row)?;
-    Ok(true)
+    replace_state(store, key, identity.row)
 }
 
 /// Describes a retired snapshot; `None` when it was deleted meanwhile.
@@ -200,39 +223,60 @@ pub fn import_record(store: &Arc<Store>, what: &str, file: &Arc<dyn File>) -> Re
     record.require_trust(store)?;
     let identity = &record.identity;
     let id = identity.row.state.snapshot;
-    let missing = {
-        let tables = store.tables.read();
-        let disk = tables.disk(identity.row.state.disk).ok().filter(|disk| disk.uuid == identity.disk_uuid);
-        let Some(disk) = disk else {
-            return Err(Error::failed(format!("{what} is of disk '{}', which is not in the pool", identity.disk_name)));
-        };
-        let known = tables.retired(id).filter(|row| row.state.uuid == identity.row.state.uuid);
-        if known.is_none() {
-            let name = &identity.row.state.name;
-            if tables.snapshots_of(identity.row.state.disk).any(|(_, row)| row.snapshot == id) {
-                return Err(Error::exists(format!("snapshot '{}@{name}' has its data and needs no record", disk.name)));
-            }
-            refuse_twin(&tables, &identity.row.state, &disk.name)?;
-            if tables.snapshot(identity.row.state.disk, name).is_ok() {
-                return Err(Error::exists(format!("there is a snapshot '{}@{name}' already", disk.name))
-                    .hint("rename or delete it first"));
-            }
-        }
-        known.is_none()
-    };
+    // In turn with the background, which removes the records that nothing names.
+    let turn = store.tidying.lock();
+    let missing = is_missing(&store.tables.read(), what, identity)?;
     record::copy(&**store.media(), identity.row.state.uuid, &**file)?;
     store.note_record(id, None);
     if missing {
         let ticket = {
             let mut tables = store.tables.write();
+            // Asked again: names were free for others while the file was copied.
+            if !is_missing(&tables, what, identity).inspect_err(|_| forget_copy(store, &tables, identity))? {
+                drop(tables);
+                return store.snapshot_info_by_id(id);
+            }
             let mut edit = Edit::new(&mut tables);
             edit.put_retired(id, identity.row.clone());
             store.ledger.submit(edit.finish())?
         };
         store.ledger.wait(ticket)?;
+        drop(turn);
         let (disk, name) = (identity.row.state.disk, identity.row.state.name.clone());
         let disk_name = store.disk_info_by_id(disk)?.name;
         store.tell(&Change::Snapshot { disk, disk_name, id, name, was: None, gone: false, retired: true });
     }
     store.snapshot_info_by_id(id)
+}
+
+/// Tells whether the row of a record is missing from the catalog, so that it has to be entered.
+fn is_missing(tables: &Tables, what: &str, identity: &RecordIdentity) -> Result<bool> {
+    let state = &identity.row.state;
+    let Some(disk) = tables.disk(state.disk).ok().filter(|disk| disk.uuid == identity.disk_uuid) else {
+        return Err(Error::failed(format!("{what} is of disk '{}', which is not in the pool", identity.disk_name)));
+    };
+    if tables.retired(state.snapshot).is_some_and(|row| row.state.uuid == state.uuid) {
+        return Ok(false);
+    }
+    let name = &state.name;
+    if tables.snapshots_of(state.disk).any(|(_, row)| row.snapshot == state.snapshot) {
+        return Err(Error::exists(format!("snapshot '{}@{name}' has its data and needs no record", disk.name)));
+    }
+    refuse_twin(tables, state, &disk.name)?;
+    if tables.snapshot(state.disk, name).is_ok() {
+        return Err(Error::exists(format!("there is a snapshot '{}@{name}' already", disk.name))
+            .hint("rename or delete it first"));
+    }
+    Ok(true)
+}
+
+/// Removes the copy of a record that was not entered after all, unless it is that of another row.
+fn forget_copy(store: &Store, tables: &Tables, identity: &RecordIdentity) {
+    let uuid = identity.row.state.uuid;
+    if tables.all_retired().any(|(_, row)| row.state.uuid == uuid) {
+        return;
+    }
+    if let Err(error) = remove_record(store, uuid) {
+        tracing::warn!("the record of a snapshot that was not brought back stays: {error}");
+    }
 }

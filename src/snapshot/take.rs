@@ -8,6 +8,9 @@
 //!   gates open                --- the stop ends
 //!   sync what was written before it; submit the last changes of the ended epochs; one frame with all snapshots
 //! ```
+//!
+//! The first flush only makes the rest short. Who waits for the stop itself, as a virtual machine that stands still for it
+//! does, has flushed before and leaves it out ([`take_at_once`]).
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -38,13 +41,35 @@ struct Switched {
 /// # Errors
 /// `NotFound`, `Exists`, `Usage` for a bad name or a disk named twice, `ReadOnly`. None is taken then.
 pub fn take(store: &Arc<Store>, targets: &[(String, String)]) -> Result<Vec<SnapshotInfo>> {
+    take_named(store, targets, Way::Unhindered)
+}
+
+/// As [`take`], but the instant comes at once and is told when it has been; the rest takes as long as it takes, and if it
+/// fails no snapshot was taken.
+///
+/// # Errors
+/// As [`take`].
+pub fn take_at_once(store: &Arc<Store>, targets: &[(String, String)], instant: &dyn Fn()) -> Result<Vec<SnapshotInfo>> {
+    take_named(store, targets, Way::AtOnce(instant))
+}
+
+/// How snapshots are taken.
+#[derive(Clone, Copy)]
+enum Way<'a> {
+    /// What was written is flushed before, so that it takes nobody long.
+    Unhindered,
+    /// The stop comes first, and is told.
+    AtOnce(&'a dyn Fn()),
+}
+
+fn take_named(store: &Arc<Store>, targets: &[(String, String)], way: Way<'_>) -> Result<Vec<SnapshotInfo>> {
     let mut list = Vec::new();
     for (disk, name) in targets {
         check_snapshot_name(name)?;
         let id = store.tables.read().disk_id(disk)?;
         list.push(Target { head: store.head(id)?, name: name.clone(), status: Status::Live });
     }
-    let ids = take_all(store, list, &mut |_, _| Ok(()))?;
+    let ids = take_all(store, list, way, &mut |_, _| Ok(()))?;
     let infos: Vec<_> = ids.into_iter().map(|id| store.snapshot_info_by_id(id)).collect::<Result<_>>()?;
     for info in &infos {
         let (disk, disk_name) = (info.disk_id, info.disk.clone());
@@ -75,23 +100,33 @@ type Besides<'a> = dyn FnMut(&mut Edit<'_>, StateKey) -> Result<()> + 'a;
 /// As [`take`], and what `besides` returns, which poisons the pool: it must not fail for any other reason than damage.
 pub(super) fn take_hidden_and(store: &Arc<Store>, disk: DiskId, besides: &mut Besides<'_>) -> Result<SnapshotId> {
     let target = Target { head: store.head(disk)?, name: String::new(), status: Status::Hidden };
-    Ok(take_all(store, vec![target], besides)?[0])
+    Ok(take_all(store, vec![target], Way::Unhindered, besides)?[0])
 }
 
-fn take_all(store: &Arc<Store>, mut targets: Vec<Target>, besides: &mut Besides<'_>) -> Result<Vec<SnapshotId>> {
+fn take_all(
+    store: &Arc<Store>,
+    mut targets: Vec<Target>,
+    way: Way<'_>,
+    besides: &mut Besides<'_>,
+) -> Result<Vec<SnapshotId>> {
     store.ledger.writable()?;
     targets.sort_by_key(|target| target.head.id);
     if let Some(pair) = targets.windows(2).find(|pair| pair[0].head.id == pair[1].head.id) {
         return Err(Error::usage(format!("the same disk is named twice ('{}' and '{}')", pair[0].name, pair[1].name)));
     }
     refuse_taken(store, &targets)?;
-    for target in &targets {
-        store.flush(&target.head)?;
+    if let Way::Unhindered = way {
+        for target in &targets {
+            store.flush(&target.head)?;
+        }
     }
     // The orders keep flushes of the new epochs behind the frame of the snapshot.
     let orders: Vec<_> = targets.iter().map(|target| target.head.order()).collect();
     refuse_taken(store, &targets)?;
     let (switched, slabs) = stop_and_switch(store, &targets)?;
+    if let Way::AtOnce(instant) = way {
+        instant();
+    }
     drop(slabs);
     let result = complete(store, &targets, &switched, besides);
     if let Err(error) = &result {
@@ -164,7 +199,6 @@ fn complete(
     let now = clock::wall_seconds();
     let (ids, ticket) = {
         let mut tables = store.tables.write();
-        let mut last = tables.last_stamps();
         let mut edit = Edit::new(&mut tables);
         let mut ids = Vec::new();
         for (target, switched) in targets.iter().zip(switched) {
@@ -172,10 +206,8 @@ fn complete(
             ids.push(id);
             let disk = edit.tables.disk(target.head.id)?.clone();
             let key = (switched.ended.branch, switched.ended.epoch);
-            // Whole seconds, no two alike in a lineage: extent files have them as their time.
-            let known = last.entry(edit.tables.branch(key.0)?.lineage).or_insert(0);
-            let stamp = now.max(*known + 1);
-            *known = stamp;
+            // Whole seconds, no two alike in the pool: extent files have them as their time.
+            let stamp = edit.tables.next_stamp(now);
             edit.put_stamp(key.1, stamp);
             let state = StateRow {
                 status: target.status,

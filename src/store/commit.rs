@@ -10,7 +10,9 @@
 //! 1. Requests that come while a flush runs share the next one.
 //! 2. An address that an entry lost is queued for punching in the same frame, if no other state holds it.
 //! 3. What was written down of the changes (`unflushed`) goes to a new generation before step 2 and is dropped after step 4.
-//! 4. A failed sync poisons the pool: which writes it lost is unknown. Want of a descriptor does not: files are opened in
+//! 4. A flush that finds no room on a full host fails before anything is taken, or is waited for by the next one: none says
+//!    that it is done before its frame is durable.
+//! 5. A failed sync poisons the pool: which writes it lost is unknown. Want of a descriptor does not: files are opened in
 //!    step 1 only, when nothing has been taken yet that the next flush would miss.
 
 use std::collections::BTreeMap;
@@ -62,6 +64,8 @@ impl Capture {
 
 /// Chunks of which a flush logs the data at most: each brings a row of up to 4 KiB.
 const LOG_CHUNKS_MAX: usize = 16;
+/// Bytes of the rows that a changed chunk brings at most, about: its entry, and its part of those of index, disk and segments.
+const CHUNK_ROWS_MAX: usize = 4096 + 512;
 
 /// Blocks per segment, for its row.
 type Tally = BTreeMap<SegmentId, i64>;
@@ -141,6 +145,7 @@ impl Store {
         self.ledger.writable()?;
         head.refuse_gone()?;
         self.sync_earlier(head)?;
+        self.ledger.make_room(head.dirty_chunks().saturating_mul(CHUNK_ROWS_MAX).saturating_add(self.copies_max()))?;
         let closed = self.switch_log(head);
         let covered = head.requested.load(Ordering::Acquire);
         let row = *head.owed_row.lock();
@@ -151,7 +156,7 @@ impl Store {
             captures.push(Capture::take(line.branch, chunk, &mut cached.lock()));
         }
         // All copies are one submit, and leave room for the rows that name them.
-        let may_log = captures.len() <= LOG_CHUNKS_MAX && super::logged::COPIES_MAX <= self.ledger.submit_max() / 2;
+        let may_log = captures.len() <= LOG_CHUNKS_MAX && self.copies_max() > 0;
         let copies = match head.small.take(!captures.is_empty(), may_log) {
             Plan::Log(copies) => copies,
             Plan::Sync(stale) => {
@@ -160,11 +165,23 @@ impl Store {
             }
         };
         let ticket = self.submit_changes(head, &line, captures, copies)?.max(row);
+        // Should there be no room for their frame, the changes count as taken all the same, and the next flush finds none: it
+        // has to wait for this ticket.
+        {
+            let mut owed = head.owed_row.lock();
+            *owed = ticket.max(*owed);
+        }
         self.ledger.wait(ticket)?;
         self.drop_log(head, closed)?;
         self.tidy_logged(head);
         order.completed = covered;
         Ok(())
+    }
+
+    /// Returns how many bytes of copies a flush submits at most; 0 where the journal is too small for that.
+    fn copies_max(&self) -> usize {
+        let most = super::logged::COPIES_MAX;
+        if most <= self.ledger.submit_max() / 2 { most } else { 0 }
     }
 
     /// Submits captures, with copies of blocks in the same frame or before.
@@ -175,7 +192,8 @@ impl Store {
         let copies: Vec<Row> =
             copies.into_iter().filter(|row| row.value.is_some() || self.ledger.copy_counts(&row.key)).collect();
         if !copies.is_empty() {
-            ticket = self.ledger.submit(copies)?;
+            // What was captured counts as saved: it must not be forgotten silently.
+            ticket = self.ledger.submit(copies).inspect_err(|error| self.ledger.poison(error))?;
         }
         if !captures.is_empty() {
             ticket = self.submit_captures(head.id, line, captures)?;

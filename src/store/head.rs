@@ -8,7 +8,7 @@
 //! 3. A chunk is in `dirty` exactly when its state says so; after a switch the old list is in `freezing` until its frame
 //!    is submitted, and a chunk that a writer of the new epoch needs is copied to `frozen` first.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
@@ -81,7 +81,7 @@ pub struct Head {
     frozen: Mutex<HashMap<ChunkIndex, Capture>>,
     slabs: Mutex<HashMap<ChunkIndex, Slab>>,
     alloc: Mutex<Alloc>,
-    owed: Mutex<Vec<Arc<Segment>>>,
+    owed: Mutex<BTreeMap<SegmentId, Arc<Segment>>>,
     /// Segments in which an earlier process, that was killed, may have overwritten blocks in place and not synced them. A
     /// flush and a snapshot of this process hold for that, too.
     pub(super) earlier: Mutex<Vec<SegmentId>>,
@@ -197,12 +197,12 @@ impl Head {
 
     /// Remembers that a segment is owed a sync.
     pub fn owe(&self, segment: &Arc<Segment>) {
-        self.owed.lock().push(Arc::clone(segment));
+        self.owed.lock().entry(segment.id()).or_insert_with(|| Arc::clone(segment));
     }
 
     /// Takes the segments that are owed a sync.
     pub fn take_owed(&self) -> Vec<Arc<Segment>> {
-        std::mem::take(&mut *self.owed.lock())
+        std::mem::take(&mut *self.owed.lock()).into_values().collect()
     }
 
     /// Prepares a chunk for a change in the current epoch; the caller holds the gate, shared.

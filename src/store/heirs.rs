@@ -30,9 +30,9 @@ enum Heir {
 impl Tables {
     /// Returns the retired snapshots that lie in some stretches, oldest first. They are nodes of the tree no more.
     fn retired_in(&self, lineage: BranchId, stretches: &[Stretch]) -> Vec<SnapshotId> {
-        let inside = |key: StateKey| stretches.iter().any(|s| s.branch == key.0 && key.1 > s.after && key.1 <= s.upto);
-        let rows = self.all_retired().filter(|(_, row)| row.lineage == lineage && inside((row.branch, row.epoch)));
-        let mut found: Vec<_> = rows.map(|(id, row)| (row.epoch, id)).collect();
+        let rows = stretches.iter().flat_map(|stretch| self.retired_in_stretch(*stretch));
+        let mut found: Vec<_> =
+            rows.filter(|(_, row)| row.lineage == lineage).map(|(id, row)| (row.epoch, id)).collect();
         found.sort_unstable();
         found.into_iter().map(|(_, id)| id).collect()
     }

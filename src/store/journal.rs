@@ -225,6 +225,13 @@ impl Journal {
         self.used + waste + len < self.capacity - ALIGN
     }
 
+    /// Returns the length of a body that fits now wherever its frame begins. There may be room for a longer one.
+    #[must_use]
+    pub fn room(&self) -> usize {
+        let free = (self.capacity - ALIGN - self.used).saturating_sub(1);
+        usize::try_from(free / 2 / ALIGN * ALIGN).unwrap_or(usize::MAX).saturating_sub(HEADER_LEN)
+    }
+
     /// Returns the largest body that fits into an empty ring whatever its position.
     #[must_use]
     pub fn body_max(&self) -> usize {

@@ -4,14 +4,17 @@
 //! 1. Everything they do can also be called directly, step by step; tests and the crash simulator run without them.
 //! 2. They hold the store weakly: a store that is closed or dropped ends them.
 //! 3. An error is logged and tried again later with a pause; errors that matter have poisoned the pool by themselves.
+//! 4. A panic poisons the pool: what the thread was at is half done in memory, and nobody else would do its work. Reads go
+//!    on, writers are told, and whoever waits for this work finds out instead of waiting for ever.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::Store;
-use crate::error::{Kind, Result};
+use crate::error::{Error, Kind, Result};
 use crate::sync::{Condvar, Mutex};
 
 const FLUSH_EVERY: Duration = Duration::from_secs(5);
@@ -103,11 +106,20 @@ impl Keeper {
     }
 }
 
+/// Does a step; a panic poisons the pool.
+fn guarded(store: &Store, step: fn(&Store) -> Result<bool>) -> Result<bool> {
+    catch_unwind(AssertUnwindSafe(|| step(store))).unwrap_or_else(|_| {
+        let error = Error::failed("work in the background failed on a mistake in this program");
+        store.ledger.poison(&error);
+        Err(error)
+    })
+}
+
 fn run(bell: &Bell, store: &Weak<Store>, every: Duration, step: fn(&Store) -> Result<bool>) {
     while bell.sleep(every) {
         loop {
             let Some(store) = store.upgrade() else { return };
-            match step(&store) {
+            match guarded(&store, step) {
                 Ok(true) if !bell.stop.load(Ordering::Acquire) => {}
                 Ok(_) => break,
                 Err(error) => {
@@ -178,5 +190,28 @@ impl Store {
             None => {}
         }
         Ok(more)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::media::{Media, SimMedia};
+    use crate::store::{InitOptions, OpenOptions};
+
+    /// The thread ended, and nothing said so: no flush, no punching, and `reclaim --wait` waited for ever.
+    #[test]
+    fn a_panic_in_the_background_poisons_the_pool_and_ends_no_thread() {
+        let media: Arc<dyn Media> = Arc::new(SimMedia::new(1));
+        Store::init(&media, InitOptions { journal: 1 << 20, ballast: 4096, probe: false }).unwrap();
+        let options = OpenOptions { background: false, low_water: Some(0), ballast: 4096, ..OpenOptions::default() };
+        let store = Store::open(media, options).unwrap();
+        store.keeper.spawn("panics", &store.keeper.tidier, &store, Duration::ZERO, |_| panic!("a mistake")).unwrap();
+        while store.health().is_none() {
+            std::thread::yield_now();
+        }
+        assert!(store.health().unwrap().contains("mistake in this program"), "{:?}", store.health());
+        assert!(!store.keeper.threads.lock()[0].is_finished());
+        store.keeper.stop();
     }
 }

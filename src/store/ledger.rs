@@ -19,11 +19,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use super::catalog::{Catalog, View};
 use super::frozen::Frozen;
 use super::journal::{Journal, encode_row};
+use super::outdated::Outdated;
 use super::rows::{Key, KeyParts, Row, Table};
 use crate::codec::Writer;
 use crate::error::{Error, Kind, Result};
@@ -37,6 +38,12 @@ pub(super) type Layer = imbl::OrdMap<Key, Option<Arc<[u8]>>>;
 
 /// Syncs segments; returns those that it cannot, whose logged blocks are to be kept.
 pub type Settle = Box<dyn Fn(&BTreeSet<SegmentId>) -> Result<BTreeSet<SegmentId>> + Send + Sync>;
+
+/// Gives up room that is kept for it when a fold found none; tells whether there was any.
+pub type WhenFull = Box<dyn Fn(&Error) -> bool + Send + Sync>;
+
+/// Folds that are tried before the journal counts as too small for what is queued.
+const FOLDS_MAX: usize = 3;
 
 /// A place in the order of all submits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
@@ -78,10 +85,16 @@ pub struct Ledger {
     layers: Mutex<Layers>,
     writer: Mutex<Writing>,
     catalog: Mutex<Option<Catalog>>,
+    outdated: Outdated,
     poison: RwLock<Option<String>>,
     settle: RwLock<Option<Settle>>,
+    when_full: RwLock<Option<WhenFull>>,
     when_poisoned: RwLock<Option<Box<dyn Fn() + Send + Sync>>>,
     body_max: usize,
+    /// The last ticket that is durable, for who does not want to wait for the frame that is being written.
+    durable: AtomicU64,
+    /// As [`Journal::room`].
+    room: AtomicUsize,
     /// A fold dropped copies of blocks, and no frame says so yet.
     untold: AtomicBool,
     /// Frames written and folds done, for the metrics.
@@ -121,16 +134,21 @@ impl Ledger {
         }
         let view = Arc::new(catalog.view()?);
         let body_max = journal.body_max();
+        let room = AtomicUsize::new(journal.room());
         let layers =
             Layers { pending: Pending::default(), inflight: Layer::new(), journaled, folding: Layer::new(), view };
         Ok(Self {
             layers: Mutex::new(layers),
             writer: Mutex::new(Writing { journal, durable: Ticket(0) }),
             catalog: Mutex::new(Some(catalog)),
+            outdated: Outdated::default(),
             poison: RwLock::new(None),
             settle: RwLock::new(None),
+            when_full: RwLock::new(None),
             when_poisoned: RwLock::new(None),
             body_max,
+            durable: AtomicU64::new(0),
+            room,
             untold: AtomicBool::new(false),
             counters: LedgerCounters::default(),
         })
@@ -214,11 +232,37 @@ impl Ledger {
         self.layers.lock().pending.last
     }
 
+    /// Sees to it that rows of so many bytes can be submitted and written down, before anything is changed that would have to
+    /// be taken back. Others may take the room before.
+    ///
+    /// # Errors
+    /// `NoSpace` when the journal is full and cannot be folded on a full host; `ReadOnly` when the pool refuses writes.
+    pub fn make_room(&self, bytes: usize) -> Result<()> {
+        let bytes = bytes.min(self.body_max);
+        for _ in 0..FOLDS_MAX {
+            let queued = self.layers.lock().pending.body.len();
+            if self.room.load(Ordering::Acquire) >= bytes + queued {
+                return Ok(());
+            }
+            self.wait(self.latest())?;
+            if self.writer.lock().journal.has_room(bytes) {
+                return Ok(());
+            }
+            self.fold()?;
+        }
+        Ok(())
+    }
+
     /// Returns when everything up to the ticket is durable.
     ///
     /// # Errors
-    /// `ReadOnly` when the journal could not be written; the pool is poisoned then.
+    /// `ReadOnly` when the journal could not be written; the pool is poisoned then. `NoSpace` when it is full and cannot be
+    /// folded on a full host: what was submitted stays queued, and whoever wants to know whether it became durable waits for
+    /// the same ticket again.
     pub fn wait(&self, ticket: Ticket) -> Result<()> {
+        if self.durable.load(Ordering::Acquire) >= ticket.0 {
+            return Ok(());
+        }
         let mut folded = 0;
         loop {
             let mut writer = self.writer.lock();
@@ -231,9 +275,10 @@ impl Ledger {
             }
             // The ring is full. The lock is given up: a fold needs it twice.
             drop(writer);
-            if folded == 3 {
+            if folded == FOLDS_MAX {
                 return Err(Error::failed("the journal has no room even after a fold"));
             }
+            self.outdated.let_go()?;
             folded += 1;
             self.fold()?;
         }
@@ -268,17 +313,30 @@ impl Ledger {
         let durable = std::mem::take(&mut layers.inflight);
         layers.journaled.extend(durable);
         writer.durable = last;
+        self.durable.store(last.0, Ordering::Release);
+        self.room.store(writer.journal.room(), Ordering::Release);
         self.untold.store(false, Ordering::Release);
         self.counters.frames.fetch_add(1, Ordering::Relaxed);
         Ok(true)
     }
 
-    /// Moves everything durable into the catalog. Returns whether there was anything.
+    /// Moves everything durable into the catalog. Returns whether there was anything and it could be: after a fold that
+    /// found no room there is none as long as somebody reads the catalog as it was before.
     ///
     /// # Errors
-    /// `NoSpace` when the host has no room: the rows stay in memory and in the journal, and a later fold may succeed.
-    /// Any other error poisons the pool.
+    /// `NoSpace` when the host has no room, also after [`Ledger::on_full`]: the rows stay in memory and in the journal, and a
+    /// later fold may succeed. Any other error poisons the pool.
     pub fn fold(&self) -> Result<bool> {
+        match self.fold_once() {
+            Err(error) if error.kind() == Kind::NoSpace => {
+                let gave = self.when_full.read().as_ref().is_some_and(|give| give(&error));
+                if gave { self.fold_once() } else { Err(error) }
+            }
+            other => other,
+        }
+    }
+
+    fn fold_once(&self) -> Result<bool> {
         // After a failed sync it is not known what the host has: the copies in the journal must not go.
         self.writable()?;
         let mut catalog = self.catalog.lock();
@@ -286,7 +344,7 @@ impl Ledger {
         let (folding, mark) = {
             let writer = self.writer.lock();
             let mut layers = self.layers.lock();
-            if layers.journaled.is_empty() {
+            if layers.journaled.is_empty() || self.outdated.are_read() {
                 return Ok(false);
             }
             layers.folding = std::mem::take(&mut layers.journaled);
@@ -313,6 +371,7 @@ impl Ledger {
                 layers.view = Arc::new(view);
                 layers.folding = Layer::new();
                 writer.journal.folded(mark);
+                self.room.store(writer.journal.room(), Ordering::Release);
                 self.counters.folds.fetch_add(1, Ordering::Relaxed);
                 Ok(true)
             }
@@ -355,10 +414,7 @@ impl Ledger {
         catalog.reopen()?;
         let fresh = Arc::new(catalog.view()?);
         let old = std::mem::replace(&mut self.layers.lock().view, fresh);
-        // Pages that the old view can see may be reused by the folds to come.
-        while Arc::strong_count(&old) > 1 {
-            std::thread::yield_now();
-        }
+        self.outdated.note(&old);
         Ok(())
     }
 
@@ -376,6 +432,11 @@ impl Ledger {
     /// fold has dealt with it, or no frame since that fold tells of it.
     pub fn copy_counts(&self, key: &Key) -> bool {
         self.untold.load(Ordering::Acquire) || self.layers.lock().get(key).is_some_and(|value| value.is_some())
+    }
+
+    /// Sets what gives room to a fold that found none; it takes no lock that is held where something is folded.
+    pub fn on_full(&self, give: WhenFull) {
+        *self.when_full.write() = Some(give);
     }
 
     /// Sets what a fold does first with the segments of logged blocks: sync them.

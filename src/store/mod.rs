@@ -53,6 +53,7 @@ mod locate;
 mod logged;
 mod open;
 pub mod origin;
+mod outdated;
 mod past;
 mod punch;
 mod rebuild;
@@ -100,7 +101,7 @@ pub use states::{DiskRow, StateRow, Status};
 pub use tables::{Edit, StateKey, Tables};
 pub use tree::Stretch;
 pub use view::{Resolved, Source};
-pub use waiting::{Cancel, Go, Need};
+pub use waiting::{Cancel, Go, Lobby, Need};
 pub use walk::{Found, MapView, MapWalk, Unsaved};
 
 use std::collections::{BTreeMap, HashMap};
@@ -191,6 +192,8 @@ pub struct Store {
     unsealable: Mutex<BTreeMap<SnapshotId, String>>,
     /// Records of retired snapshots that were found to be missing or damaged.
     record_faults: Mutex<BTreeMap<SnapshotId, RecordFault>>,
+    /// Retired snapshots whose records could not be written, and why: they are passed by until somebody waits for them.
+    unrecorded: Mutex<BTreeMap<SnapshotId, String>>,
     space: space::SpaceGuard,
     waiting: waiting::WaitingRoom,
     opening: u64,
@@ -351,7 +354,8 @@ impl Store {
         self.keeper.wake();
     }
 
-    fn is_held_open(&self, id: SnapshotId) -> bool {
+    /// Tells whether somebody reads a snapshot, whose data stays as long.
+    pub fn is_held_open(&self, id: SnapshotId) -> bool {
         self.holders.lock().contains_key(&id)
     }
 }

@@ -5,6 +5,12 @@
 //! tables; segments against the directory; what a killed process had acknowledged (`unflushed`). Nothing is written until the first change; then the opening is numbered and
 //! the pool counts as not closed in order.
 //!
+//! # What a killed process left
+//! It is in the page cache, and may not be on the disk: what is found in files and directories counts for nothing until it is
+//! synced. The catalog (journal frames it has may be overwritten) and the directories in which files are looked for or made are
+//! synced at once; the others where something of them comes to count ([`super::seal`]), the segments with the first flush
+//! ([`super::commit`]).
+//!
 //! # A segment file that is missing
 //! It is corruption of the disks and snapshots that have blocks in it, and of no others: the pool opens, every disk takes new
 //! data, reads of what was in the file fail, and `check` and `ls` name it. Nothing that is done meanwhile makes the loss
@@ -22,12 +28,13 @@ use super::journal::{JOURNAL_MIN, Journal};
 use super::ledger::Ledger;
 use super::rows::{Key, Meta, Row};
 use super::space::{BALLAST_SIZE, make_ballast};
+use super::state_file::STATES_DIR;
 use super::tables::{Edit, Tables};
 use super::{Counters, Store, keeper, space};
 use crate::error::{Error, Kind, Result};
 use crate::map::Cache;
 use crate::media::{Media, Open};
-use crate::pool::{CATALOG, JOURNAL, SEGMENTS_DIR, SUPERBLOCK, Segments, Superblock, probe};
+use crate::pool::{CATALOG, DirectIo, JOURNAL, RETIRED_DIR, SEGMENTS_DIR, SUPERBLOCK, Segments, Superblock, probe};
 use crate::sync::{Mutex, RwLock};
 use crate::units::{SegmentId, show_size};
 
@@ -81,6 +88,21 @@ impl Default for OpenOptions {
     }
 }
 
+/// Makes durable what a process that was killed may have left in the page cache.
+fn sync_what_is_there(media: &dyn Media) -> Result<()> {
+    let catalog = media.open(CATALOG, Open::Existing).and_then(|file| file.sync());
+    catalog.map_err(|e| Error::io(format!("cannot sync {CATALOG}"), e))?;
+    for dir in ["", SEGMENTS_DIR, STATES_DIR, RETIRED_DIR] {
+        match media.sync_dir(dir) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                return Err(Error::io(format!("cannot sync '{dir}' of the pool"), e));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
 impl Store {
     /// Makes a pool in an empty directory and returns its identity.
     ///
@@ -98,7 +120,13 @@ impl Store {
         }
         if options.probe {
             require_room(&**media, &options)?;
-            probe(&**media)?.require()?;
+            let host = probe(&**media)?;
+            host.require()?;
+            if host.direct == DirectIo::Missing {
+                tracing::warn!(
+                    "the host file system has no direct I/O: disks take memory of the host for its page cache, and are slower"
+                );
+            }
         }
         Self::make_files(media, options).inspect_err(|_| {
             // What was made is taken away again, as far as the host lets us: the error is what counts.
@@ -164,6 +192,7 @@ impl Store {
             meta.map_or(Ok(Meta::default()), |value| Meta::decode(&value))?.clean
         };
         if !clean {
+            sync_what_is_there(&*media)?;
             tracing::info!("the pool was not closed in order; {} frames of its journal are replayed", frames.len());
             journal.check_end()?;
         }
@@ -188,6 +217,7 @@ impl Store {
             bad: RwLock::default(),
             unsealable: Mutex::default(),
             record_faults: Mutex::default(),
+            unrecorded: Mutex::default(),
             space: space::SpaceGuard::default(),
             waiting: super::waiting::WaitingRoom::default(),
             opening,
@@ -254,6 +284,9 @@ impl Store {
             Some(store) => store.settle_segments(segments),
             None => Err(Error::read_only("the pool is closed")),
         }));
+        let weak = Arc::downgrade(self);
+        let give = move |error: &Error| weak.upgrade().is_some_and(|store| store.give_up_ballast(error));
+        self.ledger.on_full(Box::new(give));
         let ours = Arc::clone(&self.logs);
         self.ledger.on_poison(Box::new(move || ours.spoil()));
         let logs = self.read_logs(clean);

@@ -129,6 +129,8 @@ impl Store {
         // An entry that is made meanwhile is of an epoch that is still written or was just ended: above all that is asked.
         let mut tables = self.tables.write();
         needed.extend(tables.states().map(|(key, _)| key.1));
+        // And the last stamp, after which the next one comes, whoever had it.
+        needed.extend(tables.stamps().max_by_key(|(_, stamp)| *stamp).map(|(epoch, _)| epoch));
         let newest = needed.last().copied().unwrap_or_default();
         let idle: Vec<Epoch> = tables
             .stamps()

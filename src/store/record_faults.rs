@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::Store;
+use super::{Status, Store};
 use crate::error::{Error, Result};
 use crate::pool::RETIRED_DIR;
 use crate::units::SnapshotId;
@@ -48,6 +48,24 @@ impl Store {
         faults.clone()
     }
 
+    /// Notes why the record of a retired snapshot could not be written: it keeps its data, and the others go on.
+    pub fn note_unrecorded(&self, id: SnapshotId, why: String) {
+        self.unrecorded.lock().insert(id, why);
+    }
+
+    /// Forgets which records could not be written: all are tried again.
+    pub fn try_records_again(&self) {
+        self.unrecorded.lock().clear();
+    }
+
+    /// Returns the retired snapshots whose records could not be written, and why; they keep their data until they are.
+    pub fn unrecorded(&self) -> BTreeMap<SnapshotId, String> {
+        let tables = self.tables.read();
+        let mut all = self.unrecorded.lock();
+        all.retain(|id, _| tables.snapshot_by_id(*id).is_ok_and(|(_, row)| row.status == Status::Retired));
+        all.clone()
+    }
+
     /// As [`Store::known_record_faults`], with those whose files are not there now.
     ///
     /// # Errors
@@ -70,9 +88,16 @@ impl Store {
         Ok(faults)
     }
 
-    /// Says which records are missing or damaged, if any is.
+    /// Says which records are missing, damaged, or could not be written, if any is.
     #[must_use]
     pub fn record_damage(&self) -> Option<String> {
+        if let Some((id, why)) = self.unrecorded().into_iter().next() {
+            let info = self.snapshot_info_by_id(id).ok()?;
+            return Some(format!(
+                "the record of the retired snapshot '{}@{}' cannot be written: {why}",
+                info.disk, info.name
+            ));
+        }
         let faults = match self.all_record_faults() {
             Ok(faults) => faults,
             Err(error) => return Some(error.to_string()),

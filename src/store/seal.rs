@@ -26,7 +26,7 @@ use crate::codec::crc32;
 use crate::error::{Error, Kind, Result};
 use crate::map::{BlockSet, Entry, Piece, Run};
 use crate::media::Media;
-use crate::pool::SEGMENTS_DIR;
+use crate::pool::{SEGMENTS_DIR, segment_dir};
 use crate::sync::Mutex;
 use crate::units::{BLOCK_SIZE, BlockAddress, CHUNK_BLOCKS, ChunkIndex, Epoch, SegmentId, SnapshotId, to_usize};
 
@@ -118,13 +118,16 @@ impl Store {
         };
         let Some((key, id, name)) = next else { return Ok(false) };
         match self.seal_state(key) {
-            Err(error) if error.kind() == Kind::Corrupt => {
-                tracing::error!("the epoch of snapshot '{name}' cannot be sealed: {error}");
-                self.unsealable.lock().insert(id, error.to_string());
-            }
+            Err(error) if error.kind() == Kind::Corrupt => self.note_unsealable(id, &name, &error),
             other => other?,
         }
         Ok(true)
+    }
+
+    /// Notes that an epoch cannot be sealed in this opening: the others go on, and a scrub tells of it.
+    pub fn note_unsealable(&self, id: SnapshotId, name: &str, error: &Error) {
+        tracing::error!("the epoch of snapshot '{name}' cannot be sealed: {error}");
+        self.unsealable.lock().insert(id, error.to_string());
     }
 
     /// Returns the snapshots whose epochs could not be sealed since the pool was opened, and why.
@@ -185,6 +188,9 @@ impl Store {
             let fresh: Vec<_> = slabs.iter().map(|(chunk, piece)| (*chunk, lacks(piece))).collect();
             let fresh = fresh.iter().filter(|(_, piece)| !piece.set.is_empty());
             if there.whole && fresh.clone().next().is_none() {
+                // A process that was killed may have put it there without syncing the directory.
+                let dir = segment_dir(segment);
+                self.media.sync_dir(&dir).map_err(|e| Error::io(format!("cannot sync {dir}"), e))?;
                 continue;
             }
             let fresh = fresh.map(|(chunk, piece)| {

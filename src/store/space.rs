@@ -167,16 +167,7 @@ impl Store {
     /// # Errors
     /// `NoSpace` when that was not enough; other errors have poisoned the pool.
     pub fn fold(&self) -> Result<bool> {
-        match self.ledger.fold() {
-            Err(error) if error.kind() == Kind::NoSpace => {
-                if self.give_up_ballast(&error) {
-                    self.ledger.fold()
-                } else {
-                    Err(error)
-                }
-            }
-            other => other,
-        }
+        self.ledger.fold()
     }
 
     /// Removes the ballast, for something that found no room. Returns false when it is gone already.

@@ -31,7 +31,7 @@ pub struct DiskRow {
     pub created: u64,
     /// Seconds since 1970 of the last frame that changed its map.
     pub modified: u64,
-    /// The last stamp of the lineage as this disk knows it; stamps of epochs grow.
+    /// The last stamp that an epoch of the lineage got, as this disk knows it; stamps grow, in the whole pool.
     pub stamp: u64,
     /// Blocks mapped.
     pub referenced: u64,

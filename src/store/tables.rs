@@ -10,6 +10,7 @@ use super::ledger::Ledger;
 use super::past::{Moment, OpeningRow, RetiredRow, decode_stamp, encode_stamp};
 use super::rows::{BranchRow, Key, KeyParts, Meta, Row, SegmentRow, Table};
 use super::states::{DiskRow, StateRow, Status};
+use super::tree::Stretch;
 use crate::error::{Error, Result};
 use crate::units::{BranchId, DiskId, Epoch, SegmentId, SnapshotId};
 
@@ -35,7 +36,10 @@ pub struct Tables {
     by_disk: HashMap<DiskId, BTreeSet<(Epoch, BranchId)>>,
     retired: BTreeMap<SnapshotId, RetiredRow>,
     retired_by_disk: HashMap<DiskId, BTreeSet<(Epoch, SnapshotId)>>,
+    retired_by_branch: BTreeSet<(BranchId, Epoch, SnapshotId)>,
     stamps: BTreeMap<Epoch, u64>,
+    /// The largest stamp that was ever seen, whoever had it.
+    last_stamp: u64,
     openings: BTreeMap<u64, OpeningRow>,
     named: HashMap<DiskId, usize>,
     heads: HashMap<BranchId, DiskId>,
@@ -66,7 +70,7 @@ impl Tables {
             KeyParts::State(branch, epoch) => self.set_state((branch, epoch), StateRow::decode(value)?),
             KeyParts::Segment(id) => self.set_segment(id, SegmentRow::decode(value)?),
             KeyParts::Retired(id) => self.set_retired(id, RetiredRow::decode(value)?),
-            KeyParts::Stamp(epoch) => drop(self.stamps.insert(epoch, decode_stamp(value)?)),
+            KeyParts::Stamp(epoch) => self.set_stamp(epoch, decode_stamp(value)?),
             KeyParts::Opening(number) => drop(self.openings.insert(number, OpeningRow::decode(value)?)),
             _ => return Err(Error::corrupt("a row of the catalog is in the wrong table")),
         }
@@ -112,7 +116,13 @@ impl Tables {
         Ok(())
     }
 
+    fn set_stamp(&mut self, epoch: Epoch, stamp: u64) {
+        self.last_stamp = self.last_stamp.max(stamp);
+        self.stamps.insert(epoch, stamp);
+    }
+
     fn set_disk(&mut self, id: DiskId, row: DiskRow) {
+        self.last_stamp = self.last_stamp.max(row.stamp);
         if let Some(old) = self.disks.get(&id) {
             self.disk_names.remove(&old.name);
             self.heads.remove(&old.branch);
@@ -130,6 +140,7 @@ impl Tables {
     }
 
     fn set_state(&mut self, key: StateKey, row: StateRow) {
+        self.last_stamp = self.last_stamp.max(row.stamp);
         self.unset_state(key);
         self.snapshot_ids.insert(row.snapshot, key);
         self.enter_name(&row);
@@ -162,15 +173,18 @@ impl Tables {
     }
 
     fn set_retired(&mut self, id: SnapshotId, row: RetiredRow) {
+        self.last_stamp = self.last_stamp.max(row.state.stamp);
         self.unset_retired(id);
         self.enter_name(&row.state);
         self.retired_by_disk.entry(row.state.disk).or_default().insert((row.epoch, id));
+        self.retired_by_branch.insert((row.branch, row.epoch, id));
         self.retired.insert(id, row);
     }
 
     fn unset_retired(&mut self, id: SnapshotId) {
         let Some(old) = self.retired.remove(&id) else { return };
         self.strike_name(&old.state);
+        self.retired_by_branch.remove(&(old.branch, old.epoch, id));
         if let Some(list) = self.retired_by_disk.get_mut(&old.state.disk) {
             list.remove(&(old.epoch, id));
         }
@@ -341,13 +355,20 @@ impl Tables {
         list.into_iter().flatten().map(|(_, id)| (*id, &self.retired[id]))
     }
 
+    /// Returns the retired snapshots of a stretch whose records are files, oldest first.
+    pub fn retired_in_stretch(&self, stretch: Stretch) -> impl Iterator<Item = (SnapshotId, &RetiredRow)> {
+        let Stretch { branch, after, upto } = stretch;
+        // None is of an epoch after the last one.
+        let range = (branch, after.next(), SnapshotId(0))..(branch, upto.next(), SnapshotId(0));
+        self.retired_by_branch.range(range).map(|(_, _, id)| (*id, &self.retired[id]))
+    }
+
     /// Returns all retired snapshots whose records are files.
     pub fn all_retired(&self) -> impl Iterator<Item = (SnapshotId, &RetiredRow)> {
         self.retired.iter().map(|(id, row)| (*id, row))
     }
 
-    /// Returns the stamp of an ended epoch: when it ended, in whole seconds, no two alike in a lineage. An epoch of
-    /// which no stamp was kept has its number instead, which is as good for telling epochs apart.
+    /// Returns the stamp of an ended epoch: when it ended, in whole seconds, no two alike in a pool. An epoch of which no stamp was kept has its number instead, which is as good for telling epochs apart.
     #[must_use]
     pub fn stamp(&self, epoch: Epoch) -> u64 {
         self.stamps.get(&epoch).copied().unwrap_or(epoch.0)
@@ -358,17 +379,11 @@ impl Tables {
         self.stamps.iter().map(|(epoch, stamp)| (*epoch, *stamp))
     }
 
-    /// Returns the last stamp that was given out in each lineage that has a disk.
+    /// Returns the stamp of an epoch that ends at `now`, in seconds since 1970: later than every other one of the pool, since
+    /// disks are renamed, and a path that showed one of them shows another.
     #[must_use]
-    pub fn last_stamps(&self) -> HashMap<BranchId, u64> {
-        let mut last = HashMap::new();
-        for disk in self.disks.values() {
-            if let Some(row) = self.branches.get(&disk.branch) {
-                let known = last.entry(row.lineage).or_insert(0);
-                *known = disk.stamp.max(*known);
-            }
-        }
-        last
+    pub fn next_stamp(&self, now: u64) -> u64 {
+        now.max(self.last_stamp + 1)
     }
 
     /// Returns the moment of a snapshot that is taken in this opening.
@@ -532,7 +547,7 @@ impl<'a> Edit<'a> {
     /// Sets the stamp of an epoch.
     pub fn put_stamp(&mut self, epoch: Epoch, stamp: u64) {
         self.rows.push(Row::put(Key::stamp(epoch), encode_stamp(stamp)));
-        self.tables.stamps.insert(epoch, stamp);
+        self.tables.set_stamp(epoch, stamp);
     }
 
     /// Forgets the stamp of an epoch.

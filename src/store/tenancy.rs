@@ -43,8 +43,8 @@ struct State {
     closing_since: Option<Instant>,
     /// Whom the lease is kept for, and until when.
     reserved: Option<(String, Option<Instant>)>,
-    /// Who has to be told that acknowledged changes may be lost, and why.
-    loss: Option<(String, String)>,
+    /// Who has to be told that acknowledged changes may be lost, and why; each once.
+    losses: Vec<(String, String)>,
     /// What the disk is attached to.
     attached: Vec<String>,
     /// It is being removed, and is attached to nothing meanwhile.
@@ -59,7 +59,7 @@ pub struct Tenancy {
     /// Held while a foreign holder takes over, until the kernel has forgotten what it had.
     taking_over: Mutex<()>,
     foreign: AtomicBool,
-    /// `State::loss` is of the holder.
+    /// One of `State::losses` is of the holder.
     owes_loss: AtomicBool,
     watched: AtomicBool,
     announcing: AtomicBool,
@@ -101,7 +101,7 @@ impl Refusal {
             .hint(format!("it is free in {} s unless that comes back", left.as_secs() + 1)),
             Self::Kept(by) => {
                 Error::busy(format!("disk '{name}' is kept for {by}, which the next server serves again"))
-                    .hint("end that with 'afterimage detach', or start the server, which knows whether somebody writes")
+                    .hint("end that with 'afterimage detach', or 'vm stop' for a machine, or start the server, which knows who writes")
             }
         }
     }
@@ -118,6 +118,11 @@ impl State {
             }
             _ => None,
         }
+    }
+
+    /// Finds what a holder has to be told.
+    fn loss_of(&self, holder: &str) -> Option<usize> {
+        self.losses.iter().position(|(of, _)| of == holder)
     }
 
     /// Until when it may be that the lease falls, for one who came at `begun`.
@@ -138,6 +143,19 @@ impl Tenancy {
         let state = self.state.lock();
         let holds = |(_, until): &&(String, Option<Instant>)| until.is_none_or(|until| until > clock::now());
         state.reserved.as_ref().filter(holds).map(|(holder, _)| holder.clone())
+    }
+
+    /// Tells whether nobody else can have changed the disk since `holder` had it: it has it, or it is kept for it.
+    pub fn remembers(&self, holder: &str) -> bool {
+        let state = self.state.lock();
+        let kept = state
+            .reserved
+            .as_ref()
+            .is_some_and(|(of, until)| of == holder && until.is_none_or(|until| until > clock::now()));
+        match &state.holder {
+            Some(has) => has == holder,
+            None => kept,
+        }
     }
 
     /// Waits until the lease can be had by `holder`, or by anybody for `None`. It is not taken.
@@ -186,7 +204,7 @@ impl Tenancy {
             let first = state.holder.is_none();
             state.holder = Some(holder.to_owned());
             self.foreign.store(foreign, Ordering::SeqCst);
-            self.owes_loss.store(state.loss.as_ref().is_some_and(|(of, _)| of == holder), Ordering::SeqCst);
+            self.owes_loss.store(state.loss_of(holder).is_some(), Ordering::SeqCst);
             first
         };
         if foreign && first {
@@ -242,17 +260,28 @@ impl Tenancy {
 
     /// Notes that `holder`, if it comes back, has to be told that something it had written may be lost, and why.
     pub fn note_loss(&self, holder: &str, why: String) {
-        self.state.lock().loss = Some((holder.to_owned(), why));
+        let mut state = self.state.lock();
+        state.losses.retain(|(of, _)| of != holder);
+        state.losses.push((holder.to_owned(), why));
     }
 
     /// Tells whether anybody has still to be told of a loss, whether it has the lease, is awaited or has let go.
     pub fn owes_loss(&self) -> bool {
-        self.state.lock().loss.is_some()
+        !self.state.lock().losses.is_empty()
     }
 
     /// Tells whether `holder` has still to be told of a loss.
     pub fn owes_loss_to(&self, holder: &str) -> bool {
-        self.state.lock().loss.as_ref().is_some_and(|(of, _)| of == holder)
+        self.state.lock().loss_of(holder).is_some()
+    }
+
+    /// Ends what [`Tenancy::note_loss`] began, for a holder that begins anew.
+    pub fn forgive_loss(&self, holder: &str) {
+        let mut state = self.state.lock();
+        state.losses.retain(|(of, _)| of != holder);
+        if state.holder.as_deref() == Some(holder) {
+            self.owes_loss.store(false, Ordering::SeqCst);
+        }
     }
 
     /// Returns what the holder has to be told, once.
@@ -261,12 +290,9 @@ impl Tenancy {
             return None;
         }
         let mut state = self.state.lock();
-        let mine = state.loss.as_ref().is_some_and(|(of, _)| state.holder.as_ref() == Some(of));
-        if !mine {
-            return None;
-        }
+        let own = state.holder.as_ref().and_then(|holder| state.loss_of(holder))?;
         self.owes_loss.store(false, Ordering::SeqCst);
-        state.loss.take().map(|(_, why)| why)
+        Some(state.losses.swap_remove(own).1)
     }
 
     /// Notes what the disk is attached to; tells whether it is, which it is not while it is being removed.
@@ -394,8 +420,11 @@ mod tests {
         assert!(matches!(tenancy.take("b", true, || {}), Err(Refusal::Reserved(by, _)) if by == "a"));
         assert!(tenancy.wait_vacant(None).is_err());
         assert_eq!(tenancy.reserved().as_deref(), Some("a"));
+        assert!(tenancy.remembers("a") && !tenancy.remembers("b"));
         tenancy.take("a", true, || {}).unwrap();
+        assert!(tenancy.remembers("a"));
         tenancy.let_go(false);
+        assert!(!tenancy.remembers("a"), "it has let go");
         tenancy.take("b", true, || {}).unwrap();
         tenancy.reserve("a", Some(Duration::from_secs(60)));
         assert_eq!(tenancy.reserved(), None, "somebody has it");
@@ -427,6 +456,22 @@ mod tests {
         assert_eq!(tenancy.attached(), None);
         drop(removal);
         assert!(tenancy.attach("b"));
+    }
+
+    #[test]
+    fn who_begins_anew_is_told_of_no_loss_and_who_comes_back_is() {
+        let tenancy = Tenancy::default();
+        tenancy.note_loss("a", "a kill".into());
+        tenancy.forgive_loss("b");
+        tenancy.take("a", true, || {}).unwrap();
+        assert_eq!(tenancy.tell_loss().as_deref(), Some("a kill"));
+        tenancy.note_loss("a", "a kill".into());
+        tenancy.note_loss("c", "another".into());
+        tenancy.forgive_loss("a");
+        assert!(tenancy.owes_loss_to("c"), "that of another one stays");
+        tenancy.forgive_loss("c");
+        assert!(!tenancy.owes_loss_to("a") && !tenancy.owes_loss());
+        assert_eq!(tenancy.tell_loss(), None);
     }
 
     #[test]

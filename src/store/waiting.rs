@@ -14,11 +14,13 @@
 //!    since the host tells nobody that it has room.
 //! 5. A request that waits holds nothing: no lock, gate, claim or thread. So nobody waits for it, either.
 //! 6. A [`Cancel`] once given holds for good: who comes with it later does not wait.
+//! 7. A panic on the thread that attends fails those who wait; it leaves none waiting for a thread that is gone.
 //!
 //! # After a crash
 //! Nothing of it was acknowledged.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -46,6 +48,8 @@ pub enum Need {
         /// Bytes.
         bytes: u64,
     },
+    /// The server that the disk is on, which is away; of disks that have one.
+    Server,
 }
 
 /// What is done when the waiting is over: `Ok` when it is worth another attempt, `Cancelled` or `ReadOnly` when it is not.
@@ -54,13 +58,19 @@ pub type Go = Box<dyn FnOnce(Result<()>) + Send>;
 /// Tells whether nobody will ever take the answer of a request.
 type GivenUp = Box<dyn Fn() -> bool + Send + Sync>;
 
+/// Where requests wait.
+pub trait Lobby: Send + Sync {
+    /// Looks who has been called back, and has them told soon; returns at once.
+    fn look(&self);
+}
+
 /// Calls back requests that wait: those that were given it, now and later.
 #[derive(Default)]
 pub struct Cancel {
     asked: AtomicBool,
     given_up: Option<GivenUp>,
     /// Where somebody waits or has waited with it.
-    rooms: Mutex<Vec<Weak<Shared>>>,
+    rooms: Mutex<Vec<Weak<dyn Lobby>>>,
 }
 
 impl std::fmt::Debug for Cancel {
@@ -83,12 +93,12 @@ impl Cancel {
     }
 
     /// Tells whether it was given; with `ask` whether the request has been given up, too.
-    fn holds(&self, ask: bool) -> bool {
+    pub fn holds(&self, ask: bool) -> bool {
         self.asked.load(Ordering::SeqCst) || ask && self.given_up.as_ref().is_some_and(|given_up| given_up())
     }
 
-    fn enter(&self, room: &Arc<Shared>) {
-        let room = Arc::downgrade(room);
+    /// Has it tell a room when it is given. Whoever waits there looks whether it holds after this.
+    pub fn enter(&self, room: Weak<dyn Lobby>) {
         let mut rooms = self.rooms.lock();
         if !rooms.iter().any(|known| known.ptr_eq(&room)) {
             rooms.push(room);
@@ -173,17 +183,29 @@ impl WaitingRoom {
             state.closed = true;
             state.end_all()
         };
-        over.into_iter().for_each(|(go, result)| go(result));
+        tell(over);
     }
 }
 
-impl Shared {
+impl Lobby for Shared {
     fn look(&self) {
         let mut state = self.state.lock();
         if !state.disks.is_empty() {
             state.look = true;
             self.changed.notify_all();
         }
+    }
+}
+
+impl Shared {
+    /// Fails everybody who waits: nobody attends to them any more.
+    fn fail_all(&self, error: &dyn Fn() -> Error) {
+        let over = {
+            let mut state = self.state.lock();
+            state.attended = false;
+            state.end_all()
+        };
+        tell(over.into_iter().map(|(go, _)| (go, Err(error()))).collect());
     }
 }
 
@@ -297,6 +319,23 @@ impl State {
     }
 }
 
+/// Tells everybody whose waiting is over; one who panics over it takes no other with it.
+fn tell(over: Over) {
+    for (go, result) in over {
+        if catch_unwind(AssertUnwindSafe(|| go(result))).is_err() {
+            tracing::error!("a request that waited failed on a mistake in this program");
+        }
+    }
+}
+
+/// Attends until nobody waits; whoever still waits after a panic is told that it failed.
+fn attend_all(shared: &Shared, store: &Weak<Store>) {
+    if catch_unwind(AssertUnwindSafe(|| attend(shared, store))).is_err() {
+        tracing::error!("those who wait failed on a mistake in this program");
+        shared.fail_all(&|| Error::failed("the request waited, and failed on a mistake in this program"));
+    }
+}
+
 /// Lets go who can, until nobody waits.
 fn attend(shared: &Shared, store: &Weak<Store>) {
     loop {
@@ -311,7 +350,7 @@ fn attend(shared: &Shared, store: &Weak<Store>) {
             state.attended = next.is_some();
             (over, next)
         };
-        over.into_iter().for_each(|(go, result)| go(result));
+        tell(over);
         // Not while anything is locked: it may be the last one.
         drop(store);
         let Some(next) = next else { return };
@@ -327,7 +366,7 @@ impl Store {
     pub fn wait(self: &Arc<Self>, head: &Arc<Head>, need: Need, cancel: &Arc<Cancel>, go: Go) {
         let shared = &self.waiting.shared;
         // Before it is asked whether it holds.
-        cancel.enter(shared);
+        cancel.enter(Arc::downgrade(shared) as Weak<dyn Lobby>);
         let begin = {
             let mut state = shared.state.lock();
             if state.closed {
@@ -337,6 +376,11 @@ impl Store {
             let (bytes, is_turn) = match need {
                 Need::Turn { bytes } => (bytes, true),
                 Need::Room { bytes } => (bytes, false),
+                Need::Server => {
+                    // It is here.
+                    drop(state);
+                    return go(Ok(()));
+                }
             };
             let waiter = Waiter { head: Arc::clone(head), bytes, cancel: Arc::clone(cancel), go };
             waiter.counter(is_turn).fetch_add(1, Ordering::AcqRel);
@@ -354,16 +398,10 @@ impl Store {
             return;
         }
         let (room, store) = (Arc::clone(shared), Arc::downgrade(self));
-        let attend = move || attend(&room, &store);
+        let attend = move || attend_all(&room, &store);
         if let Err(error) = std::thread::Builder::new().name("afterimage-wait".into()).spawn(attend) {
             tracing::error!("the host has no thread for requests that wait: {error}");
-            let over = {
-                let mut state = shared.state.lock();
-                state.attended = false;
-                state.end_all()
-            };
-            let failed = || Err(Error::failed("the host has no thread for requests that wait"));
-            over.into_iter().for_each(|(go, _)| go(failed()));
+            shared.fail_all(&|| Error::failed("the host has no thread for requests that wait"));
         }
     }
 }

@@ -104,6 +104,10 @@ impl Place {
                 "{shown} cannot be received into: its name is not UTF-8 or it is a folder"
             )));
         };
+        if path.is_dir() {
+            return Err(Error::usage(format!("{shown} is a directory, and what is received is a file"))
+                .hint("name a file in it, or a block device"));
+        }
         let folder = |dir: &Path| -> Result<Arc<dyn Media>> {
             let media = HostMedia::new(dir).map_err(|e| Error::io(format!("cannot open {}", dir.display()), e))?;
             Ok(Arc::new(media))

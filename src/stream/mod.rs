@@ -24,7 +24,6 @@ mod receive;
 mod send;
 mod source;
 mod token;
-mod verify;
 mod writer;
 
 pub use file::{FileOptions, FileReport, Place, file_token, receive_at, receive_file};

@@ -11,10 +11,10 @@ use super::fetch::{Fetcher, Job, with_readers};
 use super::format::DATA_MAX;
 use super::source::Source;
 use super::token::Token;
-use super::verify::Verifier;
 use super::writer::StreamWriter;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
+use crate::snapshot::Verifier;
 use crate::snapshot::diff::Extent;
 use crate::store::Store;
 use crate::units::{BLOCK_SIZE, CHUNK_SIZE, ChunkIndex, to_usize};
@@ -127,7 +127,7 @@ enum Item {
 
 struct Sender<'a, 'b> {
     source: &'a Source,
-    verifier: Verifier<'a>,
+    verifier: Verifier,
     fetcher: &'a Fetcher<'a>,
     writer: &'a mut StreamWriter<'b>,
     progress: &'a dyn Progress,
@@ -144,7 +144,7 @@ struct Sender<'a, 'b> {
 impl<'a, 'b> Sender<'a, 'b> {
     fn new(
         source: &'a Source,
-        verifier: Verifier<'a>,
+        verifier: Verifier,
         fetcher: &'a Fetcher<'a>,
         writer: &'a mut StreamWriter<'b>,
         progress: &'a dyn Progress,

@@ -104,14 +104,30 @@ impl Cpu {
         Ok(state)
     }
 
-    /// Sets what [`Cpu::xsave`] has read; refuses another length than this machine has.
+    /// Sets what [`Cpu::xsave`] has read, maybe on another host: where it is longer there it must end in zeros, which is the
+    /// state of units that were not used.
     pub fn set_xsave(&self, state: &Xsave) -> io::Result<()> {
-        if state.as_slice().len() != self.xsave_words() {
-            let what = "the state of a processor has another length on this host";
+        let (words, own) = (state.as_slice(), self.xsave_words());
+        if words.len() == own {
+            // SAFETY: it is as long as this machine says the state is.
+            return Ok(unsafe { self.fd.set_xsave2(state) }?);
+        }
+        if words.iter().skip(own).any(|word| *word != 0) {
+            let what = "the processor has units in use that those of this host lack";
             return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
         }
+        let mut fitted = Xsave::new(own).map_err(|e| io::Error::other(format!("no room: {e:?}")))?;
+        // SAFETY: only the bytes change, not how many there are.
+        unsafe { fitted.as_mut_fam_struct() }.xsave.region = state.as_fam_struct_ref().xsave.region;
+        fitted.as_mut_slice().iter_mut().zip(words).for_each(|(to, from)| *to = *from);
         // SAFETY: it is as long as this machine says the state is.
-        Ok(unsafe { self.fd.set_xsave2(state) }?)
+        Ok(unsafe { self.fd.set_xsave2(&fitted) }?)
+    }
+
+    /// Tells whether KVM keeps what a guest runs in machines of its own.
+    #[must_use]
+    pub fn has_nested_state(&self) -> bool {
+        self.vm.check_extension(Cap::NestedState)
     }
 
     /// Words of that state beyond those that every machine has.

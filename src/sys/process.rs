@@ -3,9 +3,10 @@
 
 use std::ffi::CString;
 use std::io;
+use std::os::fd::AsFd;
 use std::ptr;
 
-use rustix::process::{Resource, Rlimit};
+use rustix::process::{Gid, Resource, Rlimit, Uid};
 
 /// Bytes of the texts that belong to a user; more than any system has.
 const TEXTS: usize = 64 << 10;
@@ -89,6 +90,12 @@ pub fn find_user(name: &str) -> io::Result<Option<User>> {
         libc::ENOENT | libc::ESRCH => Ok(None),
         _ => Err(io::Error::from_raw_os_error(error)),
     }
+}
+
+/// Gives what a descriptor is of to a user.
+pub fn give_to(what: impl AsFd, user: User) -> io::Result<()> {
+    let (owner, group) = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
+    Ok(rustix::fs::fchown(what, Some(owner), Some(group))?)
 }
 
 /// Makes all threads of this process those of another user, in no group but the main one, for good.

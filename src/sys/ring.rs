@@ -23,7 +23,7 @@ use io_uring::{IoUring, opcode, squeue, types};
 use super::pages::Pages;
 
 /// Bytes of a job that is done in the ordinary way at most.
-const ALONE_MAX: usize = 64 << 10;
+pub const ALONE_MAX: usize = 64 << 10;
 /// Bits of the user data that number the piece of a job.
 const PIECE_BITS: u32 = 16;
 /// The user data of watched descriptors begins here.

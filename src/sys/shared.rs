@@ -85,11 +85,15 @@ impl Shared {
         Self::new(MmapRegion::from_file(FileOffset::new(file, offset), len).map_err(io::Error::other)?)
     }
 
-    /// Enters a mapping, which may be touched from then on as long as this lives.
+    fn new(map: MmapRegion<()>) -> io::Result<Self> {
+        Self::guard(Arc::new(map))
+    }
+
+    /// Enters a mapping of small pages that is there already: it may be touched from then on as long as this lives.
     ///
     /// # Errors
     /// When there are too many, or the host does not let the signal be handled.
-    fn new(map: MmapRegion<()>) -> io::Result<Self> {
+    pub fn guard(map: Arc<MmapRegion<()>>) -> io::Result<Self> {
         let mut free = FREE.lock();
         install()?;
         let slot = match free.pop() {
@@ -102,7 +106,7 @@ impl Shared {
         TABLE[slot].start.store(start, Ordering::SeqCst);
         TABLE[slot].end.store(start + map.size(), Ordering::SeqCst);
         TABLE[slot].generation.fetch_add(1, Ordering::SeqCst);
-        Ok(Self { map: Arc::new(map), slot })
+        Ok(Self { map, slot })
     }
 
     /// Returns the mapping.

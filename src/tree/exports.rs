@@ -181,7 +181,8 @@ impl Tree {
             Node::Extent { epoch, slot } => {
                 let (held, cut) = self.shown(slot, epoch)?;
                 let window = extent::open(&self.store, held, cut, slot, epoch);
-                Ok((Fixed::Window(window.map_err(|error| Errno::from(error).stale())?), true))
+                let window = window.map_err(|error| Errno::from(error).stale())?;
+                Ok((Fixed::Window(window.verified(&self.verifiers)), true))
             }
             Node::Record(id) => {
                 let until = clock::now() + RECORD_WAIT;

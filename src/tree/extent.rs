@@ -3,7 +3,8 @@
 //! An extent file is known by the newest epoch that touched any of its chunks, as the look-ups of the snapshot see it,
 //! tombstones and touches of a resize included. Two snapshots for which that epoch is the same have the same bytes there,
 //! because both descend from the state that ended it and neither has anything newer. So the epoch is in the inode number, and
-//! its stamp, unique in the lineage, is the time.
+//! its stamp, unique in the pool, is the time: also where another disk comes to the same path, by a rename or by what
+//! `mount --export` shows there, size and time differ from those of the one before.
 //!
 //! # Rules
 //! 1. Nothing is read but the map: length, time and mapped bytes of all extents come from one walk over it.

@@ -13,7 +13,7 @@
 //!    that comes alone it does itself; what comes meanwhile is then taken together.
 //! 2. A read or write is answered when its I/O is done and, for a write, mapped ([`crate::disk::Writing`]).
 //! 3. What the fast way finds wrong or unusual it does not answer: it is done again in the ordinary way, which knows.
-//! 4. A handler that panics is answered with EIO and takes nothing else with it.
+//! 4. A handler that panics is answered with EIO and takes nothing else with it. A panic elsewhere ends the mount.
 //!
 //! # Why it never sleeps on something undone
 //! It waits for the kernel's next request alone only when the ring has no job, finished or not; else in the ring, which does
@@ -75,12 +75,34 @@ enum What {
     Ahead(u64, Located),
 }
 
-/// A read or write that is done by another thread.
+/// A read or write that is done by another thread. One that is dropped is answered with EIO: who asked waits for an answer.
 struct Move {
     device: Arc<Device>,
     unique: u64,
     transfer: Transfer,
-    pages: Pages,
+    /// Gone with the answer.
+    pages: Option<Pages>,
+}
+
+impl Move {
+    fn data(&mut self) -> &mut [u8] {
+        let len = self.transfer.size as usize;
+        &mut self.pages.as_mut().expect("not answered yet")[DATA..DATA + len]
+    }
+
+    /// Takes the memory, to answer now.
+    fn take_pages(&mut self) -> Pages {
+        self.pages.take().expect("answered once")
+    }
+}
+
+impl Drop for Move {
+    fn drop(&mut self) {
+        if let Some(pages) = self.pages.take() {
+            self.device.fail(self.unique, libc::EIO);
+            self.device.give_back(pages);
+        }
+    }
 }
 
 struct Reading(Move);
@@ -91,15 +113,16 @@ impl Errand for Reading {
     type Done = usize;
 
     fn attempt(&mut self, tree: &Tree, _had_turn: bool) -> Result<usize, Halt> {
-        let Move { transfer, pages, .. } = &mut self.0;
-        Ok(tree.read(transfer.handle, &mut pages[DATA..DATA + transfer.size as usize], transfer.offset)?)
+        let transfer = self.0.transfer;
+        Ok(tree.read(transfer.handle, self.0.data(), transfer.offset)?)
     }
 
-    fn answer(self, answer: Answer<usize>) {
-        let Move { device, unique, mut pages, .. } = self.0;
+    fn answer(mut self, answer: Answer<usize>) {
+        let mut pages = self.0.take_pages();
+        let Move { device, unique, .. } = &self.0;
         match answer {
-            Ok(len) => device.send_data(unique, &mut pages, len),
-            Err(errno) => device.fail(unique, errno.0),
+            Ok(len) => device.send_data(*unique, &mut pages, len),
+            Err(errno) => device.fail(*unique, errno.0),
         }
         device.give_back(pages);
     }
@@ -109,16 +132,16 @@ impl Errand for Writing {
     type Done = usize;
 
     fn attempt(&mut self, tree: &Tree, _had_turn: bool) -> Result<usize, Halt> {
-        let Move { transfer, pages, .. } = &self.0;
-        let data = &pages[DATA..DATA + transfer.size as usize];
-        tree.write(transfer.handle, data, transfer.offset, transfer.flags)
+        let transfer = self.0.transfer;
+        tree.write(transfer.handle, self.0.data(), transfer.offset, transfer.flags)
     }
 
-    fn answer(self, answer: Answer<usize>) {
-        let Move { device, unique, pages, .. } = self.0;
+    fn answer(mut self, answer: Answer<usize>) {
+        let pages = self.0.take_pages();
+        let Move { device, unique, .. } = &self.0;
         match answer {
-            Ok(len) => device.send(&wire::written(unique, u32::try_from(len).expect("no request is longer"))),
-            Err(errno) => device.fail(unique, errno.0),
+            Ok(len) => device.send(&wire::written(*unique, u32::try_from(len).expect("no request is longer"))),
+            Err(errno) => device.fail(*unique, errno.0),
         }
         device.give_back(pages);
     }
@@ -400,7 +423,7 @@ impl Loop {
     }
 
     fn errand(&self, unique: u64, transfer: Transfer, pages: Pages) -> Move {
-        Move { device: Arc::clone(&self.device), unique, transfer, pages }
+        Move { device: Arc::clone(&self.device), unique, transfer, pages: Some(pages) }
     }
 
     fn read_aside(&self, asker: Asker, transfer: Transfer, pages: Pages) {
@@ -477,13 +500,25 @@ impl Loop {
 }
 
 /// Passes what fuser answers on to the kernel until fuser is gone.
-pub(super) fn pass_answers(device: &Device, fuser: &OwnedFd) {
+pub(super) fn pass_answers(device: &Device, fuser: &Arc<OwnedFd>) {
+    let _cut = Cut(Arc::clone(fuser));
     let mut answer = vec![0; 256 << 10];
     while let Ok((len, _)) = rustix::net::recv(fuser, &mut answer[..], rustix::net::RecvFlags::empty()) {
         if len == 0 {
             return;
         }
         device.send(&answer[..len]);
+    }
+}
+
+/// Cuts fuser off when it is dropped, however that comes about. Whoever reads from it or passes requests on to it notices
+/// then, and the mount ends for everybody; with a thread missing, programs would wait for ever for answers nobody gives.
+pub(super) struct Cut(pub(super) Arc<OwnedFd>);
+
+impl Drop for Cut {
+    fn drop(&mut self) {
+        // It fails for one that has no other end any more.
+        rustix::net::shutdown(&self.0, rustix::net::Shutdown::Both).ok();
     }
 }
 

@@ -32,6 +32,7 @@ use super::state::{Owner, Tree};
 use super::waits::Waits;
 use crate::clock;
 use crate::error::{Error, Result};
+use crate::snapshot;
 use crate::store::Store;
 use crate::sync::{Condvar, Mutex};
 use crate::units::SnapshotId;
@@ -320,13 +321,14 @@ pub fn mount(store: &Arc<Store>, mountpoint: &Path, options: &MountOptions) -> R
 /// when the snapshot is removed or retired.
 ///
 /// # Errors
-/// As [`mount`]; `Kind::NotFound` when there is no such live snapshot.
+/// As [`mount`]; `Kind::NotFound` when there is no such snapshot, `Kind::Failed` when it is retired.
 pub fn mount_extents(
     store: &Arc<Store>,
     snapshot: SnapshotId,
     mountpoint: &Path,
     options: &MountOptions,
 ) -> Result<Mounted> {
+    drop(snapshot::open_by_id(store, snapshot)?);
     serve(store, Tree::of_extents(Arc::clone(store), owner(options), snapshot)?, mountpoint, options)
 }
 
@@ -390,7 +392,9 @@ fn serve(store: &Arc<Store>, tree: Tree, mountpoint: &Path, options: &MountOptio
 fn announce(queue: &Queue, notifier: &Notifier) {
     while let Some(items) = queue.take() {
         for item in &items {
-            if let Err(error) = tell(notifier, item) {
+            // A panic is a line in the log: without this thread every command would wait in vain.
+            let told = catch_unwind(AssertUnwindSafe(|| tell(notifier, item)));
+            if let Ok(Err(error)) = told {
                 tracing::debug!("cannot tell the kernel to forget {item:?}: {error}");
             }
             queue.told(1);

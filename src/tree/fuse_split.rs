@@ -20,7 +20,7 @@ use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 
 use super::fuse::{Mount, REQUEST_MAX};
 use super::fuse_device::Device;
-use super::fuse_loop::{Flight, Loop, pass_answers};
+use super::fuse_loop::{Cut, Flight, Loop, pass_answers};
 use super::fuse_wire as wire;
 use super::stale::Queue;
 use super::state::Tree;
@@ -64,11 +64,18 @@ fn serve_split(session: Session<Mount>, parts: Parts, mut ring: Ring<Flight>) ->
     let device = Device::new(fs::File::from(session.as_fd().try_clone_to_owned()?), REQUEST_MAX as usize)?;
     let (near, far) = rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
     let near = Arc::new(near);
+    let _cut = Cut(Arc::clone(&near));
     let mount = Mount { tree: Arc::clone(&tree), waits: Arc::clone(&waits), number, queue };
     let mut config = Config::default();
     config.n_threads = Some(threads);
     let other = greet(mount, &near, far, acl, config)?;
-    let running = std::thread::Builder::new().name("mount-fuser".into()).spawn(move || other.run())?;
+    let running = std::thread::Builder::new().name("mount-fuser".into()).spawn({
+        let cut = Cut(Arc::clone(&near));
+        move || {
+            let _cut = cut;
+            other.run()
+        }
+    })?;
     let answers = {
         let (device, near) = (Arc::clone(&device), Arc::clone(&near));
         std::thread::Builder::new().name("mount-answer".into()).spawn(move || pass_answers(&device, &near))?

@@ -19,7 +19,7 @@ use super::state::{Attr, Tree};
 use super::window::{Held, Window};
 use crate::error::Result;
 use crate::export::{self, Increment, Member, Sums};
-use crate::snapshot;
+use crate::snapshot::{self, VerifiedReader};
 use crate::store::{Status, Tables};
 use crate::sync::Mutex;
 use crate::units::{BranchId, DiskId, Epoch, SnapshotId};
@@ -161,14 +161,16 @@ fn parent_snapshot(tables: &Tables, disk: DiskId, of: (BranchId, Epoch)) -> Opti
 impl Tree {
     /// Finds an increment directory by its name.
     pub(super) fn increment_named(&self, disk: DiskId, name: &str) -> Answer<Attr> {
-        let (old, new) = name.split_once(BETWEEN).ok_or(Errno::ENOENT)?;
         let pair = {
             let tables = self.store.tables.read();
-            let find = |name: &str| tables.snapshot(disk, name).map(|(_, row)| row).map_err(|_| Errno::ENOENT);
-            let (old, new) = (find(old)?, find(new)?);
-            if new.status != Status::Live || !matches!(old.status, Status::Live | Status::Retired) {
-                return Err(Errno::ENOENT);
-            }
+            let find = |name: &str| tables.snapshot(disk, name).map(|(_, row)| row).ok();
+            // `v1...v2`: a name may end in a dot, and then it is not the first two that stand between.
+            let splits = (0..name.len()).filter(|at| name.as_bytes()[*at..].starts_with(BETWEEN.as_bytes()));
+            let pairs = splits.filter_map(|at| Some((find(&name[..at])?, find(&name[at + BETWEEN.len()..])?)));
+            let (old, new) = pairs
+                .filter(|(_, new)| new.status == Status::Live)
+                .find(|(old, _)| matches!(old.status, Status::Live | Status::Retired))
+                .ok_or(Errno::ENOENT)?;
             Pair { old: old.snapshot, new: new.snapshot }
         };
         self.increment_attr(self.increments.number(pair)?)
@@ -268,7 +270,8 @@ impl Tree {
             Member::Data(part) => {
                 let pair = self.increments.pair(number)?;
                 let (held, cut) = Held::new(&self.store, pair.new).map_err(|error| Errno::from(error).stale())?;
-                return Ok(Fixed::Window(Window::new(&self.store, held, cut, part.offset, part.length)));
+                let window = Window::new(&self.store, held, cut, part.offset, part.length);
+                return Ok(Fixed::Window(window.verified(&self.verifiers)));
             }
             Member::Zeros => increment.zeros_text(),
             Member::Apply => increment.apply_text(),
@@ -286,7 +289,8 @@ impl Tree {
         }
         let pair = self.increments.pair(number)?;
         let device = snapshot::open_by_id(&self.store, pair.new).map_err(|error| Errno::from(error).stale())?;
-        let made = Arc::new(described.increment.sums(|buf, at| crate::disk::BlockDevice::read(&*device, buf, at))?);
+        let mut reader = VerifiedReader::new(&device)?;
+        let made = Arc::new(described.increment.sums(|buf, at| reader.read(buf, at))?);
         *sums = Some(Arc::clone(&made));
         Ok(made)
     }

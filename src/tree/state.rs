@@ -24,7 +24,7 @@ use super::window::Held;
 use crate::clock;
 use crate::disk::{self, BlockDevice, Disk};
 use crate::error::{Error, Kind};
-use crate::snapshot;
+use crate::snapshot::{self, Verifiers};
 use crate::store::{Change, DiskInfo, Need, Room, SnapshotInfo, SnapshotState, Store};
 use crate::sync::{Mutex, RwLock};
 use crate::units::{DiskId, SnapshotId};
@@ -79,6 +79,8 @@ pub struct Tree {
     pub(super) extents: Extents,
     /// The increment directories that were looked up.
     pub(super) increments: Increments,
+    /// The checksums of what is read of exports.
+    pub(super) verifiers: Arc<Verifiers>,
     /// The one snapshot whose extent files are the whole tree, if it shows no more.
     pub(super) only: Option<(Arc<Held>, Cut)>,
     /// What stands in `snapshot.json` then.
@@ -100,6 +102,7 @@ impl Tree {
             doubtful: Mutex::default(),
             extents: Extents::default(),
             increments: Increments::default(),
+            verifiers: Arc::default(),
             only: None,
             about: None,
         }

@@ -2,7 +2,8 @@
 //!
 //! # Rules
 //! 1. Who has a window open holds the snapshot, so its data and the rows that lead to it stay until the last one lets go.
-//! 2. Where the blocks are is found again at each read, unless it was found at opening: a directory may have tens of
+//! 2. What is read is compared with its seals, as `send` and `export` do: a backup made of these files has no damaged block.
+//! 3. Where the blocks are is found again at each read, unless it was found at opening: a directory may have tens of
 //!    thousands of files, and each is read once.
 
 use std::borrow::Cow;
@@ -11,7 +12,8 @@ use std::sync::atomic::Ordering;
 
 use super::extent::Cut;
 use crate::error::Result;
-use crate::map::Entry;
+use crate::map::{Entry, Run};
+use crate::snapshot::Verifiers;
 use crate::store::Store;
 use crate::units::{BLOCK_SIZE, CHUNK_SIZE, ChunkIndex, SnapshotId, to_usize};
 
@@ -51,6 +53,8 @@ pub struct Window {
     length: u64,
     /// The entries of its chunks, if they were looked up before.
     entries: Vec<Entry>,
+    /// What all that is read is compared with.
+    verifiers: Option<Arc<Verifiers>>,
     _held: Arc<Held>,
 }
 
@@ -59,13 +63,19 @@ impl Window {
     #[must_use]
     pub fn new(store: &Arc<Store>, held: Arc<Held>, cut: Cut, offset: u64, length: u64) -> Self {
         assert!(offset.checked_add(length).is_some_and(|end| end <= cut.size), "a window lies inside its snapshot");
-        Self { store: Arc::clone(store), cut, offset, length, entries: Vec::new(), _held: held }
+        Self { store: Arc::clone(store), cut, offset, length, entries: Vec::new(), verifiers: None, _held: held }
     }
 
     /// Sets the entries of its chunks, which were looked up before.
     #[must_use]
     pub fn knowing(self, entries: Vec<Entry>) -> Self {
         Self { entries, ..self }
+    }
+
+    /// Has all that is read compared with its seals.
+    #[must_use]
+    pub fn verified(self, verifiers: &Arc<Verifiers>) -> Self {
+        Self { verifiers: Some(Arc::clone(verifiers)), ..self }
     }
 
     /// Returns the length.
@@ -100,19 +110,28 @@ impl Window {
             let (now, later) = rest.split_at_mut(here);
             let end = within + here as u64;
             let (first, last) = (to_usize(within / BLOCK_SIZE), to_usize(end.div_ceil(BLOCK_SIZE)));
-            for run in self.entry(chunk)?.runs(first, last) {
+            let runs = self.entry(chunk)?.runs(first, last);
+            for run in &runs {
                 let start = (run.start as u64 * BLOCK_SIZE).max(within);
                 let stop = ((run.start + run.len) as u64 * BLOCK_SIZE).min(end);
                 let part = &mut now[to_usize(start - within)..to_usize(stop - within)];
-                self.store.read_run(&run, part, start - run.start as u64 * BLOCK_SIZE).map_err(|error| {
-                    let error = self.store.name_bytes(error, &run, chunk, (start, stop));
+                self.store.read_run(run, part, start - run.start as u64 * BLOCK_SIZE).map_err(|error| {
+                    let error = self.store.name_bytes(error, run, chunk, (start, stop));
                     self.store.name_snapshot(error, self.cut.id)
                 })?;
             }
+            self.compare(chunk, &runs, now, within)?;
             at += here as u64;
             rest = later;
         }
         Ok(())
+    }
+
+    fn compare(&self, chunk: ChunkIndex, runs: &[Run], bytes: &[u8], within: u64) -> Result<()> {
+        let Some(verifiers) = &self.verifiers else { return Ok(()) };
+        let verifier = verifiers.of(&self.store, self.cut.key)?;
+        let compared = verifier.lock().compare(chunk, runs, bytes, within);
+        compared.map(drop).map_err(|error| self.store.name_snapshot(error, self.cut.id))
     }
 
     /// Returns the first mapped stretch at or after `offset`, clipped to the length.

@@ -6,14 +6,20 @@
 //! 2. The data of a part that is written is copied out of the guest when the part is begun, once; the guest may change it
 //!    after. What is read is copied into the guest when it is there.
 //! 3. After a part has failed no other of its request is begun.
-//! 4. A request that was called back while it waited for room or for a limit is not answered: whoever uses the queue next has
+//! 4. All memory beyond [`OWN`] comes out of a pot that all clients of the process share, also what is only kept for the next
+//!    request. A part for which there is none waits until another one of its queue has ended; a queue without any can
+//!    always begin one, so none ever waits for other clients. When others wait for the pot ([`crate::budget`]), what is only kept
+//!    is given up with the next part that ends, and by who rests ([`Flights::rest`]).
+//! 5. A request that was called back while it waited for room or for a limit is not answered: whoever uses the queue next has
 //!    to begin it again, all of it ([`Flights::left`]). So it is with one of which parts were not begun when the device is
-//!    served no more.
+//!    served no more, also if they only waited for memory.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use super::request::{Request, SERIAL, Status, What};
 use super::service::{Memory, Target};
+use crate::budget::Share;
 use crate::disk::engine::{Done, Op, Request as Part};
 use crate::disk::{Buffers, Engine};
 use crate::error::{Kind, Result};
@@ -24,8 +30,10 @@ use crate::units::to_usize;
 pub(super) const PART: usize = 1 << 20;
 /// Parts of one request that are under way at a time.
 const PARTS_MAX: usize = 4;
-/// Threads for what may have to wait: flushes and discards, reads of what is not in memory.
-const THREADS: usize = 8;
+/// Bytes of memory that a queue may always have: those of the longest part.
+const OWN: usize = PART;
+/// Bytes of the shared memory that a queue keeps although it does not need them now.
+const SLACK: usize = 4 << 20;
 
 /// Which part of which request.
 #[derive(Debug, Clone, Copy)]
@@ -46,9 +54,17 @@ struct Flight {
     failed: bool,
     /// A part was called back before it was done.
     called_back: bool,
+    /// Its next part waits for memory.
+    waits: bool,
 }
 
 impl Flight {
+    /// Returns how many bytes of memory its next part needs; 0 if there is none to be begun, or it needs none.
+    fn need(&self) -> usize {
+        let over = self.failed || self.called_back || self.left >= PARTS_MAX || !moves(&self.request.what);
+        if over { 0 } else { (self.request.data.len() - self.begun).min(PART) }
+    }
+
     /// Tells whether there is a part that was not begun.
     fn has_more(&self) -> bool {
         match &self.request.what {
@@ -73,23 +89,26 @@ pub(super) struct Flights {
     answered: Vec<(u16, u32)>,
     /// Heads of what was called back.
     left: Vec<u16>,
-    /// Bytes of memory that parts under way have.
-    bytes: usize,
+    /// Slots of those whose next part waits for memory, in order.
+    waiting: VecDeque<usize>,
+    /// What they have of the memory that all share.
+    share: Share,
 }
 
 impl Flights {
     /// Makes none yet; `cancel` calls back what waits on purpose.
     pub(super) fn new(target: Arc<Target>, durable: bool, cancel: Arc<Cancel>) -> Result<Self> {
         Ok(Self {
+            engine: Engine::new("disk-work", target.device.threads(), cancel)?,
+            share: target.requests.nothing(),
             target,
-            engine: Engine::new("disk-work", THREADS, cancel)?,
             buffers: Buffers::default(),
             flights: Vec::new(),
             free: Vec::new(),
             durable,
             answered: Vec::new(),
             left: Vec::new(),
-            bytes: 0,
+            waiting: VecDeque::new(),
         })
     }
 
@@ -100,7 +119,51 @@ impl Flights {
 
     /// Returns how much memory they have.
     pub(super) fn bytes(&self) -> usize {
-        self.bytes
+        self.buffers.lent()
+    }
+
+    /// Tells whether one of them waits for memory.
+    pub(super) fn wait_for_memory(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
+    /// Gives up all memory that is only kept.
+    pub(super) fn rest(&mut self) {
+        self.buffers.trim();
+        self.share.shrink(self.shared(0));
+    }
+
+    /// Returns how much of the shared memory is needed for all there is and `more` bytes.
+    fn shared(&self, more: usize) -> usize {
+        (self.buffers.total() + more).saturating_sub(OWN)
+    }
+
+    /// Sees to it that there is memory for a part of so many bytes; false when it has to wait for another part to end.
+    fn make_room(&mut self, len: usize) -> bool {
+        if len == 0 {
+            return true;
+        }
+        self.buffers.save(false);
+        if self.share.grow(self.shared(self.buffers.cost(len))) {
+            return true;
+        }
+        self.buffers.trim();
+        self.buffers.save(true);
+        let there = self.share.grow(self.shared(self.buffers.cost(len)));
+        assert!(there || self.buffers.lent() > 0, "a part fits into what a queue may always have");
+        there
+    }
+
+    /// Gives back what is not needed.
+    fn settle(&mut self) {
+        let wanted = self.share.units() > 0 && self.target.requests.is_wanted();
+        if wanted {
+            self.buffers.trim();
+        }
+        let needed = self.shared(0);
+        if self.share.units() > needed + if wanted { 0 } else { SLACK } {
+            self.share.shrink(needed);
+        }
     }
 
     pub(super) fn engine(&mut self) -> &mut Engine<Tag> {
@@ -134,7 +197,7 @@ impl Flights {
             }
             _ => {}
         }
-        let flight = Flight { head, request, begun: 0, left: 0, failed: false, called_back: false };
+        let flight = Flight { head, request, begun: 0, left: 0, failed: false, called_back: false, waits: false };
         let slot = self.free.pop().unwrap_or(self.flights.len());
         if slot == self.flights.len() {
             self.flights.push(None);
@@ -142,18 +205,23 @@ impl Flights {
         self.go_on(memory, slot, flight);
     }
 
-    /// Begins as many parts as may be under way; answers the request if there is none.
+    /// Begins as many parts as may be under way and have memory; answers the request if there is none.
     fn go_on(&mut self, memory: &dyn Memory, slot: usize, mut flight: Flight) {
         while flight.left < PARTS_MAX && !flight.failed && !flight.called_back {
             if self.target.has_ended() && flight.has_more() {
                 flight.called_back = true;
                 break;
             }
+            if !self.make_room(flight.need()) {
+                flight.waits = true;
+                self.waiting.push_back(slot);
+                break;
+            }
             let Some(part) = self.next_part(memory, slot, &mut flight) else { break };
             flight.left += 1;
             self.engine.begin(part);
         }
-        if flight.left > 0 {
+        if flight.left > 0 || flight.waits {
             self.flights[slot] = Some(flight);
             return;
         }
@@ -198,7 +266,6 @@ impl Flights {
                 flight.failed = true;
                 return None;
             }
-            self.bytes += memory_of_part.len();
             flight.begun += len;
             pages = Some(memory_of_part);
         } else {
@@ -226,12 +293,32 @@ impl Flights {
                 if part.op == Op::Read && !flight.failed && !flight.called_back {
                     flight.failed = !flight.request.data.copy_in(memory.map(), from, &pages[..to_usize(part.len)]);
                 }
-                self.bytes -= pages.len();
                 self.buffers.give_back(pages);
             }
+            if flight.waits {
+                self.flights[slot] = Some(flight);
+            } else {
+                self.go_on(memory, slot, flight);
+            }
+        }
+        self.go_on_with_waiting(memory);
+        self.settle();
+        any
+    }
+
+    /// Goes on with what waits for memory, in order, as far as there is some. None of it waits when the device is served no
+    /// more.
+    fn go_on_with_waiting(&mut self, memory: &dyn Memory) {
+        while let Some(slot) = self.waiting.front().copied() {
+            let flight = self.flights[slot].as_ref().expect("who waits is under way");
+            if !self.target.has_ended() && !self.make_room(flight.need()) {
+                return;
+            }
+            self.waiting.pop_front();
+            let mut flight = self.flights[slot].take().expect("it was there just now");
+            flight.waits = false;
             self.go_on(memory, slot, flight);
         }
-        any
     }
 
     fn answer(&mut self, memory: &dyn Memory, head: u16, request: &Request, status: Status, read: usize) {

@@ -27,6 +27,7 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use vm_memory::volatile_memory::VolatileMemory;
 use vm_memory::{AtomicAccess, Bytes};
 
+use super::sent::Kind;
 use crate::sys::shared::Shared;
 
 const VERSION: u16 = 1;
@@ -73,10 +74,11 @@ impl Region {
     /// Takes what the front end kept.
     ///
     /// # Errors
-    /// When it is too small, or cannot be mapped; also when it is of huge pages: what is needed of it is no whole ones.
+    /// When it is no memory, too small, or cannot be mapped; also when it is of huge pages: what is needed of it is no whole ones.
     pub(super) fn open(file: File, offset: u64, len: u64, queues: u16, size: u16) -> io::Result<Self> {
         let bad = |what| io::Error::new(io::ErrorKind::InvalidInput, what);
         let needed = stride(size) * usize::from(queues);
+        Kind::Memory.check(&file)?;
         if len < needed as u64 {
             return Err(bad("the inflight region is too small for its queues"));
         }

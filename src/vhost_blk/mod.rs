@@ -14,8 +14,10 @@
 //! 2. A flush is answered when every write answered before it is durable.
 //! 3. Before a queue stops, what it took is finished. What could not be, because the server was killed or the request waits
 //!    on purpose (for room, for a limit), is done again by the next one (see `inflight`).
-//! 4. Guest memory is only ever copied from and to.
-//! 5. The end of a server waits for what is under way, but not for ever: what the host does not end within ten seconds
+//! 4. Guest memory is only ever copied from and to. No descriptor of a front end makes anybody wait: see `sent`.
+//! 5. What front ends take of memory for requests and of descriptors is paid out of what all clients of the process share
+//!    ([`crate::budget`]); beyond that a queue does one part of a request after another, and a front end is refused.
+//! 6. The end of a server waits for what is under way, but not for ever: what the host does not end within ten seconds
 //!    can still write, so it keeps its lease until it cannot, and the log says so.
 //!
 //! # After a crash
@@ -31,6 +33,7 @@ mod inflight;
 mod memory;
 mod queue;
 pub mod request;
+mod sent;
 mod server;
 pub(crate) mod service;
 mod session;
@@ -41,6 +44,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use crate::budget::Budget;
 use crate::clock;
 use crate::disk::BlockDevice;
 use crate::error::{Error, Result};
@@ -64,6 +68,8 @@ pub struct Options {
     pub queues: usize,
     /// What the guest sees as the serial number; cut to 20 bytes.
     pub serial: String,
+    /// What its queues share with other clients of the process.
+    pub budget: Budget,
 }
 
 /// A disk that is served, until this is dropped.
@@ -87,9 +93,9 @@ pub fn start(options: Options, device: Arc<dyn BlockDevice>, keep: Box<dyn Any +
     if !(1..=QUEUES_MAX).contains(&options.queues) {
         return Err(Error::usage(format!("{} queues cannot be: a device has 1 to {QUEUES_MAX}", options.queues)));
     }
-    let target = Arc::new(Target::new(device, false, &options.serial));
+    let target = Arc::new(Target::new(device, false, &options.serial, options.budget.requests));
     let host = |e| Error::io("cannot serve a disk over vhost-user", e);
-    let shared = Arc::new(Shared::new(target, options.queues).map_err(host)?);
+    let shared = Arc::new(Shared::new(target, options.queues, options.budget.descriptors).map_err(host)?);
     let socket = Socket::listen(&options.socket, BACKLOG)?;
     socket.listener().set_nonblocking(true).map_err(host)?;
     let thread = server::run(socket, Arc::clone(&shared), keep).map_err(host)?;

@@ -81,7 +81,7 @@ impl Worker {
     ///
     /// # Errors
     /// When what was said about it makes no sense, or the host has no thread.
-    pub(super) fn start(setup: Setup, target: Arc<Target>, error: Option<Arc<File>>) -> io::Result<Self> {
+    pub(super) fn start(setup: Setup, target: Arc<Target>, error: Arc<Bell>) -> io::Result<Self> {
         let bad = |what: String| io::Error::new(io::ErrorKind::InvalidInput, what);
         let stop = Arc::new(Stop { asked: AtomicBool::new(false), event: bell::eventfd()?, cancel: Arc::default() });
         let (mut queue, again, track) = prepare(setup.track, setup.left, &setup.memory, |queue| {
@@ -112,7 +112,7 @@ impl Worker {
                     line.cut();
                 } else if let Err(reason) = served {
                     tracing::error!("a queue of a guest cannot be used any more: {reason}");
-                    error.iter().for_each(|error| bell::ring(error));
+                    error.ring();
                 }
                 Stopped { base: queue.next_avail(), left }
             }

@@ -3,7 +3,8 @@
 //! # Rules
 //! 1. A disk has one front end at a time, as a device has one driver; the next one waits until it is gone. One that does not
 //!    even say that it owns the device, for [`PATIENCE`], gives way to it.
-//! 2. Whatever a front end does wrong ends its connection, and the server goes on listening.
+//! 2. Whatever a front end does wrong ends its connection, and the server goes on listening. What its messages bring is looked
+//!    at before they are received ([`super::sent`]).
 //! 3. When the server stops, or a front end goes, what its queues had taken is finished first. What the disk was served
 //!    under, its lease, belongs to the thread that does that, however long it takes.
 //!
@@ -17,7 +18,7 @@ use std::io::{self, IoSliceMut};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -26,14 +27,16 @@ use vhost::vhost_user::message::{BackendReq, FrontendReq};
 use vhost::vhost_user::{BackendReqHandler, Error as ProtocolError};
 
 use super::bell;
+use super::sent::{HEAD, Inspector, Verdict};
 use super::service::Target;
 use super::session::Session;
+use crate::budget::Pot;
 use crate::clock::{self, Instant};
 use crate::media::socket::Socket;
 use crate::sync::{Condvar, Mutex};
 
-/// Bytes of the head of a message: request, flags, length of what follows.
-const HEAD: usize = 12;
+/// Descriptors of a connection: itself three times, the channel back, what is in flight, and one that is on its way.
+const DESCRIPTORS: usize = 6;
 /// The version of the protocol, in the flags.
 const VERSION: u32 = 1;
 /// How long a front end that says nothing keeps the next one waiting.
@@ -79,12 +82,16 @@ impl Line {
 pub(super) struct Shared {
     pub(super) target: Arc<Target>,
     pub(super) queues: usize,
+    /// Out of which what front ends take is paid.
+    descriptors: Arc<Pot>,
     stopping: AtomicBool,
     stop: File,
     /// The connection there is, to end it.
     connection: Mutex<Option<Arc<Line>>>,
     /// Where its front end hears of changes.
     channel: Mutex<Option<OwnedFd>>,
+    /// Threads that look at what front ends send.
+    inspectors: Arc<AtomicUsize>,
     /// The thread has let everything go.
     ended: Mutex<bool>,
     over: Condvar,
@@ -105,14 +112,16 @@ impl Drop for Kept {
 }
 
 impl Shared {
-    pub(super) fn new(target: Arc<Target>, queues: usize) -> io::Result<Self> {
+    pub(super) fn new(target: Arc<Target>, queues: usize, descriptors: Arc<Pot>) -> io::Result<Self> {
         Ok(Self {
             target,
             queues,
+            descriptors,
             stopping: AtomicBool::new(false),
             stop: bell::eventfd()?,
             connection: Mutex::default(),
             channel: Mutex::default(),
+            inspectors: Arc::default(),
             ended: Mutex::new(false),
             over: Condvar::new(),
         })
@@ -178,7 +187,7 @@ pub(super) fn run(socket: Socket, shared: Arc<Shared>, keep: Box<dyn Any + Send 
 
 /// Waits for a front end.
 fn accept(listener: &UnixListener, shared: &Shared) -> io::Result<Option<UnixStream>> {
-    if !bell::wait(listener, &shared.stop)? {
+    if bell::wait(listener, &shared.stop, None)? != Some(true) {
         return Ok(None);
     }
     match listener.accept() {
@@ -205,10 +214,17 @@ fn accept(listener: &UnixListener, shared: &Shared) -> io::Result<Option<UnixStr
 
 /// Serves one front end until it goes.
 fn serve(stream: UnixStream, listener: &UnixListener, shared: &Shared, patience: Duration) {
+    let Some(_paid) = shared.descriptors.take(DESCRIPTORS) else {
+        return tracing::warn!("a front end is not taken, for there are no descriptors for it");
+    };
     let copies = stream.try_clone().and_then(|copy| Ok((copy, stream.try_clone()?)));
     let Ok((peeked, kept)) = copies else {
         tracing::error!("the host has no descriptor for a front end");
         return;
+    };
+    let inspector = match Inspector::start(&stream, &shared.inspectors) {
+        Ok(inspector) => inspector,
+        Err(error) => return tracing::error!("a front end is not taken: {error}"),
     };
     let line = Arc::new(Line::new(kept));
     *shared.connection.lock() = Some(Arc::clone(&line));
@@ -219,11 +235,13 @@ fn serve(stream: UnixStream, listener: &UnixListener, shared: &Shared, patience:
     std::thread::scope(|scope| {
         let watching = std::thread::Builder::new().name("vhost-greet".into());
         match watching.spawn_scoped(scope, || watch(&line, listener, patience)) {
-            Ok(_) => listen(stream, &peeked, &line, shared),
+            Ok(_) => listen(stream, &peeked, &inspector, &line, shared),
             Err(error) => tracing::error!("the host has no thread for a front end: {error}"),
         }
         line.greeted();
     });
+    // Also of the thread that looks at what comes: it has the connection, too.
+    line.cut();
     *shared.connection.lock() = None;
 }
 
@@ -240,10 +258,20 @@ fn watch(line: &Line, listener: &UnixListener, patience: Duration) {
 }
 
 /// Does what a front end says.
-fn listen(stream: UnixStream, peeked: &UnixStream, line: &Arc<Line>, shared: &Shared) {
-    let session = Arc::new(Session::new(Arc::clone(&shared.target), shared.queues, Arc::clone(line)));
+fn listen(stream: UnixStream, peeked: &UnixStream, inspector: &Inspector, line: &Arc<Line>, shared: &Shared) {
+    let session = Arc::new(Session::new(
+        Arc::clone(&shared.target),
+        shared.queues,
+        Arc::clone(&shared.descriptors),
+        Arc::clone(line),
+    ));
     let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(&session));
     let ended = loop {
+        match inspector.look() {
+            Verdict::Fine => {}
+            Verdict::Gone => break ProtocolError::Disconnected,
+            Verdict::Refused(what) => break ProtocolError::ReqHandlerError(io::Error::other(what)),
+        }
         if let Some(channel) = peek_channel(peeked) {
             *shared.channel.lock() = Some(channel);
         }
@@ -260,7 +288,7 @@ fn listen(stream: UnixStream, peeked: &UnixStream, line: &Arc<Line>, shared: &Sh
     }
 }
 
-/// Waits for the next message and, if it brings the channel to the front end, returns a descriptor of that.
+/// Returns a descriptor of the channel to the front end if the next message brings that.
 fn peek_channel(stream: &UnixStream) -> Option<OwnedFd> {
     let mut head = [0; HEAD];
     let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];

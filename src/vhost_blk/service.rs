@@ -41,6 +41,7 @@ use super::bell;
 use super::flight::Flights;
 use super::inflight::Track;
 use super::request::{Bounds, Request, SERIAL};
+use crate::budget::Pot;
 use crate::clock;
 use crate::disk::BlockDevice;
 use crate::disk::patience::Patience;
@@ -63,6 +64,8 @@ const BYTES_MAX: usize = 32 << 20;
 const FALSE_BELLS: u32 = 64;
 /// ... each of those to come is answered after a rest.
 const REST: Duration = Duration::from_millis(1);
+/// After so long without a request a queue gives up the memory that it keeps.
+const IDLE: Duration = Duration::from_secs(1);
 
 /// What the queues of a device share.
 #[derive(Debug)]
@@ -74,6 +77,8 @@ pub(crate) struct Target {
     failures: AtomicU64,
     /// It is served no more: of what is under way only the parts that were begun are finished.
     ended: AtomicBool,
+    /// Memory for requests that its queues share, with whom else there is.
+    pub(super) requests: Arc<Pot>,
 }
 
 /// What whoever owns a queue and its thread call each other through.
@@ -133,6 +138,7 @@ impl<'a> Service<'a> {
         // Made here: the ring of an engine belongs to one thread.
         let mut flights =
             Flights::new(Arc::clone(self.target), durable, Arc::clone(self.wires.cancel)).map_err(text)?;
+        self.target.device.heed(self.wires.cancel);
         let served = self.go_round(&mut flights);
         if served.is_err() {
             self.wires.cancel.cancel();
@@ -188,7 +194,14 @@ impl<'a> Service<'a> {
             } else {
                 // What has just been looked at may be gone, and nobody may ever kick again.
                 self.look_at_memory()?;
-                if patience.sleep(|| bell::wait(kick, wake)).map_err(text)? {
+                let sleep = || match bell::wait(kick, wake, Some(IDLE))? {
+                    None => {
+                        flights.rest();
+                        bell::wait(kick, wake, None)
+                    }
+                    woken => Ok(woken),
+                };
+                if patience.sleep(sleep).map_err(text)? == Some(true) {
                     self.silence()?;
                 }
             }
@@ -294,16 +307,21 @@ impl<'a> Service<'a> {
 
 /// Tells whether nothing more should be taken before something is finished.
 fn full(flights: &Flights) -> bool {
-    flights.count() >= IN_FLIGHT_MAX || flights.bytes() >= BYTES_MAX || flights.answered_len() >= IN_FLIGHT_MAX
+    flights.wait_for_memory()
+        || flights.count() >= IN_FLIGHT_MAX
+        || flights.bytes() >= BYTES_MAX
+        || flights.answered_len() >= IN_FLIGHT_MAX
 }
 
 impl Target {
-    /// Makes a device of a disk. `serial` is what the guest sees as its serial number; cut to 20 bytes.
-    pub(crate) fn new(device: Arc<dyn BlockDevice>, read_only: bool, serial: &str) -> Self {
+    /// Makes a device of a disk. `serial` is what the guest sees as its serial number; cut to 20 bytes. Memory beyond what each
+    /// queue may always have comes out of `requests`.
+    pub(crate) fn new(device: Arc<dyn BlockDevice>, read_only: bool, serial: &str, requests: Arc<Pot>) -> Self {
         let mut bytes = [0; SERIAL];
         bytes.iter_mut().zip(serial.bytes()).for_each(|(to, from)| *to = from);
         let read_only = read_only || device.read_only();
-        Self { device, serial: bytes, read_only, failures: AtomicU64::new(0), ended: AtomicBool::new(false) }
+        let (failures, ended) = (AtomicU64::new(0), AtomicBool::new(false));
+        Self { device, serial: bytes, read_only, failures, ended, requests }
     }
 
     /// Ends it: nothing is begun any more, be it a request or the rest of one.

@@ -15,13 +15,15 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
-use super::bell::{self, Bell};
+use super::bell::Bell;
 use super::config::{self, QUEUE_SIZE_MAX};
 use super::inflight::Region;
-use super::memory::{Memory, REGIONS_MAX};
+use super::memory::{self, Memory, REGIONS_MAX};
 use super::queue::{Setup, Worker};
+use super::sent::Kind;
 use super::server::Line;
 use super::service::Target;
+use crate::budget::{Pot, Share};
 use crate::sync::Mutex;
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
@@ -30,6 +32,9 @@ use vhost::vhost_user::message::{
     VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
 };
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandler};
+
+/// Descriptors of a queue: what it is kicked by and calls, what ends it, and what its engine needs.
+const DESCRIPTORS: usize = 6;
 
 /// What a front end has said of a queue.
 #[derive(Default)]
@@ -43,8 +48,10 @@ struct Ring {
     enabled: bool,
     kick: Option<Arc<File>>,
     bell: Arc<Bell>,
-    error: Option<Arc<File>>,
+    error: Arc<Bell>,
     worker: Option<Worker>,
+    /// What it has of the descriptors that all share, once it needs any.
+    paid: Option<Share>,
 }
 
 #[derive(Default)]
@@ -59,15 +66,17 @@ struct State {
 pub(super) struct Session {
     target: Arc<Target>,
     queues: usize,
+    descriptors: Arc<Pot>,
     line: Arc<Line>,
     state: Mutex<State>,
 }
 
 impl Session {
-    pub(super) fn new(target: Arc<Target>, queues: usize, line: Arc<Line>) -> Self {
+    /// Makes one; descriptors are paid out of `descriptors`.
+    pub(super) fn new(target: Arc<Target>, queues: usize, descriptors: Arc<Pot>, line: Arc<Line>) -> Self {
         let mut rings = Vec::new();
         rings.resize_with(queues, || Ring { size: QUEUE_SIZE_MAX, ..Ring::default() });
-        Self { target, queues, line, state: Mutex::new(State { rings, ..State::default() }) }
+        Self { target, queues, descriptors, line, state: Mutex::new(State { rings, ..State::default() }) }
     }
 
     /// Stops the queues, having finished what they had taken.
@@ -79,6 +88,17 @@ impl Session {
 
     fn offered(&self) -> u64 {
         config::features(self.target.read_only, self.queues)
+    }
+
+    /// Takes an event of a queue, or that it has none.
+    fn take_event(&self, queue: u8, event: Option<&File>) -> Result<()> {
+        event.map_or(Ok(()), |event| Kind::Event.check(event)).map_err(failed)?;
+        let mut state = self.state.lock();
+        let ring = state.ring(usize::from(queue))?;
+        if ring.paid.is_none() {
+            ring.paid = Some(self.descriptors.take(DESCRIPTORS).ok_or_else(memory::no_descriptors)?);
+        }
+        Ok(())
     }
 
     /// Changes something of a queue while it does not work.
@@ -154,7 +174,7 @@ impl State {
             track,
             line: Arc::clone(&session.line),
         };
-        let worker = Worker::start(setup, Arc::clone(&session.target), ring.error.clone()).map_err(failed)?;
+        let worker = Worker::start(setup, Arc::clone(&session.target), Arc::clone(&ring.error)).map_err(failed)?;
         self.rings[index].worker = Some(worker);
         Ok(())
     }
@@ -204,7 +224,7 @@ impl VhostUserBackendReqHandler for Session {
         files: Vec<File>,
         _postcopy: Option<bool>,
     ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
-        let memory = Memory::of(regions, files)?;
+        let memory = Memory::of(regions, files, &self.descriptors)?;
         self.change_all(|state| {
             state.memory = Some(Arc::new(memory));
             Ok(())
@@ -252,13 +272,13 @@ impl VhostUserBackendReqHandler for Session {
         state.stop(index(queue))?;
         let ring = state.ring(index(queue))?;
         ring.kick = None;
-        ring.bell.set(None);
+        ring.bell.set(None).map_err(failed)?;
         Ok(VhostUserVringState::new(queue, u32::from(ring.base)))
     }
 
     fn set_vring_kick(&self, queue: u8, file: Option<File>) -> Result<()> {
         let file = file.ok_or(Error::InvalidOperation("a queue must have a descriptor to be kicked by"))?;
-        bell::never_wait(&file).map_err(failed)?;
+        self.take_event(queue, Some(&file))?;
         self.change(usize::from(queue), |ring| {
             ring.kick = Some(Arc::new(file));
             Ok(())
@@ -266,10 +286,10 @@ impl VhostUserBackendReqHandler for Session {
     }
 
     fn set_vring_call(&self, queue: u8, file: Option<File>) -> Result<()> {
-        file.as_ref().map_or(Ok(()), bell::never_wait).map_err(failed)?;
+        self.take_event(queue, file.as_ref())?;
         let mut state = self.state.lock();
         let ring = state.ring(usize::from(queue))?;
-        ring.bell.set(file);
+        ring.bell.set(file).map_err(failed)?;
         // What was answered while there was none: once too often does no harm.
         if ring.worker.is_some() {
             ring.bell.ring();
@@ -278,11 +298,8 @@ impl VhostUserBackendReqHandler for Session {
     }
 
     fn set_vring_err(&self, queue: u8, file: Option<File>) -> Result<()> {
-        file.as_ref().map_or(Ok(()), bell::never_wait).map_err(failed)?;
-        self.change(usize::from(queue), |ring| {
-            ring.error = file.map(Arc::new);
-            Ok(())
-        })
+        self.take_event(queue, file.as_ref())?;
+        self.state.lock().ring(usize::from(queue))?.error.set(file).map_err(failed)
     }
 
     fn get_protocol_features(&self) -> Result<VhostUserProtocolFeatures> {
@@ -355,7 +372,7 @@ impl VhostUserBackendReqHandler for Session {
         _postcopy: Option<bool>,
     ) -> Result<Option<VhostUserMemoryRegionBase>> {
         self.change_all(|state| {
-            let memory = state.memory.clone().unwrap_or_default().with(region, file)?;
+            let memory = state.memory.clone().unwrap_or_default().with(region, file, &self.descriptors)?;
             state.memory = Some(Arc::new(memory));
             Ok(())
         })?;

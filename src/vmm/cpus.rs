@@ -8,6 +8,9 @@
 //! 3. The first thing that ends the guest counts, and ends it on all processors.
 //! 4. A thread is confined just before it enters the guest for the first time.
 //! 5. An access to a device at an address where there is memory is never answered: that is a page that cannot be had.
+//! 6. When a page of its memory cannot be had the guest is stuck: it stands still on all processors, and whoever runs it
+//!    decides whether it tries again or ends. That may last as long as it likes; nobody waits for a processor that does not
+//!    come out of the kernel meanwhile.
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -17,12 +20,13 @@ use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::bus::Bus;
 use super::cpu_state::CpuState;
-use super::ending::Ending;
+use super::ending::{Ending, Stuck};
 use super::filter::Confinement;
 use super::memory::Memory;
 use crate::error::{Error, Result};
 use crate::sync::{Condvar, Mutex};
 use crate::sys::kvm::{Cpu, Kick, Vm};
+use crate::sys::shared::Shared as Guard;
 
 /// What the threads are to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,6 +41,7 @@ struct State {
     wanted: Wanted,
     /// Threads that are not in the guest and will not be before something else is wanted.
     resting: usize,
+    stuck: Option<Stuck>,
     ending: Option<Ending>,
 }
 
@@ -46,6 +51,8 @@ struct Shared {
     state: Mutex<State>,
     changed: Condvar,
     kicks: Vec<Arc<Kick>>,
+    /// Of the regions of memory.
+    guards: Vec<Guard>,
     vm: Arc<Vm>,
     bus: Arc<Bus>,
     confinement: Confinement,
@@ -64,12 +71,18 @@ impl Cpus {
     ///
     /// # Errors
     /// When the host has no thread.
-    pub(super) fn start(vm: &Arc<Vm>, cpus: Vec<Cpu>, bus: Arc<Bus>, confinement: &Confinement) -> Result<Self> {
-        let state = State { wanted: Wanted::Pause, resting: 0, ending: None };
+    pub(super) fn start(
+        vm: &Arc<Vm>,
+        cpus: Vec<Cpu>,
+        bus: Arc<Bus>,
+        guards: Vec<Guard>,
+        confinement: &Confinement,
+    ) -> Result<Self> {
+        let state = State { wanted: Wanted::Pause, resting: 0, stuck: None, ending: None };
         let kicks = cpus.iter().map(Cpu::kick).collect();
         let (state, changed) = (Mutex::new(state), Condvar::new());
         let (vm, confinement) = (Arc::clone(vm), confinement.clone());
-        let shared = Arc::new(Shared { state, changed, kicks, vm, bus, confinement });
+        let shared = Arc::new(Shared { state, changed, kicks, guards, vm, bus, confinement });
         let cpus: Vec<_> = cpus.into_iter().map(|cpu| Arc::new(Mutex::new(cpu))).collect();
         // Threads that did start end when this is dropped.
         let mut started = Self { shared, cpus, threads: Vec::new() };
@@ -86,15 +99,40 @@ impl Cpus {
         Ok(started)
     }
 
-    /// Lets them run.
+    /// Lets them run; one that was stuck tries again.
     pub(super) fn run(&self) {
+        self.shared.state.lock().stuck = None;
         self.shared.want(Wanted::Run);
+    }
+
+    /// Stops them for want of a page, and returns at once.
+    pub(super) fn stick(&self, stuck: Stuck) {
+        self.shared.stick(stuck);
+    }
+
+    /// Returns what page is wanting, if one is.
+    pub(super) fn stuck(&self) -> Option<Stuck> {
+        self.shared.state.lock().stuck.clone()
     }
 
     /// Stops them, and returns when none is in the guest any more.
     pub(super) fn pause(&self) {
         self.shared.want(Wanted::Pause);
         self.shared.wait_for_rest();
+    }
+
+    /// As [`Cpus::pause`], but gives up when the guest is stuck: a processor that waits for a page in the kernel may never
+    /// come out. The others rest then.
+    pub(super) fn pause_unless_stuck(&self) -> Result<(), Stuck> {
+        self.shared.want(Wanted::Pause);
+        let mut state = self.shared.state.lock();
+        while state.resting < self.cpus.len() {
+            if let Some(stuck) = &state.stuck {
+                return Err(stuck.clone());
+            }
+            self.shared.changed.wait(&mut state);
+        }
+        Ok(())
     }
 
     /// Ends them for a reason, if nothing ended them before.
@@ -159,6 +197,19 @@ impl Shared {
         self.want(Wanted::End);
     }
 
+    fn stick(&self, stuck: Stuck) {
+        let mut state = self.state.lock();
+        if state.stuck.is_none() && state.ending.is_none() {
+            tracing::error!("the guest stands still, for memory of it cannot be had: {}", stuck.what);
+        }
+        // What is worse counts.
+        if state.stuck.as_ref().is_none_or(|known| !known.for_good) {
+            state.stuck = Some(stuck);
+        }
+        drop(state);
+        self.want(Wanted::Pause);
+    }
+
     fn wait_for_rest(&self) {
         let mut state = self.state.lock();
         while state.resting < self.kicks.len() {
@@ -184,19 +235,25 @@ impl Shared {
                     }
                 }
                 ran = true;
-                if let Some(ending) = self.enter(&mut cpu.lock()) {
-                    self.end(ending);
-                }
+                let stop = self.enter(&mut cpu.lock());
+                self.stop(stop);
                 continue;
             }
-            if std::mem::take(&mut ran)
-                && let Some(ending) = self.finish(&mut cpu.lock(), kick)
-            {
-                self.end(ending);
+            if std::mem::take(&mut ran) {
+                let stop = self.finish(&mut cpu.lock(), kick);
+                self.stop(stop);
             }
             if !self.rest() {
                 return;
             }
+        }
+    }
+
+    fn stop(&self, stop: Option<Stop>) {
+        match stop {
+            Some(Stop::End(ending)) => self.end(ending),
+            Some(Stop::Stick(stuck)) => self.stick(stuck),
+            None => {}
         }
     }
 
@@ -216,7 +273,7 @@ impl Shared {
     }
 
     /// Finishes what the guest has begun.
-    fn finish(&self, cpu: &mut Cpu, kick: &Kick) -> Option<Ending> {
+    fn finish(&self, cpu: &mut Cpu, kick: &Kick) -> Option<Stop> {
         loop {
             kick.now();
             match self.step(cpu) {
@@ -230,18 +287,26 @@ impl Shared {
                     }
                     return None;
                 }
-                Step::Came(ending) => return ending,
+                Step::Came(stop) => {
+                    kick.clear();
+                    return stop;
+                }
             }
         }
     }
 
     /// Runs the guest until it is called back.
-    fn enter(&self, cpu: &mut Cpu) -> Option<Ending> {
+    fn enter(&self, cpu: &mut Cpu) -> Option<Stop> {
         loop {
             match self.step(cpu) {
                 Step::Came(None) => {}
+                // A bus error calls it as well, and has put zeros where its memory was.
+                Step::Called if self.guards.iter().any(Guard::is_lost) => {
+                    let what = "the host has lost a page of it".into();
+                    return Some(Stop::Stick(Stuck { what, for_good: true }));
+                }
                 Step::Called => return None,
-                Step::Came(ending) => return ending,
+                Step::Came(stop) => return stop,
             }
         }
     }
@@ -249,9 +314,9 @@ impl Shared {
     /// Enters the guest once, and answers what it wants when it leaves.
     fn step(&self, cpu: &mut Cpu) -> Step {
         match self.answer(cpu.run()) {
-            Step::Came(Some(Ending::Crashed(how))) => {
+            Step::Came(Some(Stop::End(Ending::Crashed(how)))) => {
                 let place = place(cpu);
-                Step::Came(Some(Ending::Crashed(format!("{how}{place}"))))
+                Step::Came(Some(Stop::End(Ending::Crashed(format!("{how}{place}")))))
             }
             step => step,
         }
@@ -259,8 +324,9 @@ impl Shared {
 
     fn answer(&self, exit: Result<VcpuExit<'_>, kvm_ioctls::Error>) -> Step {
         let memory = self.vm.memory();
+        let crashed = |how: String| Some(Stop::End(Ending::Crashed(how)));
         Step::Came(match exit {
-            Ok(VcpuExit::IoOut(port, data)) => self.bus.write_port(port, data),
+            Ok(VcpuExit::IoOut(port, data)) => self.bus.write_port(port, data).map(Stop::End),
             Ok(VcpuExit::IoIn(port, data)) => {
                 self.bus.read_port(port, data);
                 None
@@ -280,15 +346,18 @@ impl Shared {
                 some => some,
             },
             Ok(VcpuExit::Intr) => return Step::Called,
-            Ok(VcpuExit::Shutdown) => Some(Ending::Crashed("a fault while it handled a fault (triple fault)".into())),
-            Ok(VcpuExit::MemoryFault { gpa, .. }) => Some(memory_error(gpa)),
-            Ok(VcpuExit::FailEntry(reason, _)) => Some(Ending::Crashed(format!("KVM could not enter it: {reason:#x}"))),
-            Ok(exit) => Some(Ending::Crashed(format!("it left to KVM for a reason that has no answer: {exit:?}"))),
+            Ok(VcpuExit::Shutdown) => crashed("a fault while it handled a fault (triple fault)".into()),
+            Ok(VcpuExit::MemoryFault { gpa, .. }) => Some(Stop::Stick(Stuck { what: page(gpa), for_good: false })),
+            Ok(VcpuExit::FailEntry(reason, _)) => crashed(format!("KVM could not enter it: {reason:#x}")),
+            Ok(exit) => crashed(format!("it left to KVM for a reason that has no answer: {exit:?}")),
             Err(error) => match error.errno() {
                 libc::EINTR => return Step::Called,
                 libc::EAGAIN => None,
-                libc::EFAULT => Some(Ending::MemoryError("the host cannot bring a page of it".into())),
-                _ => Some(Ending::Crashed(format!("KVM failed: {error}"))),
+                libc::EFAULT => {
+                    let what = "the host cannot bring a page of it".into();
+                    Some(Stop::Stick(Stuck { what, for_good: false }))
+                }
+                _ => crashed(format!("KVM failed: {error}")),
             },
         })
     }
@@ -298,8 +367,14 @@ impl Shared {
 enum Step {
     /// It was called back.
     Called,
-    /// It left by itself, which was answered or ends it.
-    Came(Option<Ending>),
+    /// It left by itself, which was answered or stops it.
+    Came(Option<Stop>),
+}
+
+/// What stops the guest on all processors.
+enum Stop {
+    End(Ending),
+    Stick(Stuck),
 }
 
 /// Says where the guest is.
@@ -313,10 +388,10 @@ fn place(cpu: &mut Cpu) -> String {
     )
 }
 
-fn in_memory(memory: &Memory, at: u64) -> Option<Ending> {
-    memory.address_in_range(GuestAddress(at)).then(|| memory_error(at))
+fn in_memory(memory: &Memory, at: u64) -> Option<Stop> {
+    memory.address_in_range(GuestAddress(at)).then(|| Stop::Stick(Stuck { what: page(at), for_good: true }))
 }
 
-fn memory_error(at: u64) -> Ending {
-    Ending::MemoryError(format!("the page at {:#x} of the guest", at & !0xfff))
+fn page(at: u64) -> String {
+    format!("the page at {:#x} of the guest", at & !0xfff)
 }

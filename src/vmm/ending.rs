@@ -2,6 +2,15 @@
 
 use std::fmt;
 
+/// Why a guest stands still though nobody paused it: a page of its memory cannot be had.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stuck {
+    /// Which page, and why.
+    pub what: String,
+    /// It cannot go on: KVM has taken what it wanted of the page for an access to a device, and would have it answered.
+    pub for_good: bool,
+}
+
 /// Why the guest runs no more. What happened first counts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Ending {

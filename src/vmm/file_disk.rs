@@ -139,6 +139,10 @@ impl BlockDevice for FileDisk {
     fn read_only(&self) -> bool {
         self.read_only
     }
+
+    fn is_prompt(&self) -> bool {
+        true
+    }
 }
 
 #[cfg(test)]

@@ -9,9 +9,12 @@
 //! # Rules
 //! 1. A thread inherits the filter of the one that starts it, and of two filters the stricter answer counts. So the filter of
 //!    the whole contains the others, and is set first, for all threads there are; each processor and device adds its own.
-//! 2. `ioctl` is let through by number: no driver but KVM's is ever reached, and of that only what is used.
+//! 2. `ioctl` is let through by number: no driver but those of KVM and userfaultfd is ever reached, and of these only what is
+//!    used.
 //! 3. No memory becomes code, no process and no program is started, none but this one gets a signal, nothing is opened for
-//!    writing by name, no socket but local ones is made.
+//!    writing or renamed by name but from the folder of the machine's checkpoints, whose descriptor the process has from the
+//!    start, and no socket but local ones is made. A filter does not see the names themselves: what lies beyond that folder
+//!    is kept from the process by its user, where it has one of its own.
 //! 4. A filter sees the arguments of a call and not what they point to. So there is no io_uring, which opens files and makes
 //!    sockets as told in memory, and no `clone3`: for these threads the kernel has neither (ENOSYS). A disk then has threads
 //!    do its work ([`crate::disk::Engine`]), and the C library starts threads with `clone`.
@@ -22,11 +25,12 @@
 //! Each number has the name that the manual has for it, and the compiler checks it; `seccompiler` makes the program of it.
 
 use std::collections::BTreeMap;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
 use kvm_bindings::{
     kvm_clock_data, kvm_cpuid2, kvm_debugregs, kvm_ioeventfd, kvm_irq_routing, kvm_irqchip, kvm_irqfd, kvm_lapic_state,
-    kvm_mp_state, kvm_msr_list, kvm_msrs, kvm_pit_config, kvm_pit_state2, kvm_regs, kvm_sregs,
+    kvm_mp_state, kvm_msr_list, kvm_msrs, kvm_nested_state, kvm_pit_config, kvm_pit_state2, kvm_regs, kvm_sregs,
     kvm_userspace_memory_region, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use seccompiler::{
@@ -34,7 +38,7 @@ use seccompiler::{
 };
 
 use crate::error::{Error, Result};
-use crate::sys::{forbidden, process};
+use crate::sys::{forbidden, process, userfaultfd};
 
 /// What a call that the kernel does not have returns.
 const ENOSYS: u32 = libc::ENOSYS.cast_unsigned();
@@ -113,7 +117,7 @@ const SPACES: i32 = libc::CLONE_NEWNS
     | libc::CLONE_NEWNET;
 
 /// What the rest of the process needs beside that.
-const WHOLE: [i64; 18] = [
+const WHOLE: [i64; 20] = [
     libc::SYS_accept4,
     libc::SYS_connect,
     libc::SYS_getsockopt,
@@ -132,6 +136,8 @@ const WHOLE: [i64; 18] = [
     libc::SYS_seccomp,
     libc::SYS_geteuid,
     libc::SYS_getuid,
+    libc::SYS_flock,
+    libc::SYS_fstatfs,
 ];
 
 /// Directions of data in the number of an `ioctl`.
@@ -160,7 +166,7 @@ const PROCESSOR_IOCTLS: [u32; 4] = [
 const DESCRIPTOR_IOCTLS: [u64; 3] = [libc::FIONBIO, libc::TCGETS, libc::TIOCGWINSZ];
 
 /// What making a machine, reading its state and setting it takes.
-const WHOLE_IOCTLS: [u32; 42] = [
+const WHOLE_IOCTLS: [u32; 44] = [
     // The system: version, machine, registers there are, extensions, size of the shared page, CPUID.
     kvm(NONE, 0x00, 0),
     kvm(NONE, 0x01, 0),
@@ -206,6 +212,8 @@ const WHOLE_IOCTLS: [u32; 42] = [
     kvm(OUT, 0xa6, size_of::<kvm_xcrs>()),
     kvm(IN, 0xa7, size_of::<kvm_xcrs>()),
     kvm(OUT, 0xcf, size_of::<kvm_xsave>()),
+    kvm(BOTH, 0xbe, size_of::<kvm_nested_state>()),
+    kvm(IN, 0xbf, size_of::<kvm_nested_state>()),
 ];
 
 /// Parts of the memory of the allocator: as many as there are kinds of threads that are busy at a time, and one.
@@ -229,16 +237,17 @@ fn failed(error: impl std::error::Error + Send + Sync + 'static) -> Error {
 }
 
 impl Confinement {
-    /// Makes the filters, for the process that calls. [`Self::process`] comes before any processor or device runs.
+    /// Makes the filters, for the process that calls, which makes checkpoints in a folder. [`Self::process`] comes before any
+    /// processor or device runs.
     ///
     /// # Errors
     /// None that are known.
-    pub(super) fn strict() -> Result<Self> {
+    pub(super) fn strict(folder: Option<BorrowedFd<'_>>) -> Result<Self> {
         Ok(Self(Some(Arc::new(Filters {
             absent: program(rules_of(ABSENT), SeccompAction::Allow, SeccompAction::Errno(ENOSYS))?,
             processor: program(processor()?, SeccompAction::Trap, SeccompAction::Allow)?,
             device: program(device()?, SeccompAction::Trap, SeccompAction::Allow)?,
-            whole: program(whole()?, SeccompAction::Trap, SeccompAction::Allow)?,
+            whole: program(whole(folder)?, SeccompAction::Trap, SeccompAction::Allow)?,
         }))))
     }
 
@@ -330,15 +339,23 @@ fn device() -> Result<Rules> {
     Ok(rules)
 }
 
-fn whole() -> Result<Rules> {
+fn whole(folder: Option<BorrowedFd<'_>>) -> Result<Rules> {
     let mut rules = device()?;
     rules.extend(rules_of(WHOLE));
-    let ioctls = PROCESSOR_IOCTLS.into_iter().chain(WHOLE_IOCTLS).map(u64::from);
+    let ioctls = PROCESSOR_IOCTLS.into_iter().chain(WHOLE_IOCTLS).chain(userfaultfd::IOCTLS).map(u64::from);
     rules.insert(libc::SYS_ioctl, one_of(1, ioctls.chain(DESCRIPTOR_IOCTLS))?);
     let names_and_rights = [libc::PR_SET_NAME, libc::PR_SET_NO_NEW_PRIVS].map(|what| u64::from(what.cast_unsigned()));
     rules.insert(libc::SYS_prctl, one_of(0, names_and_rights)?);
     rules.insert(libc::SYS_socket, one_of(0, [u64::from(libc::AF_UNIX.cast_unsigned())])?);
-    rules.insert(libc::SYS_openat, without(2, libc::O_WRONLY | libc::O_RDWR | libc::O_CREAT | libc::O_TRUNC)?);
+    let mut opened = without(2, libc::O_WRONLY | libc::O_RDWR | libc::O_CREAT | libc::O_TRUNC)?;
+    if let Some(folder) = folder {
+        let folder = u64::from(folder.as_raw_fd().cast_unsigned());
+        opened.extend(one_of(0, [folder])?);
+        let is = |argument| SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, folder);
+        let within = SeccompRule::new(vec![is(0).map_err(failed)?, is(2).map_err(failed)?]);
+        rules.insert(libc::SYS_renameat, vec![within.map_err(failed)?]);
+    }
+    rules.insert(libc::SYS_openat, opened);
     // Limits of this process are only read.
     rules.insert(libc::SYS_prlimit64, one_of(2, [0])?);
     Ok(rules)
@@ -350,7 +367,7 @@ mod tests {
 
     #[test]
     fn the_filter_of_the_whole_contains_the_others() {
-        let whole = whole().unwrap();
+        let whole = whole(None).unwrap();
         for (call, rules) in processor().unwrap().into_iter().chain(device().unwrap()) {
             let allowed = whole.get(&call).unwrap_or_else(|| panic!("call {call} is missing"));
             assert!(allowed.is_empty() || rules.iter().all(|rule| allowed.contains(rule)), "call {call}");

@@ -21,11 +21,14 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use super::{Boot, NetSettings};
-use crate::error::{Error, Kind, Result};
+use crate::checkpoint::CHECKPOINTS_DIR;
+use crate::clock;
+use crate::error::{Error, Result};
 use crate::media::{HostMedia, Media, Open};
 use crate::sys;
 
@@ -39,6 +42,9 @@ const VERSION: u32 = 1;
 const DEFINITION_MAX: u64 = 1 << 20;
 /// Bytes of the name of a machine at most: what a host name has.
 const NAME_MAX: usize = 64;
+
+/// How long whoever wants the lock waits for one who only looks whether somebody has it.
+const LOOK_TIME: Duration = Duration::from_millis(50);
 
 /// What a machine is made of, as it is kept.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -67,8 +73,12 @@ pub struct Definition {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct DiskDefinition {
-    /// A file of the host, or a block device of it.
-    pub file: PathBuf,
+    /// A file of the host, or a block device of it; `None` for a disk of the pool.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<PathBuf>,
+    /// `DISK` or `DISK@SNAPSHOT` of the pool; `None` for a file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<String>,
     /// The guest cannot change it.
     #[serde(default)]
     pub read_only: bool,
@@ -77,7 +87,45 @@ pub struct DiskDefinition {
     pub serial: String,
 }
 
+/// What a disk of a machine is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DiskSource<'a> {
+    /// A file or block device of the host.
+    File(&'a Path),
+    /// `DISK` or `DISK@SNAPSHOT` of the pool.
+    Pool(&'a str),
+}
+
+impl DiskDefinition {
+    /// Returns what it is.
+    ///
+    /// # Errors
+    /// `Corrupt` when it is nothing, or two things.
+    pub fn source(&self) -> Result<DiskSource<'_>> {
+        match (&self.file, &self.disk) {
+            (Some(file), None) => Ok(DiskSource::File(file)),
+            (None, Some(disk)) => Ok(DiskSource::Pool(disk)),
+            _ => Err(Error::corrupt("a disk of a virtual machine is either a file or a disk of the pool")),
+        }
+    }
+}
+
 impl Definition {
+    /// Checks what its form cannot say.
+    ///
+    /// # Errors
+    /// `Unsupported` for a newer version, `Corrupt` for what makes no sense.
+    pub fn check(&self) -> Result<()> {
+        if self.version != VERSION {
+            return Err(Error::unsupported(format!(
+                "the definition of a machine is of version {}, and this program knows {VERSION}",
+                self.version
+            ))
+            .hint("use the version of afterimage that wrote it, or a newer one"));
+        }
+        self.disks.iter().try_for_each(|disk| disk.source().map(drop))
+    }
+
     /// Makes one of this version.
     #[must_use]
     pub fn new(boot: Boot, memory: u64, cpus: u8) -> Self {
@@ -162,6 +210,18 @@ impl Home {
         self.path(DEFINITION).exists()
     }
 
+    /// Returns the folder of its checkpoints, which is made if it is not there.
+    ///
+    /// # Errors
+    /// Those of the host.
+    pub fn checkpoints(&self) -> Result<PathBuf> {
+        let pool = self.dir.parent().and_then(Path::parent).expect("it is in a folder of the pool");
+        let path = pool.join(CHECKPOINTS_DIR).join(&self.name);
+        let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&path);
+        made.map_err(|e| Error::io(format!("cannot make {}", path.display()), e))?;
+        Ok(path)
+    }
+
     /// Makes the folder.
     ///
     /// # Errors
@@ -186,28 +246,37 @@ impl Home {
     /// # Errors
     /// `Busy` when the machine runs, `NotFound` when there is none.
     pub fn lock(&self) -> Result<HomeLock> {
+        let begun = clock::now();
+        loop {
+            if let Some(lock) = self.try_lock()? {
+                return Ok(lock);
+            }
+            if begun.elapsed() >= LOOK_TIME {
+                return Err(Error::busy(format!("the virtual machine {} runs", self.name))
+                    .hint(format!("'afterimage vm stop {}' ends it", self.name)));
+            }
+            clock::sleep(LOOK_TIME / 10);
+        }
+    }
+
+    fn try_lock(&self) -> Result<Option<HomeLock>> {
         let dir = File::open(&self.dir).map_err(|e| match e.kind() {
             io::ErrorKind::NotFound => self.missing(),
             _ => Error::io(format!("cannot open {}", self.dir.display()), e),
         })?;
         match sys::lock::try_exclusive(&dir) {
-            Ok(true) => Ok(HomeLock { _dir: dir }),
-            Ok(false) => Err(Error::busy(format!("the virtual machine {} runs", self.name))
-                .hint(format!("'afterimage vm stop {}' ends it", self.name))),
+            Ok(true) => Ok(Some(HomeLock { _dir: dir })),
+            Ok(false) => Ok(None),
             Err(error) => Err(Error::io(format!("cannot lock {}", self.dir.display()), error)),
         }
     }
 
-    /// Tells whether somebody has the lock.
+    /// Tells whether somebody has the lock. It is taken for a moment to find out.
     ///
     /// # Errors
     /// As [`Home::lock`], but for the lock itself.
     pub fn is_locked(&self) -> Result<bool> {
-        match self.lock() {
-            Ok(_) => Ok(false),
-            Err(error) if error.kind() == Kind::Busy => Ok(true),
-            Err(error) => Err(error),
-        }
+        Ok(self.try_lock()?.is_none())
     }
 
     /// Writes what the machine is made of, durably.
@@ -253,7 +322,9 @@ impl Home {
             ))
             .hint("use the version of afterimage that wrote it, or a newer one"));
         }
-        serde_json::from_slice(&text).map_err(strange)
+        let definition: Definition = serde_json::from_slice(&text).map_err(strange)?;
+        definition.check().map_err(|e| e.context(&shown))?;
+        Ok(definition)
     }
 
     /// Removes the machine, of which the caller holds the lock. Its disks stay.
@@ -272,11 +343,14 @@ impl Home {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Kind;
 
     fn definition() -> Definition {
         let boot = Boot { kernel: "/boot/vmlinuz".into(), initrd: None, command_line: "quiet".into() };
         let mut definition = Definition::new(boot, 1 << 29, 2);
-        definition.disks.push(DiskDefinition { file: "/srv/web.raw".into(), read_only: true, serial: "web".into() });
+        let (file, disk) = (Some("/srv/web.raw".into()), Some("web@monday".to_owned()));
+        definition.disks.push(DiskDefinition { file, disk: None, read_only: true, serial: "web".into() });
+        definition.disks.push(DiskDefinition { file: None, disk, read_only: false, serial: String::new() });
         definition.nets.push(NetSettings { tap: "tap0".into(), mac: [2, 0, 0, 0, 0, 1] });
         definition
     }
@@ -317,7 +391,16 @@ mod tests {
         home.define(&definition()).unwrap();
         let text = std::fs::read_to_string(home.path(DEFINITION)).unwrap();
         let newer = text.replace("\"version\": 1", "\"version\": 2, \"more\": 1");
-        for (text, kind) in [(newer.as_str(), Kind::Unsupported), ("{}", Kind::Corrupt), ("", Kind::Corrupt)] {
+        let both = text.replace("\"file\"", "\"disk\": \"web\", \"file\"");
+        let neither = text.replace("\"disk\": \"web@monday\",", "");
+        assert!(both != text && neither != text, "{text}");
+        for (text, kind) in [
+            (newer.as_str(), Kind::Unsupported),
+            ("{}", Kind::Corrupt),
+            ("", Kind::Corrupt),
+            (&both, Kind::Corrupt),
+            (&neither, Kind::Corrupt),
+        ] {
             std::fs::OpenOptions::new().write(true).truncate(true).open(home.path(DEFINITION)).unwrap();
             std::os::unix::fs::FileExt::write_all_at(
                 &std::fs::OpenOptions::new().write(true).open(home.path(DEFINITION)).unwrap(),

@@ -6,6 +6,7 @@
 //! 3. A reboot is a new machine from the same settings: nothing of the old one is left to be wrong.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC, KVM_PIT_SPEAKER_DUMMY, KvmIrqRouting, kvm_irq_routing_entry,
@@ -21,14 +22,16 @@ use super::boot::{self, Boot};
 use super::bus::Bus;
 use super::cpuid::Supported;
 use super::cpus::Cpus;
-use super::ending::Ending;
+use super::ending::{Ending, Stuck};
 use super::filter::Confinement;
+use super::fit::{self, Shape};
 use super::means::Means;
 use super::power::{self, Power};
 use super::serial::{Log, Serial, SerialSocket, SerialState};
 use super::state::{Chips, MachineState};
 use super::virtio::{Block, Device, Net, Rng, Transport};
 use super::{acpi, layout, memory, virtio};
+use crate::clock;
 use crate::disk::BlockDevice;
 use crate::error::{Error, Result};
 use crate::media::socket::Socket;
@@ -39,6 +42,8 @@ use crate::sys::kvm::{Cpu, Vm};
 const CPUS_MAX: u8 = 254;
 /// Inputs of the IO-APIC.
 const PINS: u32 = 24;
+/// How often devices that are drained are looked at.
+const LOOK: Duration = Duration::from_micros(100);
 
 /// What a machine is made of.
 #[derive(Debug, Clone)]
@@ -87,6 +92,9 @@ pub struct Machine {
     bus: Arc<Bus>,
     /// Identifies this start of the guest for those who watch it.
     start: Uuid,
+    settings: Settings,
+    /// It was resumed last, and not paused.
+    runs: Mutex<bool>,
     vm: Arc<Vm>,
     kvm: Arc<Kvm>,
 }
@@ -122,29 +130,45 @@ impl Machine {
                 boot::set_up_waiting(cpu)?;
             }
         }
-        parts.finish()
+        parts.finish(settings)
     }
 
     /// Makes a machine in the state that another had, of the same settings. `fill` gives it its memory; the boot of the
-    /// settings is not looked at. The guest is told of the generation of the settings before it runs.
+    /// settings is not looked at. The guest is told of the generation of the settings before it runs, and its clocks go on
+    /// as if it had only not been run meanwhile.
     ///
     /// # Errors
-    /// As [`Machine::new`]; `Corrupt` for a state that such a machine cannot have, and what `fill` says.
+    /// As [`Machine::new`]; `Unsupported` for the state of a machine of other parts and for what this host lacks of what
+    /// the guest uses, all of it by name; `Corrupt` for a state that no machine can have, and what `fill` says.
     pub fn restore(
         settings: &Settings,
         state: &MachineState,
         fill: impl FnOnce(&GuestMemoryMmap<()>) -> Result<()>,
     ) -> Result<Self> {
-        check(settings)?;
-        let means = Means::open_to_go_on(settings)?;
-        let parts = Parts::make(settings, &means, Some(&state.serial))?;
+        Self::go_on(settings, &Means::open_to_go_on(settings)?, state, fill)
+    }
+
+    /// As [`Machine::restore`], of what was opened for these settings.
+    ///
+    /// # Errors
+    /// As [`Machine::restore`].
+    pub fn go_on(
+        settings: &Settings,
+        means: &Means,
+        state: &MachineState,
+        fill: impl FnOnce(&GuestMemoryMmap<()>) -> Result<()>,
+    ) -> Result<Self> {
+        let parts = Parts::make(settings, means, Some(&state.serial))?;
+        fit::check(state, settings, &parts.kvm, &parts.cpus)?;
         if state.cpus.len() != parts.cpus.len() || state.virtio.len() != parts.bus.virtio.len() {
             return Err(Error::corrupt("the state is that of a machine with other processors or devices"));
         }
         fill(parts.vm.memory())?;
         write_generation(parts.vm.memory(), settings.generation)?;
+        state.chips.set_clock(&parts.vm)?;
+        let later = state.chips.later();
         for (cpu, state) in parts.cpus.iter().zip(&state.cpus) {
-            state.set(cpu)?;
+            state.set(cpu, later)?;
         }
         state.chips.set(&parts.vm)?;
         for (device, state) in parts.bus.virtio.iter().zip(&state.virtio) {
@@ -152,7 +176,7 @@ impl Machine {
         }
         parts.bus.power.tell(state.events | power::GENERATION);
         parts.bus.serial.call_again();
-        parts.finish()
+        parts.finish(settings)
     }
 
     /// Returns the state of a machine that is paused, but not its memory.
@@ -163,8 +187,12 @@ impl Machine {
         if let Some(ending) = self.ending() {
             return Err(Error::failed(format!("a guest that has ended has no state to go on from: {ending}")));
         }
+        if let Some(Stuck { what, .. }) = self.stuck() {
+            return Err(Error::failed(format!("a guest whose memory cannot be had cannot be saved: {what}")));
+        }
         let list = self.kvm.get_msr_index_list().map_err(host)?;
         Ok(MachineState {
+            shape: Shape::of(&self.settings),
             cpus: self.cpus.states(list.as_slice())?,
             chips: Chips::of(&self.vm)?,
             serial: self.bus.serial.state(),
@@ -212,14 +240,76 @@ impl Machine {
 
     /// Lets the guest run, at first or after a pause.
     pub fn resume(&self) {
-        self.bus.virtio.iter().for_each(|device| device.lock().resume());
+        *self.runs.lock() = true;
+        // The guest first: what it asks of a device before that works waits in its queue.
         self.cpus.run();
+        self.bus.virtio.iter().for_each(|device| device.lock().resume());
     }
 
     /// Stops the guest and its devices. When this returns, nothing is half done; the guest may have ended meanwhile.
     pub fn pause(&self) {
+        *self.runs.lock() = false;
         self.cpus.pause();
         self.bus.virtio.iter().for_each(|device| device.lock().pause());
+    }
+
+    /// As [`Machine::pause`], but does not wait for memory that cannot be had.
+    ///
+    /// # Errors
+    /// Why the guest is stuck: then it stands still anyway.
+    pub fn pause_unless_stuck(&self) -> Result<(), Stuck> {
+        *self.runs.lock() = false;
+        self.cpus.pause_unless_stuck()?;
+        self.bus.virtio.iter().for_each(|device| device.lock().drain());
+        while !self.bus.virtio.iter().all(|device| device.lock().is_drained()) {
+            // A device touches memory as well.
+            if let Some(stuck) = self.stuck() {
+                return Err(stuck);
+            }
+            clock::sleep(LOOK);
+        }
+        self.bus.virtio.iter().for_each(|device| device.lock().pause());
+        Ok(())
+    }
+
+    /// Has the devices finish what they took and take nothing more, while the guest runs: a pause after that waits for
+    /// nobody. Devices work again when the machine is resumed.
+    ///
+    /// # Errors
+    /// `Busy` when that takes longer than `patience`: the devices work on then, each as soon as it has finished what it took.
+    pub fn drain(self: &Arc<Self>, patience: Duration) -> Result<()> {
+        self.bus.virtio.iter().for_each(|device| device.lock().drain());
+        let until = clock::now() + patience;
+        while !self.bus.virtio.iter().all(|device| device.lock().is_drained()) {
+            if clock::now() >= until || self.stuck().is_some() {
+                self.work_on()?;
+                let what = format!("a request to a disk takes longer than {} ms", patience.as_millis());
+                return Err(Error::busy(what).hint("try again; the log says what the disk waits for"));
+            }
+            clock::sleep(LOOK);
+        }
+        Ok(())
+    }
+
+    /// Lets devices that were being drained work on, each when it has finished what it took. That may take as long as
+    /// whatever it waits for, so nobody waits for it here.
+    fn work_on(self: &Arc<Self>) -> Result<()> {
+        let machine = Arc::downgrade(self);
+        let body = move || {
+            let mut left: Vec<usize> = machine.upgrade().map_or_else(Vec::new, |m| (0..m.bus.virtio.len()).collect());
+            // Nobody waits for this thread either, and it keeps no machine alive.
+            while !left.is_empty()
+                && let Some(machine) = machine.upgrade()
+            {
+                let runs = machine.runs.lock();
+                left.retain(|index| *runs && !machine.bus.virtio[*index].lock().work_on());
+                drop(runs);
+                drop(machine);
+                clock::sleep(LOOK);
+            }
+        };
+        let started = std::thread::Builder::new().name("work-on".into()).spawn(body);
+        started.map(drop).map_err(|e| Error::io("no thread to let the devices of the guest work on", e))
     }
 
     /// Presses the power button; what comes of it is up to the guest.
@@ -239,6 +329,23 @@ impl Machine {
         self.bus.virtio.iter().for_each(|device| device.lock().pause());
         self.bus.serial.log().close();
         ending
+    }
+
+    /// Stops the guest for want of a page of its memory, and returns at once: a processor that waits for it in the kernel
+    /// stays there until the page comes. [`Machine::resume`] lets the guest try again.
+    pub fn stick(&self, stuck: Stuck) {
+        self.cpus.stick(stuck);
+    }
+
+    /// Returns which page of its memory the guest waits for; `None` when it does not.
+    #[must_use]
+    pub fn stuck(&self) -> Option<Stuck> {
+        self.cpus.stuck()
+    }
+
+    /// Ends a guest whose memory cannot be had, as a power cut does.
+    pub fn give_up(&self, stuck: Stuck) {
+        self.cpus.end(Ending::MemoryError(stuck.what));
     }
 
     /// Returns how the guest has ended; `None` while it lives.
@@ -286,10 +393,12 @@ impl Parts {
         Ok(Self { kvm, confinement: means.confinement.clone(), vm, bus, cpus })
     }
 
-    fn finish(self) -> Result<Machine> {
+    fn finish(self, settings: &Settings) -> Result<Machine> {
         let Self { kvm, confinement, vm, bus, cpus } = self;
-        let cpus = Cpus::start(&vm, cpus, Arc::clone(&bus), &confinement)?;
-        Ok(Machine { cpus, socket: Mutex::new(None), bus, start: Uuid::new_v4(), vm, kvm })
+        let guards = memory::guard(vm.memory())?;
+        let cpus = Cpus::start(&vm, cpus, Arc::clone(&bus), guards, &confinement)?;
+        let (socket, start, settings) = (Mutex::new(None), Uuid::new_v4(), settings.clone());
+        Ok(Machine { cpus, socket, bus, start, settings, runs: Mutex::new(false), vm, kvm })
     }
 }
 

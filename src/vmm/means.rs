@@ -6,14 +6,17 @@
 //! 2. One machine at a time: the next is made when the one before is gone.
 
 use std::fs::File;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use kvm_ioctls::Kvm;
 
 use super::boot::BootFiles;
 use super::filter::Confinement;
+use super::fit;
 use super::machine::Settings;
 use super::nursery::Nursery;
+use super::state::MachineState;
 use super::virtio;
 use crate::error::{Error, Kind, Result};
 
@@ -41,6 +44,27 @@ impl Means {
         Ok(Self { boot, ..Self::open_to_go_on(settings)? })
     }
 
+    /// Opens what a machine that goes on where another was needs, and what it would take to reboot, if that is there: a
+    /// machine whose kernel was removed meanwhile goes on, and only does not begin again.
+    ///
+    /// # Errors
+    /// What the host lacks.
+    pub(super) fn open_to_go_on_and_reboot(settings: &Settings) -> Result<Self> {
+        let boot = BootFiles::open(&settings.boot);
+        let boot = boot.inspect_err(|e| tracing::warn!("the guest goes on, and will not reboot: {e}")).ok();
+        Ok(Self { boot, ..Self::open_to_go_on(settings)? })
+    }
+
+    /// Finds out whether this host can have a state, without making a machine of it.
+    ///
+    /// # Errors
+    /// As [`fit::check_host`].
+    pub(super) fn check_host(&self, state: &MachineState, settings: &Settings) -> Result<()> {
+        let vm = self.kvm.create_vm().map_err(|e| Error::io("KVM cannot make a machine", e.into()))?;
+        let cpu = vm.create_vcpu(0).map_err(|e| Error::io("KVM cannot make a processor", e.into()))?;
+        fit::check_host(state, settings, &self.kvm, &cpu)
+    }
+
     /// Opens what a machine that goes on where another was needs.
     ///
     /// # Errors
@@ -51,12 +75,13 @@ impl Means {
         Ok(Self { kvm, boot: None, taps, confinement: Confinement::default() })
     }
 
-    /// Says that machines made of this run in threads that are confined; [`Self::confine`] comes before they do.
+    /// Says that machines made of this run in threads that are confined; [`Self::confine`] comes before they do. Beside
+    /// reading, files are only reached from `folder`, where the process keeps its checkpoints.
     ///
     /// # Errors
     /// None that are known.
-    pub fn confined(self) -> Result<Self> {
-        Ok(Self { confinement: Confinement::strict()?, ..self })
+    pub fn confined(self, folder: Option<BorrowedFd<'_>>) -> Result<Self> {
+        Ok(Self { confinement: Confinement::strict(folder)?, ..self })
     }
 
     /// Confines all threads of the process to what machines need of the kernel, for good; nothing for one that is not to be

@@ -4,14 +4,17 @@
 //! 1. Each region is one memfd, mapped by this process alone and nowhere else: what saves the memory while the guest runs
 //!    sees every write (a second mapping would go unseen).
 //! 2. Memory is not reserved on the host and takes none until the guest touches it.
+//! 3. A page that the host cannot bring any more ends no process: [`guard`] sees to it that whoever touches it goes on, with
+//!    zeros, and the guest does not.
 
 use std::fs::File;
 
 use rustix::fs::MemfdFlags;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 use super::layout::{BASE_END, HIGH_START, KERNEL, LOW_END};
 use crate::error::{Error, Result};
+use crate::sys::shared::Shared;
 use crate::units::{show_size, to_usize};
 
 /// The memory of a guest.
@@ -82,6 +85,15 @@ pub(super) fn make(bytes: u64) -> Result<Memory> {
     GuestMemoryMmap::from_ranges_with_files(files).map_err(|e| host(std::io::Error::other(e)))
 }
 
+/// Guards the memory of a machine for as long as what is returned lives.
+///
+/// # Errors
+/// Those of the host.
+pub(super) fn guard(memory: &Memory) -> Result<Vec<Shared>> {
+    let cannot = |e| Error::io("the memory of the guest cannot be guarded", e);
+    memory.iter().map(|region| Shared::guard(region.get_mmap()).map_err(cannot)).collect()
+}
+
 /// Returns what the guest is told.
 pub(super) fn map(bytes: u64) -> Vec<Range> {
     let mut map = vec![
@@ -97,7 +109,7 @@ pub(super) fn map(bytes: u64) -> Vec<Range> {
 
 #[cfg(test)]
 mod tests {
-    use vm_memory::{Address, Bytes, GuestMemoryBackend};
+    use vm_memory::{Address, Bytes};
 
     use super::*;
 

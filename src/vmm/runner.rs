@@ -2,38 +2,47 @@
 //!
 //! # Rules
 //! 1. A reboot is a new machine on the same disks; a pause lasts through it.
-//! 2. What the guest says goes to `console.log` and to whoever started it. A log that cannot be written is told of once, and
-//!    the guest runs on.
+//! 2. What the guest says goes to `console.log` and to whoever started it.
 //! 3. Asked to stop, the guest is asked in turn (the power button); asked again, or when it takes longer than whoever asked
 //!    has patience for, it ends as by a power cut.
 //! 4. Everything is opened when it is made. [`Runner::confine`] gives up rights after that, and reboots need none.
-//! 5. Files that are disks are looked at every second: a guest is told when one has grown.
+//! 5. Disks are looked at every second: a guest is told when one has grown.
+//! 6. A guest whose memory cannot be had stands still, and everything else goes on: it can be looked at, told to try again,
+//!    and always be ended.
+//! 7. A disk of the pool may wait for its server. The machine is paused and goes on all the same, and ending it ends the
+//!    waiting.
 
 use std::fs::File;
-use std::io::{self, Seek, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::home::{Definition, Home, HomeLock};
+use super::console_log;
+use super::home::{Definition, DiskDefinition, DiskSource, Home, HomeLock};
+use super::instant::Disks;
+use super::restore::{Filling, MemoryInfo, Restore};
 use super::serial::BACKLOG;
-use super::{DiskSettings, Ending, FileDisk, Log, Machine, Means, Settings};
+use super::{DiskSettings, Ending, FileDisk, Machine, Means, Settings, Stuck};
+use crate::checkpoint::{Folder, Name, Sizes};
+use crate::disk::BlockDevice;
 use crate::error::{Error, Kind, Result};
 use crate::media::socket::Socket;
+use crate::media::{HostMedia, Media};
+use crate::memory::{SaveFigures, Watch};
+use crate::nbd;
 use crate::sync::{Condvar, Mutex, MutexGuard};
 use crate::sys::process::{self, User};
+use crate::sys::userfaultfd::Userfault;
 
 /// How long a guest that is asked to switch itself off may take.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How often the files that are disks are looked at.
 const LOOK: Duration = Duration::from_secs(1);
-
-/// Bytes of `console.log` at most; a guest that says more begins it anew.
-const LOG_MAX: u64 = 16 << 20;
 
 /// What a machine does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,6 +52,8 @@ pub enum State {
     Running,
     /// It stands still.
     Paused,
+    /// A page of its memory cannot be had: it stands still until it is told to try again, or is ended.
+    MemoryError,
     /// It was asked to switch itself off.
     Stopping,
     /// It has ended.
@@ -50,30 +61,114 @@ pub enum State {
 }
 
 #[derive(Debug)]
-struct Now {
-    machine: Option<Arc<Machine>>,
-    state: State,
+pub(super) struct Now {
+    pub(super) machine: Option<Arc<Machine>>,
+    /// Made when the first checkpoint is, or when the memory comes from one.
+    pub(super) watch: Option<Arc<Watch>>,
+    pub(super) state: State,
     ending: Option<Ending>,
     /// When a guest that was asked to switch itself off is stopped.
     deadline: Option<Instant>,
 }
 
+impl Now {
+    /// Tells why the guest stands still though nobody paused it.
+    fn stuck(&self) -> Option<Stuck> {
+        self.machine.as_ref().and_then(|machine| machine.stuck())
+    }
+}
+
 /// A machine that runs.
 #[derive(Debug)]
 pub struct Runner {
-    home: Home,
-    definition: Definition,
-    settings: Settings,
+    pub(super) home: Home,
+    pub(super) definition: Definition,
+    pub(super) settings: Settings,
     means: Means,
     /// The disks that are files, by their numbers.
     files: Vec<(usize, Arc<FileDisk>)>,
+    /// The disks that have a server.
+    served: Vec<Served>,
+    /// Whoever takes snapshots of them.
+    pub(super) disks: Arc<dyn Disks>,
+    /// Where its checkpoints are.
+    pub(super) folder: Folder,
+    /// What watches its memory, or why nothing can.
+    faults: Result<Userfault>,
+    /// The checkpoint that the next can be based on. Who makes one has the lock.
+    pub(super) last: Mutex<Option<Name>>,
+    /// How a checkpoint that is being made is going.
+    pub(super) saving: Mutex<Option<SaveFigures>>,
+    /// Memory that comes from a checkpoint.
+    pub(super) filling: Mutex<Option<Filling>>,
     /// Whose rights the process will have.
     user: Option<User>,
     serial: Arc<Socket>,
     log: Mutex<Option<File>>,
-    now: Mutex<Now>,
+    pub(super) now: Mutex<Now>,
     changed: Condvar,
     _lock: HomeLock,
+}
+
+/// A disk that has a server.
+#[derive(Debug)]
+struct Served {
+    /// Its number.
+    number: usize,
+    client: Arc<nbd::Client>,
+    /// Its size when it was looked at last.
+    size: AtomicU64,
+}
+
+impl Served {
+    fn look(&self) -> bool {
+        let size = self.client.size();
+        self.size.swap(size, Ordering::Relaxed) != size
+    }
+}
+
+/// Opens a disk of the pool for a machine.
+pub type OpenDisk<'a> = dyn Fn(&str, &DiskDefinition) -> Result<nbd::Client> + 'a;
+
+/// What a machine has of the pool it is in.
+#[derive(Clone)]
+pub struct Pool<'a> {
+    /// Opens its disks.
+    pub open: &'a OpenDisk<'a>,
+    /// Takes snapshots of them.
+    pub disks: Arc<dyn Disks>,
+}
+
+impl std::fmt::Debug for Pool<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pool").field("disks", &self.disks).finish_non_exhaustive()
+    }
+}
+
+/// How a machine begins.
+#[derive(Debug)]
+pub enum Begin<'a> {
+    /// With its kernel.
+    Boot,
+    /// Where a checkpoint was made.
+    Restore(Box<Restore<'a>>),
+}
+
+impl Begin<'_> {
+    /// Finds what is in the way, as far as that can be looked at, and has the disks made ready.
+    fn prepare(self, settings: &Settings, means: &Means) -> Result<Self> {
+        let Self::Restore(mut restore) = self else { return Ok(self) };
+        means.check_host(&restore.state, settings)?;
+        std::mem::replace(&mut restore.ready, Box::new(|| Ok(())))()?;
+        Ok(Self::Restore(restore))
+    }
+}
+
+/// The disks of a machine.
+struct Opened {
+    disks: Vec<DiskSettings>,
+    files: Vec<(usize, Arc<FileDisk>)>,
+    served: Vec<Served>,
 }
 
 /// What is told about a machine.
@@ -84,12 +179,21 @@ pub struct Info {
     pub name: String,
     /// What it does.
     pub state: State,
-    /// How it ended, in words.
+    /// How it ended, or why it stands still, in words.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ending: Option<String>,
     /// The process that runs it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pid: Option<i32>,
+    /// Where its memory comes from, if it is not where it began.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<MemoryInfo>,
+    /// How a checkpoint that is being made is going.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub saving: Option<SaveFigures>,
+    /// A disk of it waits for the server of the pool.
+    #[serde(default)]
+    pub waits_for_server: bool,
     /// What it is made of.
     pub definition: Definition,
 }
@@ -101,40 +205,78 @@ impl Info {
     /// When its definition cannot be read.
     pub fn of_stopped(home: &Home) -> Result<Self> {
         let (name, definition) = (home.name().to_owned(), home.definition()?);
-        Ok(Self { name, state: State::Ended, ending: None, pid: None, definition })
+        Ok(Self {
+            name,
+            state: State::Ended,
+            ending: None,
+            pid: None,
+            memory: None,
+            saving: None,
+            waits_for_server: false,
+            definition,
+        })
     }
 }
 
 impl Runner {
-    /// Prepares a machine: opens its disks and all else, makes it once to see that it can be made, and makes the socket of its
-    /// serial port.
+    /// Prepares a machine: opens its disks, those of the pool with `pool`, and all else, makes it once to see that it can be
+    /// made, and makes the socket of its serial port.
     ///
     /// # Errors
     /// `Busy` when a disk is in use, and what [`Machine::new`] finds.
-    pub fn new(home: Home, definition: Definition, lock: HomeLock) -> Result<Self> {
-        let (mut disks, mut files) = (Vec::new(), Vec::new());
-        for disk in &definition.disks {
-            let device = Arc::new(FileDisk::open(&disk.file, disk.read_only)?);
-            files.push((disks.len(), Arc::clone(&device)));
-            disks.push(DiskSettings { device, read_only: disk.read_only, serial: disk.serial.clone() });
-        }
-        let settings = Settings {
+    pub fn new(home: Home, definition: Definition, lock: HomeLock, pool: Pool<'_>, begin: Begin<'_>) -> Result<Self> {
+        let user = definition.user.as_deref().map(find_user).transpose()?;
+        let folder = open_folder(&home, user)?;
+        let mut settings = Settings {
             boot: definition.boot.clone(),
             memory: definition.memory,
             cpus: definition.cpus,
-            disks,
+            disks: Vec::new(),
             nets: definition.nets.clone(),
             generation: Uuid::new_v4(),
         };
-        let user = definition.user.as_deref().map(find_user).transpose()?;
-        let means = Means::open(&settings)?.confined()?;
-        let machine = Arc::new(Machine::of(&settings, &means)?);
+        let faults = Watch::open();
+        let means = match &begin {
+            Begin::Boot => Means::open(&settings)?,
+            Begin::Restore(_) => Means::open_to_go_on_and_reboot(&settings)?,
+        };
+        let means = means.confined(Some(folder.as_fd()))?;
+        let begin = begin.prepare(&settings, &means)?;
+        let Opened { disks, files, served } = open_disks(&definition, pool.open)?;
+        settings.disks = disks;
+        let (machine, watch, filling) = match begin {
+            Begin::Boot => (Arc::new(Machine::of(&settings, &means)?), None, None),
+            Begin::Restore(restore) => {
+                let faults = faults.as_ref().map_err(Error::again)?;
+                let begun = restore.begin(&settings, &means, copy_of(faults)?)?;
+                (begun.machine, Some(begun.watch), begun.filling)
+            }
+        };
         let serial = Arc::new(Socket::listen(&home.path("serial.sock"), BACKLOG)?);
         machine.serve_serial(&serial)?;
-        let log = Mutex::new(open_log(&home));
-        let now = Now { machine: Some(machine), state: State::Running, ending: None, deadline: None };
-        let (now, changed) = (Mutex::new(now), Condvar::new());
-        Ok(Self { home, definition, settings, means, files, user, serial, log, now, changed, _lock: lock })
+        let log = Mutex::new(console_log::open(&home));
+        let now = Now { machine: Some(machine), watch, state: State::Running, ending: None, deadline: None };
+        let media: Arc<dyn Media> = Arc::new(folder);
+        Ok(Self {
+            folder: Folder::of_one(&media, home.name()),
+            disks: pool.disks,
+            faults,
+            last: Mutex::new(None),
+            saving: Mutex::new(None),
+            filling: Mutex::new(filling),
+            now: Mutex::new(now),
+            changed: Condvar::new(),
+            _lock: lock,
+            home,
+            definition,
+            settings,
+            means,
+            files,
+            served,
+            user,
+            serial,
+            log,
+        })
     }
 
     /// Gives up the rights that running the machine does not take, in all threads and for good: becomes the user that the
@@ -160,6 +302,7 @@ impl Runner {
         std::thread::scope(|scope| {
             let _end = End(self);
             scope.spawn(|| self.watch());
+            scope.spawn(|| self.attend());
             let ended = self.live(&show);
             self.now.lock().ending = ended.as_ref().ok().cloned();
             ended
@@ -172,7 +315,7 @@ impl Runner {
             machine.serve_serial(&self.serial)?;
             let console = machine.console();
             let ending = std::thread::scope(|scope| {
-                scope.spawn(|| follow(&console, &self.log, show));
+                scope.spawn(|| console_log::follow(&console, &self.log, show));
                 {
                     // Under the lock: a pause that came before stays.
                     let now = self.now.lock();
@@ -187,11 +330,45 @@ impl Runner {
                 return Ok(ending);
             }
             // The old one must be gone before the new one takes its place: it has the network cards.
-            self.now.lock().machine = None;
+            self.let_go();
             drop(machine);
             machine = Arc::new(Machine::of(&self.settings, &self.means)?);
             self.now.lock().machine = Some(Arc::clone(&machine));
         }
+    }
+
+    /// Forgets the machine, whose guest has ended, and its memory.
+    fn let_go(&self) {
+        self.end_filling();
+        let mut now = self.now.lock();
+        let gone = (now.machine.take(), now.watch.take());
+        drop(now);
+        drop(gone);
+        if let Some(mut last) = self.last.try_lock() {
+            *last = None;
+        }
+    }
+
+    /// Returns the machine, which lives.
+    pub(super) fn machine(&self) -> Result<Arc<Machine>> {
+        let now = self.now.lock();
+        if now.state == State::Ended {
+            return Err(Error::failed("the virtual machine has ended"));
+        }
+        now.machine.clone().ok_or_else(|| Error::busy("the guest reboots").hint("try again"))
+    }
+
+    /// Returns what watches the memory of the machine; it is made the first time.
+    pub(super) fn watched(&self, machine: &Arc<Machine>) -> Result<Arc<Watch>> {
+        let mut now = self.now.lock();
+        if !now.machine.as_ref().is_some_and(|current| Arc::ptr_eq(current, machine)) {
+            return Err(Error::busy("the guest reboots").hint("try again"));
+        }
+        if now.watch.is_none() {
+            let faults = copy_of(self.faults.as_ref().map_err(Error::again)?)?;
+            now.watch = Some(Arc::new(Watch::new(faults, machine.memory(), Sizes::USUAL)?));
+        }
+        Ok(Arc::clone(now.watch.as_ref().expect("it was just made")))
     }
 
     /// Looks after the machine until it has ended: at its disks, and at how long it takes to switch itself off.
@@ -205,6 +382,7 @@ impl Runner {
                 && let Some(machine) = &now.machine
             {
                 tracing::warn!("the guest does not switch itself off; it is stopped");
+                self.cancel();
                 machine.stop();
                 now.deadline = None;
             }
@@ -225,7 +403,8 @@ impl Runner {
                 None
             }
         };
-        self.files.iter().filter_map(changed).collect()
+        let served = self.served.iter().filter(|disk| disk.look()).map(|disk| disk.number);
+        self.files.iter().filter_map(changed).chain(served).collect()
     }
 
     /// Stops the guest where it is. One that stands still already stays so.
@@ -235,27 +414,42 @@ impl Runner {
     pub fn pause(&self) -> Result<()> {
         let mut now = self.now.lock();
         match now.state {
-            State::Running | State::Paused => {}
+            State::Running | State::Paused | State::MemoryError => {}
             State::Stopping => return Err(Error::busy("the virtual machine is about to end")),
             State::Ended => return Err(Error::failed("the virtual machine has ended")),
         }
+        if let Some(stuck) = now.stuck() {
+            return Err(self.cannot_be_had(&stuck));
+        }
         if let Some(machine) = &now.machine {
-            machine.pause();
+            machine.pause_unless_stuck().map_err(|stuck| self.cannot_be_had(&stuck))?;
         }
         now.state = State::Paused;
         Ok(())
     }
 
-    /// Lets the guest go on. One that runs, runs on.
+    /// Lets the guest go on. One that runs, runs on. One whose memory cannot be had tries again if it is to `retry`.
     ///
     /// # Errors
-    /// When it has ended.
-    pub fn resume(&self) -> Result<()> {
+    /// When it has ended, and when its memory cannot be had.
+    pub fn resume(&self, retry: bool) -> Result<()> {
         let mut now = self.now.lock();
         if now.state == State::Ended {
             return Err(Error::failed("the virtual machine has ended"));
         }
-        if now.state == State::Paused {
+        if let Some(stuck) = now.stuck() {
+            if !retry || stuck.for_good {
+                return Err(self.cannot_be_had(&stuck));
+            }
+            // In this order: what fails again at once makes the guest stand still again, and that is not to be undone.
+            if let Some(machine) = &now.machine {
+                machine.resume();
+            }
+            if let Some(filling) = &*self.filling.lock() {
+                filling.restorer.retry();
+            }
+            now.state = if now.state == State::Stopping { State::Stopping } else { State::Running };
+        } else if now.state == State::Paused {
             now.state = State::Running;
             if let Some(machine) = &now.machine {
                 machine.resume();
@@ -270,13 +464,23 @@ impl Runner {
     /// # Errors
     /// When it has ended.
     pub fn stop(&self, patience: Duration) -> Result<()> {
+        if patience.is_zero() {
+            // Before the lock: a pause may have it, and wait for the host.
+            self.cancel();
+        }
+        self.poison(patience.is_zero());
         let mut now = self.now.lock();
         if now.state == State::Ended {
             return Err(Error::failed("the virtual machine has ended"));
         }
         // Without a machine it is between two lives: the next is the last.
         if let Some(machine) = &now.machine {
-            if patience.is_zero() || now.state == State::Stopping {
+            if let Some(stuck) = machine.stuck() {
+                // It does not hear a button.
+                self.cancel();
+                machine.give_up(stuck);
+            } else if patience.is_zero() || now.state == State::Stopping {
+                self.cancel();
                 machine.stop();
             } else {
                 machine.resume();
@@ -290,13 +494,34 @@ impl Runner {
         Ok(())
     }
 
+    pub(super) fn cannot_be_had(&self, stuck: &Stuck) -> Error {
+        let name = self.home.name();
+        let hint = if stuck.for_good {
+            format!("'afterimage vm stop {name}' ends it")
+        } else {
+            format!("'afterimage vm resume {name} --retry' reads it again, 'afterimage vm stop {name}' ends the guest")
+        };
+        Error::corrupt(format!("memory of the virtual machine {name} cannot be had: {}", stuck.what)).hint(hint)
+    }
+
+    /// Ends all waiting for a server: the guest is not to go on.
+    fn cancel(&self) {
+        self.served.iter().for_each(|disk| disk.client.cancel());
+    }
+
     /// Tells about it.
     pub fn info(&self) -> Info {
         let now = self.now.lock();
-        let ending = now.ending.as_ref().or(None).map(ToString::to_string);
+        let stuck = now.stuck();
+        let state = if stuck.is_some() { State::MemoryError } else { now.state };
+        let why = stuck.map(|stuck| format!("memory of the guest cannot be had: {}", stuck.what));
+        let ending = now.ending.as_ref().map(ToString::to_string).or(why);
         let pid = Some(rustix::process::getpid().as_raw_nonzero().get());
         let (name, definition) = (self.home.name().to_owned(), self.definition.clone());
-        Info { name, state: now.state, ending, pid, definition }
+        let memory = self.filling.lock().as_ref().map(Filling::info);
+        let saving = *self.saving.lock();
+        let waits_for_server = self.served.iter().any(|disk| disk.client.is_away());
+        Info { name, state, ending, pid, memory, saving, waits_for_server, definition }
     }
 }
 
@@ -305,13 +530,51 @@ struct End<'a>(&'a Runner);
 
 impl Drop for End<'_> {
     fn drop(&mut self) {
-        let mut now = self.0.now.lock();
-        (now.state, now.machine) = (State::Ended, None);
-        drop(now);
+        self.0.now.lock().state = State::Ended;
+        self.0.let_go();
         self.0.changed.notify_all();
+        // Nobody asks for anything any more, and whoever ends the disks is not one that went away.
+        self.0.cancel();
         // Others may keep the value to the end of the process.
         self.0.serial.remove();
     }
+}
+
+/// Opens the folder of the checkpoints of a machine, which is its own also when it runs as somebody else.
+fn open_folder(home: &Home, user: Option<User>) -> Result<HostMedia> {
+    let path = home.checkpoints()?;
+    let cannot = |e| Error::io(format!("cannot open {}", path.display()), e);
+    let folder = HostMedia::new(&path).map_err(cannot)?;
+    if let Some(user) = user {
+        process::give_to(&folder, user).map_err(cannot)?;
+    }
+    Ok(folder)
+}
+
+/// Returns another descriptor of what watches memory: each machine has its own.
+fn copy_of(faults: &Userfault) -> Result<Userfault> {
+    faults.try_clone().map_err(|e| Error::io("the memory of the guest cannot be watched", e))
+}
+
+fn open_disks(definition: &Definition, open: &OpenDisk<'_>) -> Result<Opened> {
+    let mut opened = Opened { disks: Vec::new(), files: Vec::new(), served: Vec::new() };
+    for disk in &definition.disks {
+        let device: Arc<dyn BlockDevice> = match disk.source()? {
+            DiskSource::File(file) => {
+                let file = Arc::new(FileDisk::open(file, disk.read_only)?);
+                opened.files.push((opened.disks.len(), Arc::clone(&file)));
+                file
+            }
+            DiskSource::Pool(name) => {
+                let client = Arc::new(open(name, disk)?);
+                let (number, size) = (opened.disks.len(), AtomicU64::new(client.size()));
+                opened.served.push(Served { number, client: Arc::clone(&client), size });
+                client
+            }
+        };
+        opened.disks.push(DiskSettings { device, read_only: disk.read_only, serial: disk.serial.clone() });
+    }
+    Ok(opened)
 }
 
 fn find_user(name: &str) -> Result<User> {
@@ -323,52 +586,4 @@ fn find_user(name: &str) -> Result<User> {
         );
     }
     Ok(user)
-}
-
-fn open_log(home: &Home) -> Option<File> {
-    let path = home.path("console.log");
-    let opened = File::options().write(true).create(true).truncate(true).mode(0o600).open(&path);
-    opened.map_err(|e| tracing::warn!("cannot write {}: {e}", path.display())).ok()
-}
-
-/// Writes what a guest says, until it ends.
-fn follow(console: &Log, log: &Mutex<Option<File>>, show: &impl Fn(&[u8])) {
-    let mut next = 0;
-    while let Some(part) = console.part(next) {
-        next = part.start + part.bytes.len() as u64;
-        show(&part.bytes);
-        let mut log = log.lock();
-        if let Some(file) = &mut *log
-            && let Err(error) = write_log(file, &part.bytes)
-        {
-            tracing::warn!("console.log is not written any more: {error}");
-            *log = None;
-        }
-    }
-}
-
-/// Writes to the end of a log, which begins anew when it is full.
-fn write_log(file: &mut File, bytes: &[u8]) -> io::Result<()> {
-    if file.stream_position()? + bytes.len() as u64 > LOG_MAX {
-        file.set_len(0)?;
-        file.rewind()?;
-    }
-    file.write_all(bytes)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_guest_that_talks_for_ever_does_not_fill_the_host() {
-        let mut file = tempfile::tempfile().unwrap();
-        let part = vec![b'x'; 1 << 20];
-        for _ in 0..LOG_MAX / (1 << 20) {
-            write_log(&mut file, &part).unwrap();
-        }
-        assert_eq!(file.metadata().unwrap().len(), LOG_MAX);
-        write_log(&mut file, b"more").unwrap();
-        assert_eq!(file.metadata().unwrap().len(), 4);
-    }
 }

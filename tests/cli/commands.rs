@@ -164,6 +164,11 @@ fn settings_are_set_all_or_none() {
         assert_eq!((code, error["message"].as_str()), (2, Some(want)));
     }
     assert_eq!(it.error(&["set", "a", "iops=1", "iops=2"]).0, 2);
+    // What each of them is may be known only when it is set: the first one stayed behind.
+    it.json(&["snapshot", "a@s"]);
+    let before = it.json(&["get", "a"]);
+    assert_eq!(it.error(&["set", "a", "bandwidth=10M", "extent-size=8M", "quota=9G"]).0, 1);
+    assert_eq!(it.json(&["get", "a"]), before);
     assert_eq!(it.error(&["get", "a", "nonsense"]).0, 2);
 }
 

@@ -117,6 +117,7 @@ fn the_page_of_formats_has_the_tables_of_the_format_pages() {
     let stream = include_str!("../../src/stream/FORMAT.md");
     let record = include_str!("../../src/snapshot/record/FORMAT.md");
     let export = include_str!("../../src/export/FORMAT.md");
+    let checkpoint = include_str!("../../src/checkpoint/FORMAT.md");
     let mut count = 0;
     for (format, heading) in [
         (stream, "Prefix, 16 bytes"),
@@ -126,6 +127,10 @@ fn the_page_of_formats_has_the_tables_of_the_format_pages() {
         (record, "Record header, 64 bytes"),
         (record, "Identity, in this order"),
         (record, "Directory entry, 60 bytes"),
+        (checkpoint, "\nHeader, 64 bytes"),
+        (checkpoint, "Page trailer, 16 bytes"),
+        (checkpoint, "Index cell, 16 bytes"),
+        (checkpoint, "Footer, 128 bytes"),
         (export, "`manifest.json`, one object"),
         (export, "The marker, `TARGET"),
     ] {
@@ -135,9 +140,10 @@ fn the_page_of_formats_has_the_tables_of_the_format_pages() {
         }
     }
     assert!(count > 70, "{count} rows");
-    for magic in ["4A 4E", "53 47", "53 4C", "55 46", "41 49", "53 54"] {
+    for magic in ["4A 4E", "53 47", "53 4C", "55 46", "41 49", "53 54", "43 4B"] {
         let magic = format!("89 41 46 54 {magic} 0D 0A");
-        let of = [stream, record, include_str!("../../src/pool/FORMAT.md"), include_str!("../../src/store/FORMAT.md")];
+        let (pool, store) = (include_str!("../../src/pool/FORMAT.md"), include_str!("../../src/store/FORMAT.md"));
+        let of = [stream, record, checkpoint, pool, store];
         assert!(page.contains(&magic) && of.iter().any(|format| format.contains(&magic)), "{magic}");
     }
 }

@@ -115,6 +115,15 @@ fn one_extent_tree_is_mounted_by_the_server_or_without_one() {
     assert_eq!(std::fs::read_dir(&alone).unwrap().count(), 0);
     assert!(mount.join("disks/web.raw").exists(), "the pool stays mounted");
     assert_eq!(it.error(&["mount", "--export", "web@none", export]).0, 3);
+    it.json(&["snapshot", "web@gone"]);
+    it.json(&["retire", "web@gone"]);
+    let (code, error) = it.error(&["mount", "--export", "web@gone", export]);
+    assert!(code == 1 && error["message"].as_str().unwrap().contains("is retired"), "{error}");
+    // Somebody reads it: its data stays, and who waits for the space is told.
+    it.json(&["snapshot", "web@read"]);
+    let reader = std::fs::File::open(mount.join("snapshots/web/read.raw")).unwrap();
+    assert_eq!(it.json(&["retire", "--wait", "web@read"])["open"], json!(["web@read"]));
+    drop(reader);
     it.json(&["mount", "--export", "web@a", export]);
     it.json(&["umount", at]);
     assert_eq!(std::fs::read_dir(&alone).unwrap().count(), 0, "it went with the pool");
@@ -237,6 +246,53 @@ fn what_a_killed_server_left_is_taken_away() {
     it.json(&["mount", "--daemon", at]);
     assert!(mount.join("disks/web.raw").exists());
     it.json(&["umount", at]);
+}
+
+/// A line of the log that nobody took ended the thread that wrote it: `rm` of a disk with snapshots was EIO, then nothing
+/// was answered any more.
+#[test]
+fn a_server_whose_stderr_is_closed_goes_on() {
+    if !can_mount() {
+        return;
+    }
+    let it = Afterimage::with_pool();
+    let mount = it.path("mnt");
+    std::fs::create_dir(&mount).unwrap();
+    let (reader, stderr) = std::io::pipe().unwrap();
+    drop(reader);
+    let words = ["-v", "--json", "mount", mount.to_str().unwrap()];
+    let mut server = it.command(&words).stdout(Stdio::piped()).stderr(stderr).spawn().unwrap();
+    let mounted = Mounted(&it);
+    let mut line = String::new();
+    BufReader::new(server.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    assert!(line.contains("\"answer\":\"status\""), "{line}");
+    it.json(&["create", "web", "-s", "1M"]);
+    it.json(&["snapshot", "web@a"]);
+    for n in 0..20 {
+        // Each is told of in the log.
+        let refused = std::fs::remove_file(mount.join("disks/web.raw")).unwrap_err();
+        assert_eq!(refused.kind(), std::io::ErrorKind::ResourceBusy, "{n}: {refused}");
+    }
+    it.json(&["rm", "web", "--recursive"]);
+    it.json(&["umount", mount.to_str().unwrap()]);
+    assert_eq!(server.wait().unwrap().code(), Some(0));
+    drop(mounted);
+}
+
+#[test]
+fn the_background_server_has_the_map_cache_it_was_given() {
+    if !can_mount() {
+        return;
+    }
+    let it = Afterimage::new();
+    let mount = it.path("mnt");
+    let at = mount.to_str().unwrap();
+    let status = it.json(&["mount", "--init", "--daemon", "--map-cache", "64M", at]);
+    let mounted = Mounted(&it);
+    let words = std::fs::read_to_string(format!("/proc/{}/cmdline", status["pid"])).unwrap();
+    assert!(words.split('\0').any(|word| word == "--map-cache=67108864"), "{words:?}");
+    it.json(&["umount", at]);
+    drop(mounted);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use afterimage::api::{Keep, Request, Response};
+use afterimage::checkpoint::{Checkpoint, DiskInfo, Fault, RegionInfo, VerifyReport};
 use afterimage::disk::{Damage, ScrubReport};
 use afterimage::pool::ExportKind;
 use afterimage::store::{CheckReport, Problem, RebuildReport, RebuiltDisk};
@@ -97,6 +98,15 @@ fn golden() -> Vec<(Request, &'static str)> {
             ),
         ),
         (Request::Detach { name: "3".into() }, r#"{"command":"detach","name":"3"}"#),
+        (
+            Request::AttachVm { vm: web(), disk: monday(), read_only: true, claim: None },
+            r#"{"command":"attach-vm","vm":"web","disk":"web@monday","read_only":true}"#,
+        ),
+        (
+            Request::AttachVm { vm: web(), disk: web(), read_only: false, claim: Some("disk-1".into()) },
+            r#"{"command":"attach-vm","vm":"web","disk":"web","claim":"disk-1"}"#,
+        ),
+        (Request::DetachVm { vm: web() }, r#"{"command":"detach-vm","vm":"web"}"#),
         (Request::Exports {}, r#"{"command":"exports"}"#),
         (Request::Flush {}, r#"{"command":"flush"}"#),
         (
@@ -133,6 +143,26 @@ fn golden() -> Vec<(Request, &'static str)> {
         ),
         (Request::ReceiveToken { disk: web() }, r#"{"command":"receive-token","disk":"web"}"#),
         (Request::ReceiveAbort { disk: web() }, r#"{"command":"receive-abort","disk":"web"}"#),
+        (Request::CheckpointLs { machine: None }, r#"{"command":"checkpoint-ls"}"#),
+        (Request::CheckpointLs { machine: Some("vm".into()) }, r#"{"command":"checkpoint-ls","machine":"vm"}"#),
+        (Request::CheckpointInfo { checkpoint: "vm@a".into() }, r#"{"command":"checkpoint-info","checkpoint":"vm@a"}"#),
+        (
+            Request::CheckpointVerify { checkpoint: "vm@a".into() },
+            r#"{"command":"checkpoint-verify","checkpoint":"vm@a"}"#,
+        ),
+        (
+            Request::CheckpointDisks { checkpoint: "vm@a".into(), disks: vec!["web".into()] },
+            r#"{"command":"checkpoint-disks","checkpoint":"vm@a","disks":["web"]}"#,
+        ),
+        (
+            Request::CheckpointForget { checkpoint: "vm@a".into() },
+            r#"{"command":"checkpoint-forget","checkpoint":"vm@a"}"#,
+        ),
+        (Request::CheckpointRm { checkpoint: "vm@a".into() }, r#"{"command":"checkpoint-rm","checkpoint":"vm@a"}"#),
+        (
+            Request::CheckpointFlatten { checkpoint: "vm@a".into() },
+            r#"{"command":"checkpoint-flatten","checkpoint":"vm@a"}"#,
+        ),
         (Request::Status {}, r#"{"command":"status"}"#),
         (Request::Shutdown {}, r#"{"command":"shutdown"}"#),
     ]
@@ -213,10 +243,68 @@ fn reports_are_written_as_ever() {
             r#"{"answer":"received","disk":"d","snapshot":"s","uuid":"00000000-0000-0000-0000-000000000007","base":"00000000-0000-0000-0000-000000000007","start":1,"data":2,"zeros":3,"kept":null}"#,
         ),
     ];
-    for (answer, json) in golden {
+    for (answer, json) in golden.into_iter().chain(checkpoint_answers()) {
         assert_eq!(serde_json::to_string(&answer).unwrap(), json);
         assert_eq!(serde_json::from_str::<Response>(json).unwrap(), answer);
     }
+}
+
+fn checkpoint_answers() -> [(Response, &'static str); 3] {
+    let uuid = uuid::Uuid::from_u128(7);
+    let checkpoint = Checkpoint {
+        machine: "vm".into(),
+        name: "a".into(),
+        damage: None,
+        uuid: Some(uuid),
+        created: 1,
+        memory: 2,
+        stored: 3,
+        allocated: 4,
+        page_block: 5,
+        storage_block: 6,
+        stored_blocks: 7,
+        zero_blocks: 8,
+        inherited_blocks: 9,
+        storage_blocks: 10,
+        hot_blocks: 11,
+        maker: "m".into(),
+        state_version: 12,
+        state_bytes: 13,
+        regions: vec![RegionInfo { address: 14, bytes: 15 }],
+        disks: vec![DiskInfo { snapshot: "d@s".into(), disk_uuid: uuid, uuid }],
+        parent: Some("vm@b".into()),
+        children: vec!["vm@c".into()],
+    };
+    let fault = Fault {
+        file: "f".into(),
+        page_block: Some(1),
+        address: Some(2),
+        storage_block: Some(3),
+        offset: None,
+        why: "w".into(),
+    };
+    let checkpoints = vec![Checkpoint { damage: Some("d".into()), ..Checkpoint::default() }];
+    [
+        (
+            Response::Checkpoint(Box::new(checkpoint)),
+            r#"{"answer":"checkpoint","machine":"vm","name":"a","damage":null,"uuid":"00000000-0000-0000-0000-000000000007","created":1,"memory":2,"stored":3,"allocated":4,"page_block":5,"storage_block":6,"stored_blocks":7,"zero_blocks":8,"inherited_blocks":9,"storage_blocks":10,"hot_blocks":11,"maker":"m","state_version":12,"state_bytes":13,"regions":[{"address":14,"bytes":15}],"disks":[{"snapshot":"d@s","disk_uuid":"00000000-0000-0000-0000-000000000007","uuid":"00000000-0000-0000-0000-000000000007"}],"parent":"vm@b","children":["vm@c"]}"#,
+        ),
+        (
+            Response::Checkpoints { checkpoints },
+            r#"{"answer":"checkpoints","checkpoints":[{"machine":"","name":"","damage":"d","uuid":null,"created":0,"memory":0,"stored":0,"allocated":0,"page_block":0,"storage_block":0,"stored_blocks":0,"zero_blocks":0,"inherited_blocks":0,"storage_blocks":0,"hot_blocks":0,"maker":"","state_version":0,"state_bytes":0,"regions":[],"disks":[],"parent":null,"children":[]}]}"#,
+        ),
+        (
+            Response::CheckpointVerified(VerifyReport {
+                checkpoint: "vm@a".into(),
+                files: 1,
+                stored_blocks: 2,
+                bytes: 3,
+                faults: vec![fault],
+                more: 4,
+            }),
+            r#"{"answer":"checkpoint-verified","checkpoint":"vm@a","files":1,"stored_blocks":2,"bytes":3,"faults":[{"file":"f","page_block":1,"address":2,"storage_block":3,"offset":null,"why":"w"}],"more":4}"#,
+        ),
+    ]
 }
 
 #[test]
@@ -246,5 +334,19 @@ fn the_page_lists_every_request_and_answer() {
         for field in value.as_object().unwrap().keys().filter(|key| *key != "command") {
             assert!(page.contains(field.as_str()), "{command}: {field}");
         }
+    }
+}
+
+/// One kind of error was missing in the page: programs that match on the kind did not know of it.
+#[test]
+fn every_kind_of_error_is_in_the_page_with_its_exit_code() {
+    let page = std::fs::read_to_string(super::man_dir().join("afterimage-api.5")).unwrap();
+    for kind in afterimage::error::Kind::ALL {
+        let (name, code) = (kind.name().replace('-', "\\-"), kind.exit_code().to_string());
+        let told = page.lines().any(|line| {
+            let cells: Vec<_> = line.split('\t').collect();
+            matches!(cells[..], [kind, status, exit] if kind == name && exit == code && status.parse::<u16>().is_ok())
+        });
+        assert!(told, "{name} with exit code {code}");
     }
 }

@@ -201,3 +201,66 @@ fn what_makes_no_sense_is_refused() {
     assert_eq!((code, error["kind"].as_str()), (1, Some("unsupported")));
     assert_eq!(it.json(&["ls"])["disks"].as_array().unwrap().len(), 1);
 }
+
+/// More than a million extents could not be told of; some thousands are not kept in memory any more.
+#[test]
+fn a_diff_of_many_extents_is_printed_as_it_comes() {
+    const EVERY: usize = 6000;
+    let it = Afterimage::with_pool();
+    it.json(&["create", "web", "--size", "64M"]);
+    with_store(&it, |store| {
+        let disk = disk::open(store, "web").unwrap();
+        (0..EVERY).for_each(|n| disk.write(&[1; 4096], n as u64 * 8192).unwrap());
+        disk.flush().unwrap();
+    });
+    it.json(&["snapshot", "web@a"]);
+    for served in [false, true] {
+        let lock = served.then(|| PoolLock::take(&it.pool()).unwrap());
+        let server = lock.as_ref().map(|lock| {
+            let options = OpenOptions { background: false, ..OpenOptions::default() };
+            let store = open_store(&it.pool(), options).unwrap();
+            let service = Arc::new(Service::new(Arc::clone(&store), &it.pool()));
+            (Server::start(&it.pool(), lock, service).unwrap(), store)
+        });
+        let diff = it.json(&["diff", "-", "web@a"]);
+        let extents = diff["extents"].as_array().unwrap();
+        assert_eq!((diff["answer"].as_str(), diff["count"].as_u64()), (Some("diff"), Some(EVERY as u64 * 2)));
+        assert_eq!(extents.len(), EVERY * 2);
+        for (n, extent) in extents.iter().enumerate().take(EVERY * 2 - 1) {
+            assert_eq!(*extent, json!({ "offset": n * 4096, "length": 4096, "zero": n % 2 == 1 }), "{served}");
+        }
+        let diff = it.json(&["diff", "web@a", "web"]);
+        assert_eq!((&diff["extents"], &diff["to-size"]), (&json!([]), &json!(64 << 20)));
+        let output = it.run(&["diff", "-", "web@a"]);
+        let told = text(&output.stdout);
+        assert!(output.status.success() && text(&output.stderr).is_empty(), "{}", text(&output.stderr));
+        assert_eq!(told.lines().count(), EVERY * 2 + 2);
+        assert!(told.lines().nth(2).unwrap().ends_with("4096            4096  zeros"), "{told:.200}");
+        // What fails before the first extent prints none.
+        assert_eq!(it.error(&["diff", "-", "web@nope"]).0, 3);
+        // A reader that goes away has what it wanted.
+        let mut child = it.command(&["diff", "-", "web@a"]).stdout(Stdio::piped()).spawn().unwrap();
+        drop(child.stdout.take());
+        assert!(child.wait().unwrap().success());
+        if let Some((server, store)) = server {
+            server.stop();
+            store.close().unwrap();
+        }
+    }
+}
+
+/// A pipe in the place of a file was waited for, with the pool locked.
+#[test]
+fn what_is_no_file_is_refused_at_once() {
+    let it = Afterimage::with_pool();
+    let pipe = it.path("pipe");
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let (code, error) = it.error(&["record", "import", pipe.to_str().unwrap()]);
+    assert!(code == 1 && error["message"].as_str().unwrap().contains("no regular file"), "{error}");
+    let folder = it.dir.path();
+    let output = it.command(&["receive", "web"]).stdin(std::fs::File::open(folder).unwrap()).output().unwrap();
+    assert!(text(&output.stderr).contains("stdin is a directory"), "{}", text(&output.stderr));
+    let output = it.command(&["receive", "--file", folder.to_str().unwrap()]).stdin(Stdio::null()).output().unwrap();
+    let said = text(&output.stderr);
+    assert!(said.contains(&format!("{} is a directory", folder.display())), "{said}");
+}

@@ -1,7 +1,7 @@
 //! Exports of a pool: whatever happened to a disk, a chain of increments brings a raw file from snapshot to snapshot.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -39,7 +39,7 @@ fn content(device: &dyn BlockDevice) -> Vec<u8> {
 
 fn export(store: &Arc<Store>, from: Option<&str>, to: &str, dir: &Path) -> Increment {
     let (increment, device) = export::describe(store, from.map(|from| ("web", from)), ("web", to)).unwrap();
-    export::write(&increment, &*device, dir, &Silent).unwrap();
+    export::write(&increment, &device, dir, &Silent).unwrap();
     increment
 }
 
@@ -120,7 +120,7 @@ fn what_cannot_be_exported_says_why() {
     assert_eq!(refused(Some(("db", "a")), ("web", "b")).kind(), Kind::Failed);
 
     let (increment, device) = export::describe(&store, None, ("web", "b")).unwrap();
-    let write = |name: &str, progress: &dyn Progress| export::write(&increment, &*device, &bench.path(name), progress);
+    let write = |name: &str, progress: &dyn Progress| export::write(&increment, &device, &bench.path(name), progress);
     fs::create_dir(bench.path("taken")).unwrap();
     fs::write(bench.path("taken/it"), "").unwrap();
     assert_eq!(write("taken", &Silent).unwrap_err().kind(), Kind::Exists);
@@ -170,7 +170,7 @@ fn a_snapshot_stays_whole_while_it_is_exported() {
     disk.write(&vec![0xee; 8 << 20], 0).unwrap();
     disk.flush().unwrap();
     store.reclaim_wait(&Silent).unwrap();
-    export::write(&increment, &*device, &bench.path("full"), &Silent).unwrap();
+    export::write(&increment, &device, &bench.path("full"), &Silent).unwrap();
     bench.applies(shells()[0], "full", &["target"]);
     assert!(fs::read(bench.path("target")).unwrap() == data);
     drop((device, disk));
@@ -201,4 +201,30 @@ fn more_extents_than_files() {
     assert!(image == content(&*snapshot::open(&store, "web", "b").unwrap()));
     drop(disk);
     store.close().unwrap();
+}
+
+/// A block that has rotted since it was sealed went into the directory with a fresh checksum.
+#[test]
+fn a_damaged_block_is_not_exported() {
+    let bench = Bench::new();
+    let store = pool(&bench);
+    disk::create(&store, "web", 3 << 20).unwrap();
+    let disk = disk::open(&store, "web").unwrap();
+    disk.write(&Random(5).bytes(3 << 20), 0).unwrap();
+    take(&store, "a");
+    while store.seal_next().unwrap() {}
+    let (increment, device) = export::describe(&store, None, ("web", "a")).unwrap();
+    export::write(&increment, &device, &bench.path("whole"), &Silent).unwrap();
+
+    // Block 700 of the disk: behind the 2 MiB before the first slot.
+    let segment = bench.path("pool/segments/01/1.seg");
+    let file = fs::OpenOptions::new().write(true).open(segment).unwrap();
+    file.write_all_at(b"ROT!", (512 + 700) * BLOCK as u64 + 9).unwrap();
+    let error = export::write(&increment, &device, &bench.path("dir"), &Silent).unwrap_err();
+    assert_eq!(error.kind(), Kind::Corrupt, "{error}");
+    assert!(error.message().contains("'web@a'") && error.message().contains("bytes 2867200 to 2871296"), "{error}");
+    assert!(!bench.path("dir").exists());
+    // And reads of it fail from now on.
+    let mut block = vec![0; BLOCK];
+    assert_eq!(device.read(&mut block, 700 * BLOCK as u64).unwrap_err().kind(), Kind::Corrupt);
 }

@@ -23,6 +23,7 @@ fn make() {
         ("unflushed", unflushed::golden()),
     ];
     golden.push(("stream", crate::stream::format::golden()));
+    golden.extend(super::checkpoint::golden());
     golden.push(("record", super::record::record_of(&super::record::RECIPE)));
     golden.extend(samples::all().into_iter().map(|sample| (sample.name, sample.bytes)));
     for (name, bytes) in golden {

@@ -4,6 +4,7 @@
 //! `AFTERIMAGE_MAKE_FIXTURES=1 cargo test format::make`, which never changes one that is there.
 
 mod archive;
+pub(crate) mod checkpoint;
 pub(crate) mod files;
 mod make;
 mod pages;

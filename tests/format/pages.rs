@@ -66,13 +66,13 @@ fn layouts(page: &str) -> Vec<Layout> {
 }
 
 /// Bytes that differ from the golden ones because one field was changed, and the fields that follow from it.
-struct Variant {
-    name: &'static str,
-    bytes: Vec<u8>,
-    also: &'static [&'static str],
+pub struct Variant {
+    pub name: &'static str,
+    pub bytes: Vec<u8>,
+    pub also: &'static [&'static str],
 }
 
-fn variant(name: &'static str, bytes: Vec<u8>) -> Variant {
+pub fn variant(name: &'static str, bytes: Vec<u8>) -> Variant {
     Variant { name, bytes, also: &[] }
 }
 
@@ -122,7 +122,7 @@ impl Layout {
     }
 }
 
-fn check(page: &str, title: &str, golden: &[u8], variants: &[Variant]) {
+pub fn check(page: &str, title: &str, golden: &[u8], variants: &[Variant]) {
     let found = layouts(page).into_iter().find(|layout| layout.title == title);
     found.unwrap_or_else(|| panic!("the page has no table '{title}'")).compare(golden, variants);
 }
@@ -137,6 +137,7 @@ fn every_table_of_offsets_is_compared() {
         ["Journal header", "Frame header", "Log header", "Meta", "Branch", "Segment", "Stamp", "Opening"]
     );
     assert_eq!(titles(SNAPSHOT_PAGE), ["Record header", "Directory entry"]);
+    assert_eq!(titles(super::checkpoint::PAGE), ["Header", "Page trailer", "Index cell", "Footer"]);
 }
 
 #[test]

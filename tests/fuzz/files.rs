@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use afterimage::checkpoint::Header;
 use afterimage::error::Result;
 use afterimage::media::{File, Media, Open, SimMedia};
 use afterimage::snapshot::record::{Memory, Record};
@@ -9,7 +10,7 @@ use afterimage::store::unflushed::{LOG_HEADER_LEN, LogHeader, LogRecord};
 use afterimage::stream::{Part, StreamReader, Token};
 
 use super::fuzz;
-use crate::format::{files, fixture, fixture_of, samples};
+use crate::format::{checkpoint, files, fixture, fixture_of, samples};
 
 fn told<T>(result: Result<T>) -> String {
     result.map_or_else(|error| format!("{:?} {error}", error.kind()), |_| "good".into())
@@ -100,4 +101,30 @@ fn read(mut bytes: &[u8]) -> Result<u64> {
 #[test]
 fn streams() {
     fuzz("stream", vec![fixture("stream")], 6000, |bytes| told(read(bytes)));
+}
+
+/// The parts of a golden file that mean something, one after the other, and before them a byte that says whether checksums
+/// are made right again. What is cut or grown moves from one part into the next.
+#[test]
+fn checkpoints() {
+    let parts = checkpoint::parts();
+    let golden = fixture("checkpoint");
+    let sealed = [&[1][..], &parts.iter().flat_map(|(_, bytes)| bytes.clone()).collect::<Vec<_>>()].concat();
+    let mut plain = sealed.clone();
+    plain[0] = 0;
+    fuzz("checkpoint", vec![sealed, plain], 4000, |bytes| {
+        let Some((seal, mut rest)) = bytes.split_first() else { return String::new() };
+        let mut file = golden.clone();
+        for (at, part) in &parts {
+            let (here, more) = rest.split_at(part.len().min(rest.len()));
+            file[*at..*at + here.len()].copy_from_slice(here);
+            rest = more;
+        }
+        if *seal & 1 == 1 {
+            checkpoint::seal(&mut file);
+        }
+        told(checkpoint::read_all(&file))
+    });
+    let header = golden[..parts[0].1.len()].to_vec();
+    fuzz("checkpoint-header", vec![header], 4000, |bytes| told(Header::decode("it", bytes)));
 }

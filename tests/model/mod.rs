@@ -12,6 +12,8 @@
 //! snapshot must be what the twin allows: for a snapshot exactly its image, for a live disk each 512-byte sector either
 //! what was last flushed or one of the versions written since.
 //!
+//! The host may be full for a while (`full`): what is said to be done then is done, too.
+//!
 //! The process may also be killed: then what was acknowledged to a guest that comes back is there, flushed or not (`ends`).
 //!
 //! One failing seed is one command: `AFTERIMAGE_SEED=N cargo test model::seeds`. A long run:
@@ -19,6 +21,7 @@
 //! goes on after a seed that fails, and names all of them at the end.
 
 mod ends;
+mod full;
 mod past;
 mod rebuild;
 mod run;
@@ -53,6 +56,9 @@ struct Counts {
     guests: u64,
     back: u64,
     told: u64,
+    full: u64,
+    found_full: u64,
+    journals: u64,
 }
 
 impl Counts {
@@ -79,6 +85,9 @@ impl Counts {
         self.guests += other.guests;
         self.back += other.back;
         self.told += other.told;
+        self.full += other.full;
+        self.found_full += other.found_full;
+        self.journals += other.journals;
     }
 }
 
@@ -119,8 +128,20 @@ fn seeds() {
         total.crashes > 0 && total.snapshots > 0 && total.reverts > 0 && total.retires > 0 && total.diffs > 0,
         "the histories do something"
     );
+    assert!(total.full > 0 && total.found_full > 0 && total.journals > 0, "the host runs full");
     assert!(total.kills > 0 && total.back > 0 && total.told > 0, "guests come back, and are told");
     assert!(total.sends > 0 && total.exports > 0 && total.received > 0 && total.onto > 0, "and so do the streams");
+}
+
+/// The same with the threads in the background at work in between: what they do may come between any two I/Os.
+#[test]
+fn seeds_with_the_background() {
+    let (ops, seeds) = (number("AFTERIMAGE_OPS", 400), number("AFTERIMAGE_SEEDS", 6));
+    let first = number("AFTERIMAGE_FIRST", 1);
+    for seed in first..first + seeds {
+        println!("background: seed {seed}");
+        Run::of(seed, true).go(ops);
+    }
 }
 
 /// The canary: with one kind of sync removed the model must find lost data, or it could not find it at all.

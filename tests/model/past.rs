@@ -105,9 +105,14 @@ impl Run {
 
     pub(super) fn diff(&mut self) {
         let (from, to) = (self.sides(), self.sides());
-        let (Some(from), Some(to)) = (self.any_of(from), self.any_of(to)) else { return };
-        if self.media.is_down() || to.name == StateName::Nothing {
+        let (Some(from), Some(mut to)) = (self.any_of(from), self.any_of(to)) else { return };
+        if self.media.is_down() {
             return;
+        }
+        if to.name == StateName::Nothing {
+            // It counts as an empty disk as large as the other side.
+            let size = from.frame.bytes.len();
+            to.frame = Frame::new(vec![0; size], vec![NOTHING; size.div_ceil(BLOCK)]);
         }
         let after = self.twin.clone();
         let akin = from.is_akin(&to);

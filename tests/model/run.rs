@@ -26,6 +26,10 @@ pub struct Run {
     pub(super) guests: Guests,
     /// A fault was armed since the pool was opened.
     pub(super) faulty: bool,
+    /// There is no room on the host.
+    pub(super) full: bool,
+    /// The threads in the background run, too.
+    pub(super) in_background: bool,
     /// What the snapshot is to be called that keeps the state of a disk which a stream replaces.
     pub(super) kept_as: Option<String>,
     random: u64,
@@ -45,19 +49,24 @@ pub(super) fn options() -> OpenOptions {
     }
 }
 
-pub(super) fn open(media: Arc<dyn Media>) -> Result<Arc<Store>, Error> {
-    let store = Store::open(media, options())?;
+pub(super) fn open(media: Arc<dyn Media>, background: bool) -> Result<Arc<Store>, Error> {
+    let store = Store::open(media, OpenOptions { background, ..options() })?;
     snapshot::attend(&store);
     Ok(store)
 }
 
 impl Run {
     pub fn new(seed: u64) -> Self {
+        Self::of(seed, false)
+    }
+
+    /// As [`Run::new`]; with the threads in the background, so that no two runs of a seed are the same.
+    pub fn of(seed: u64, in_background: bool) -> Self {
         let media = SimMedia::new(seed);
         let shared: Arc<dyn Media> = Arc::new(media.clone());
         let init = InitOptions { journal: 320 << 10, ballast: 4096, probe: false };
         Store::init(&shared, init).unwrap();
-        let store = open(shared).unwrap();
+        let store = open(shared, in_background).unwrap();
         let random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
         Self {
             media,
@@ -68,6 +77,8 @@ impl Run {
             kept_as: None,
             guests: Guests::default(),
             faulty: false,
+            full: false,
+            in_background,
             random,
             names: 0,
             writes: 0,
@@ -101,6 +112,9 @@ impl Run {
                 self.media.fail_after(n, if kind == 0 { Fault::Eio } else { Fault::Enospc });
             }
             self.step();
+            if self.in_background {
+                self.store().wake_keeper();
+            }
         }
         self.reopen();
     }
@@ -156,6 +170,7 @@ impl Run {
             83..=88 => self.tidy(),
             89..=92 => self.receive(),
             93..=96 => self.read(),
+            97 if self.chance(50) => self.run_full(),
             97 => self.fold(),
             98 => self.reopen(),
             _ => self.end_at_once(),
@@ -205,7 +220,7 @@ impl Run {
                 let poisoned = self.store().health().is_some();
                 if self.media.is_down() || poisoned || error.kind() == Kind::Io {
                     self.recover(Some(after));
-                } else if !refused(&error) {
+                } else if !refused(&error) && !self.goes_on_full(&after, error.kind()) {
                     assert!(
                         matches!(error.kind(), Kind::NoSpace),
                         "'{what}' was refused, and the twin allows it: {error} ({:?})",
@@ -261,7 +276,7 @@ impl Run {
         (offset, len.min(size - offset))
     }
 
-    fn write(&mut self) {
+    pub(super) fn write(&mut self) {
         let Some(name) = self.any_disk() else { return };
         let size = self.twin.disks[&name].live.now.len() as u64;
         if size == 0 {
@@ -280,7 +295,7 @@ impl Run {
         });
     }
 
-    fn unmap(&mut self) {
+    pub(super) fn unmap(&mut self) {
         let Some(name) = self.any_disk() else { return };
         let size = self.twin.disks[&name].live.now.len() as u64;
         if size == 0 {
@@ -310,27 +325,6 @@ impl Run {
             let disk = disk::open(store, &name)?;
             if zero { disk.write_zeroes(offset, len) } else { disk.discard(offset, len) }
         });
-    }
-
-    fn flush(&mut self) {
-        let Some(name) = self.any_disk() else { return };
-        let mut after = self.twin.clone();
-        after.disks.get_mut(&name).unwrap().live.flush();
-        let mut told = false;
-        let done = self.attempt(&format!("flush {name}"), after, |store| {
-            let disk = disk::open(store, &name)?;
-            match disk.flush() {
-                Err(error) if error.message().contains("acknowledged and not flushed were lost") => {
-                    told = true;
-                    // It was flushed all the same.
-                    Ok(())
-                }
-                flushed => flushed,
-            }
-        });
-        if done {
-            self.hear(&name, told);
-        }
     }
 
     fn snapshot(&mut self) {
@@ -403,7 +397,7 @@ impl Run {
         }
     }
 
-    fn remove_snapshot(&mut self) {
+    pub(super) fn remove_snapshot(&mut self) {
         let Some((name, snap)) = self.any_snapshot_or_retired() else { return };
         let mut after = self.twin.clone();
         let disk = after.disks.get_mut(&name).unwrap();
@@ -435,7 +429,7 @@ impl Run {
         self.attempt(&format!("resize {name} {size}"), after, |store| disk::open(store, &name)?.resize(size, true));
     }
 
-    fn rename(&mut self) {
+    pub(super) fn rename(&mut self) {
         let Some(name) = self.any_disk() else { return };
         let new = self.fresh("disk");
         let mut after = self.twin.clone();
@@ -444,7 +438,7 @@ impl Run {
         self.attempt(&format!("rename {name} {new}"), after, |store| disk::rename(store, &name, &new));
     }
 
-    fn tidy(&mut self) {
+    pub(super) fn tidy(&mut self) {
         let steps = 1 + self.next(6);
         let after = self.twin.clone();
         self.attempt(&format!("tidy {steps}"), after, |store| {
@@ -457,12 +451,12 @@ impl Run {
         });
     }
 
-    fn fold(&mut self) {
+    pub(super) fn fold(&mut self) {
         let after = self.twin.clone();
         self.attempt("fold", after, |store| store.fold().map(drop));
     }
 
-    fn read(&mut self) {
+    pub(super) fn read(&mut self) {
         if self.media.is_down() {
             return;
         }

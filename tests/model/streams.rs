@@ -171,7 +171,7 @@ impl Run {
                 outcome => outcome?,
             };
             assert!(akin, "an increment from {} to {}, which are strangers", from.name, to.name);
-            export::write(&increment, &*device, &dir, &Silent)?;
+            export::write(&increment, &device, &dir, &Silent)?;
             made = Some(increment);
             Ok(())
         });

@@ -156,6 +156,13 @@ impl Image {
         Self { durable, unsettled, ..found }
     }
 
+    /// What is there after an operation that failed, while the program runs on: any version of what it was to change.
+    pub fn found_meanwhile(&self, bytes: Vec<u8>) -> Self {
+        let found = self.found(bytes);
+        let (durable, kept, unsettled) = (self.durable.clone(), self.kept.clone(), Arc::clone(&self.unsettled));
+        Self { durable, kept, unsettled, ..found }
+    }
+
     /// A guest has learned that what it did is done.
     pub fn acknowledge(&mut self) {
         self.kept = Base::of(&self.now);

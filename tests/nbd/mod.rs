@@ -6,6 +6,7 @@
 //! 3. What a hostile client did to a server shows in what a good one gets from it after.
 
 mod bitmaps;
+mod client;
 mod clients;
 mod durable;
 mod ends;
@@ -102,6 +103,10 @@ impl Rig {
     fn serve(&mut self, limits: Limits) {
         let options = Options { listen: Listen::Unix(self.socket()), tls: None, limits };
         self.server = Some(nbd::start(options, Arc::new(Pool(Arc::clone(&self.store)))).unwrap());
+    }
+
+    fn part(&self) {
+        self.server.as_ref().unwrap().part();
     }
 
     fn stop(&mut self) {

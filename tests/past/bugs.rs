@@ -1,5 +1,6 @@
 //! Changes that other systems have missed, or told wrongly.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use afterimage::disk::{self, BlockDevice};
@@ -298,4 +299,43 @@ fn reader_racing_a_punch() {
     pool.sound();
     assert!(pool.allocated() + 4 * MIB / BLOCK <= held, "the last reader lets the data go");
     assert_eq!(pool.diff("d@a", "d"), [zero(0, 4 * MIB)]);
+}
+
+/// rsync misses what has changed where size and time are the same: of two disks in one snapshot, and of any that came to
+/// the same name one after the other. So no two epochs of a pool have the same time.
+#[test]
+fn no_two_snapshots_of_a_pool_have_the_same_time() {
+    let mut pool = Pool::new();
+    let mut seen = BTreeSet::new();
+    let mut look = |pool: &Pool| {
+        let tables = pool.store.tables.read();
+        let stamps: Vec<u64> = tables.states().map(|(key, _)| tables.stamp(key.1)).collect();
+        let all: BTreeSet<u64> = stamps.iter().copied().collect();
+        assert_eq!(stamps.len(), all.len(), "two have the same time");
+        let last = seen.last().copied().unwrap_or(0);
+        let new: Vec<u64> = all.difference(&seen).copied().collect();
+        assert!(new.iter().all(|stamp| *stamp > last), "{new:?} after {last}");
+        seen.extend(new);
+    };
+    for name in ["a", "b", "c"] {
+        fill(&pool.disk(name, MIB), 0, MIB, 1);
+    }
+    let all = ["a", "b", "c"].map(|disk| (disk.to_owned(), "one".to_owned()));
+    snapshot::take(&pool.store, &all).unwrap();
+    look(&pool);
+    pool.take("a", "two");
+    look(&pool);
+    snapshot::clone(&pool.store, "a", "one", "d").unwrap();
+    pool.take("d", "one");
+    look(&pool);
+    // The one with the last time of all goes, and nobody of its lineage is left to remember it.
+    pool.take("c", "last");
+    look(&pool);
+    disk::remove(&pool.store, "c", true).unwrap();
+    snapshot::wait_retired(&pool.store, &Silent).unwrap();
+    pool.reopen();
+    pool.disk("c", MIB);
+    pool.take("c", "first");
+    pool.take("b", "two");
+    look(&pool);
 }

@@ -3,13 +3,13 @@
 
 use std::sync::Arc;
 
-use afterimage::disk;
+use afterimage::disk::{self, BlockDevice};
 use afterimage::media::{Media, Open};
 use afterimage::progress::Silent;
 use afterimage::snapshot;
 use afterimage::store::{CheckReport, RecordFault, backup_name, backups, record_path};
 
-use super::{BLOCK, MIB, Pool, fill};
+use super::{BLOCK, MIB, Pool, data, fill};
 
 fn check(pool: &Pool, repair: bool) -> CheckReport {
     snapshot::check(&pool.store, repair, &Silent).unwrap()
@@ -262,4 +262,117 @@ fn a_backup_of_the_catalog_that_is_damaged_or_old_is_told() {
     let report = check(&pool, false);
     assert_eq!((report.problems, report.notes), (vec![], vec![]));
     assert_eq!(backups(&pool.media).unwrap().len(), 1);
+}
+
+/// One snapshot with a lost segment, the first in the catalog, stopped retiring for the whole pool: its epoch cannot be
+/// sealed, and it was tried again before all others for ever.
+#[test]
+fn a_snapshot_with_lost_blocks_is_retired_and_stops_no_other() {
+    for how in ["gone", "cut"] {
+        let mut pool = Pool::new();
+        fill(&pool.disk("one", 2 * MIB), 0, 2 * MIB, 1);
+        fill(&pool.disk("two", 2 * MIB), 0, 2 * MIB, 2);
+        pool.store.close().unwrap();
+        let lost = paths(&pool, "segments/", ".seg").remove(0);
+        damage(&pool, &lost, how);
+        pool.store = Pool::open(&pool.media);
+        snapshot::take(&pool.store, &[("one".into(), "s".into()), ("two".into(), "s".into())]).unwrap();
+        let retire = |name: &str| snapshot::retire(&pool.store, &[(name.into(), "s".into())]).unwrap();
+        retire("one");
+        retire("two");
+        snapshot::wait_retired(&pool.store, &Silent).unwrap();
+        assert_eq!(paths(&pool, "retired/", ".aimg").len(), 2, "{how}");
+        // What is the same in both is still told to be, and what is not is not.
+        let disk = disk::open(&pool.store, "one").unwrap();
+        fill(&disk, 0, BLOCK, 3);
+        assert_eq!(pool.diff("one@s", "one"), [data(0, BLOCK)], "{how}");
+        assert_eq!(pool.diff("two@s", "two"), []);
+    }
+}
+
+/// A record that cannot be written is passed by and named, and its snapshot keeps its data.
+#[test]
+fn a_record_that_cannot_be_written_is_named_and_stops_no_other() {
+    let pool = Pool::new();
+    for name in ["one", "two"] {
+        fill(&pool.disk(name, 2 * MIB), 0, 2 * MIB, 1);
+        pool.take(name, "s");
+    }
+    tidy(&pool);
+    for name in ["one", "two"] {
+        snapshot::retire(&pool.store, &[(name.into(), "s".into())]).unwrap();
+    }
+    // A folder in the way of the file that the first one is written as.
+    let uuid = pool.store.snapshot_info("one", "s").unwrap().uuid;
+    let way = format!("{}.new", record_path(uuid));
+    drop(pool.media.make_dir("retired"));
+    pool.media.make_dir(&way).unwrap();
+    while pool.store.tidy_step().unwrap() {}
+    assert_eq!(paths(&pool, "retired/", ".aimg").len(), 1);
+    let said = pool.store.record_damage().unwrap();
+    assert!(said.contains("'one@s' cannot be written"), "{said}");
+    let (what, fixed) = problem(&pool, false);
+    assert!(what.contains("'one@s' cannot be written") && !fixed, "{what}");
+    pool.store.reclaim_wait(&Silent).unwrap();
+    snapshot::wait_retired(&pool.store, &Silent).unwrap();
+    assert_eq!(pool.store.unrecorded().len(), 1);
+
+    snapshot::remove(&pool.store, "one", "s").unwrap();
+    snapshot::wait_retired(&pool.store, &Silent).unwrap();
+    assert_eq!(paths(&pool, "retired/", ".aimg").len(), 1);
+    assert!(pool.store.unrecorded().is_empty() && pool.store.record_damage().is_none());
+    pool.sound();
+}
+
+/// They stayed until the next opening.
+#[test]
+fn the_records_of_a_disk_go_with_it() {
+    let pool = Pool::new();
+    fill(&pool.disk("one", 2 * MIB), 0, 2 * MIB, 1);
+    pool.disk("two", MIB);
+    for name in ["one", "two"] {
+        pool.take(name, "s");
+        pool.retire(name, "s");
+    }
+    disk::remove(&pool.store, "one", true).unwrap();
+    let left = paths(&pool, "retired/", ".aimg");
+    assert_eq!(left, [record_path(pool.store.snapshot_info("two", "s").unwrap().uuid)]);
+}
+
+/// A fold that found no room waited, with the catalog locked, for everybody who read it as it was before.
+#[test]
+fn a_reader_from_before_a_full_host_holds_up_folds_and_nothing_else() {
+    let mut pool = Pool::new();
+    let disk = pool.disk("d", MIB);
+    let mut made = 0;
+    let mut make = |pool: &Pool, count: u32| {
+        for _ in 0..count {
+            made += 1;
+            disk::create(&pool.store, &format!("other{made}"), MIB).unwrap();
+        }
+    };
+    make(&pool, 40);
+    pool.store.fold().unwrap();
+    make(&pool, 40);
+    let view = pool.store.ledger.view();
+    pool.media.set_space(Some(0));
+    // It finds no room, gives the ballast up, and cannot go on for the reader.
+    assert!(!pool.store.fold().unwrap());
+    assert!(!pool.media.paths().iter().any(|path| path == "ballast"), "it found no room");
+    pool.media.set_space(None);
+    assert!(!pool.store.fold().unwrap(), "not as long as somebody reads it");
+    fill(&disk, 0, MIB, 1);
+    disk.flush().unwrap();
+    assert_eq!(pool.store.disks().len(), 81);
+    // The journal runs full, and whoever needs room in it waits until the reader has ended.
+    let reader = std::thread::spawn(move || {
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        drop(view);
+    });
+    make(&pool, 600);
+    reader.join().unwrap();
+    drop(disk);
+    pool.reopen();
+    assert_eq!(pool.store.disks().len(), 681);
+    pool.sound();
 }

@@ -124,6 +124,62 @@ fn a_full_host_refuses_new_data_and_loses_none() {
     place.check();
 }
 
+/// A server in the background, which dies with the test at the latest.
+struct Background<'a>(&'a Place, rustix::process::Pid);
+
+impl Drop for Background<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            // Whoever waits for it, in this process too, is let go.
+            rustix::process::kill_process(self.1, rustix::process::Signal::KILL).ok();
+            super::command("fusermount3", ["-u", "-z", self.0.mnt.to_str().unwrap()]).output().ok();
+        }
+    }
+}
+
+/// The log of the server lies on the file system that runs full. A line that could not be written ended the thread it came
+/// from: first the background, then those that answer, until a sync waited for ever.
+#[test]
+fn a_log_that_finds_no_room_ends_nothing() {
+    let Some(host) = Host::new() else { return };
+    let place = &host.place;
+    let at = place.mnt.to_str().unwrap();
+    let status = place.cli.json(&["mount", "--daemon", at]);
+    let pid = i32::try_from(status["pid"].as_i64().unwrap()).unwrap();
+    let server = Background(place, rustix::process::Pid::from_raw(pid).unwrap());
+    place.cli.json(&["create", "a", "--size", "1G"]);
+    let file = disk(&place.disk("a"));
+    file.write_all_at(&noise(PIECE, 0), 0).unwrap();
+    place.cli.json(&["snapshot", "a@s"]);
+    host.fill();
+    let writing = std::thread::spawn(move || {
+        for n in 0..100 {
+            // Each is told of in the log.
+            let refused = file.write_all_at(&noise(PIECE, n), n * PIECE as u64).unwrap_err();
+            assert_eq!(refused.kind(), ErrorKind::StorageFull, "{n}: {refused}");
+        }
+        file.sync_all().unwrap();
+        file
+    });
+    super::wait_for("the writes are answered", || writing.is_finished());
+    let file = writing.join().unwrap();
+    place.cli.json(&["ls"]);
+    place.cli.json(&["rm", "a@s"]);
+    fs::remove_file(&host.filler).unwrap();
+    super::wait_for("there is room", || file.write_all_at(&noise(PIECE, 1), PIECE as u64).is_ok());
+    file.sync_all().unwrap();
+    assert!(fs::remove_file(place.disk("a")).is_err(), "it is open for writing");
+    holds(&file, 2);
+    drop(file);
+    place.wait_until_free("a");
+    place.cli.json(&["umount", at]);
+    let log = fs::read_to_string(place.cli.pool().join("server.log")).unwrap();
+    assert!(log.contains("of the log are missing here"), "the log found no room: {log}");
+    assert!(!log.contains("panicked"), "{log}");
+    drop(server);
+    place.check();
+}
+
 #[test]
 fn a_disk_that_waits_goes_on_when_there_is_room() {
     let Some(host) = Host::new() else { return };

@@ -13,6 +13,8 @@ use super::Server;
 use super::client::Nbd;
 use crate::real::wait_for;
 use crate::real::{require_programs, shell};
+use crate::vhost::guest::Guest;
+use crate::vhost::silent::{Hostile, UNWANTED, in_time};
 
 /// Were they ended one after another, the second would not hear of it before the first had been cut off, with replies that
 /// were never taken.
@@ -75,4 +77,24 @@ fn what_is_attached_while_the_server_ends_is_not_kept() {
     let list = std::fs::read_to_string(pool.path().join("exports.toml")).unwrap_or_default();
     assert!(!list.contains("[["), "{list}");
     store.close().unwrap();
+}
+
+/// To close what a front end has sent may take for ever, also at the end of a process, which keeps what it has open as long.
+#[test]
+fn a_server_that_is_killed_lets_the_pool_go_although_a_file_of_a_front_end_cannot_be_closed() {
+    let server = Server::without();
+    server.json("serve vhost-user web --socket SOCK --daemon");
+    let socket = server.sock();
+    let Some(mut hostile) = Hostile::begin(&socket) else { return };
+    assert!(!hostile.share(UNWANTED));
+    in_time("the next front end", move || {
+        let mut guest = Guest::new(1);
+        guest.connect(&socket);
+        guest.read(0, 0, 512);
+    });
+    server.kill();
+    server.json("serve vhost-user web --read-only --socket DIR/other --daemon");
+    let mut guest = Guest::new(1);
+    guest.connect(&server.it.path("other"));
+    guest.read(0, 0, 512);
 }

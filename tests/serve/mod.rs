@@ -9,6 +9,7 @@ mod again;
 mod attach;
 mod client;
 mod direct;
+mod durable;
 mod ending;
 mod large;
 mod leases;

@@ -108,6 +108,43 @@ fn after_a_restart_of_the_host_a_fresh_guest_on_a_socket_hears_of_no_loss() {
     }
 }
 
+/// The note was dropped when the client left before its first flush, and a server that ended in order then left nothing from
+/// which the next one could know.
+#[test]
+fn a_client_that_left_before_it_was_told_of_a_loss_is_told_by_a_later_server() {
+    let Some(server) = Server::mounted() else { return };
+    server.json("attach nbd web --socket SOCK --persist");
+    let mut client = Nbd::open(&server.sock(), "web").unwrap();
+    assert_eq!(client.write(&[5; 65536], 0).unwrap(), 0);
+    server.kill();
+    for which in 0..2 {
+        std::fs::write(server.it.pool().join(log_path(DiskId(1), which)), []).unwrap();
+    }
+    server.mount();
+    drop(Nbd::open(&server.sock(), "web").unwrap());
+    wait_for("it has let go", || server.holder("web").is_none());
+    for kill in [false, false, true] {
+        if kill {
+            server.kill();
+        } else {
+            server.end();
+        }
+        // A command that opens the pool in between does not change it.
+        server.json("create other -s 1M");
+        server.json("rm other");
+        server.mount();
+        assert_eq!(server.json("info web")["reserved"], serde_json::Value::Null, "nothing is kept for it");
+        server.open_to_write("web").unwrap();
+    }
+    wait_for("the mount has let go", || server.holder("web").is_none());
+    let mut again = Nbd::open(&server.sock(), "web").unwrap();
+    assert_eq!((again.flush().unwrap(), again.flush().unwrap()), (5, 0));
+    drop(again);
+    server.end();
+    server.mount();
+    assert_eq!(Nbd::open(&server.sock(), "web").unwrap().flush().unwrap(), 0, "it was told once");
+}
+
 #[test]
 fn a_device_that_cannot_be_served_again_has_its_disk_reserved_all_the_same() {
     let server = Server::without();

@@ -7,7 +7,10 @@ use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 
 use afterimage::disk::{self, BlockDevice};
+use afterimage::media::Open;
+use afterimage::pool::segment_path;
 use afterimage::snapshot;
+use afterimage::units::ChunkIndex;
 
 use super::{Mount, create, errno, noise, run};
 
@@ -117,4 +120,46 @@ fn any_pair_opens_and_names_follow_the_snapshots() {
     let root = rustix::process::geteuid().is_root();
     let refused = errno(fs::File::create_new(mount.export("a", "new..s3").join("x")));
     assert_eq!(refused, if root { libc::EROFS } else { libc::EACCES });
+}
+
+/// The first two dots were taken for those between the names.
+#[test]
+fn a_name_may_end_in_a_dot() {
+    let Some(mount) = Mount::new() else { return };
+    let path = mount.make("a", 1 << 20);
+    create(&path).write_all_at(&noise(8192, 1), 0).unwrap();
+    create(&mount.snapshot("a", "v1."));
+    create(&path).write_all_at(&noise(8192, 2), 65_536).unwrap();
+    create(&mount.snapshot("a", "v2"));
+    assert_eq!(increments(&mount, "a"), ["v1...v2"]);
+    let manifest = fs::read_to_string(mount.export("a", "v1...v2").join("manifest.json")).unwrap();
+    assert!(manifest.contains("\"v1.\"") && manifest.contains("\"v2\""), "{manifest}");
+    assert_eq!(errno(fs::metadata(mount.export("a", "v1....v2"))), libc::ENOENT);
+    assert_eq!(errno(fs::metadata(mount.export("a", "v1..v2"))), libc::ENOENT);
+}
+
+/// A block that has rotted since it was sealed was handed to backups as data.
+#[test]
+fn what_is_read_of_exports_is_compared_with_its_seal() {
+    let Some(mount) = Mount::new() else { return };
+    let path = mount.make("a", 8 << 20);
+    let content = noise(8 << 20, 1);
+    create(&path).write_all_at(&content, 0).unwrap();
+    create(&mount.snapshot("a", "s"));
+    while mount.store.seal_next().unwrap() {}
+    let address = {
+        let runs = snapshot::open(&mount.store, "a", "s").unwrap().runs(ChunkIndex(2), 476, 477).unwrap();
+        runs[0].address.unwrap()
+    };
+    let segment = mount.store.media().open(&segment_path(address.segment()), Open::Existing).unwrap();
+    segment.write_at(b"ROT!", u64::from(address.slot()) * 4096).unwrap();
+    // Backwards, and in pieces that end inside of blocks.
+    let (one, two) = (mount.export("a", "s/0000000000400000.img"), mount.export("a", "s/0000000000000000.img"));
+    assert_eq!(fs::read(&two).unwrap(), content[..4 << 20]);
+    assert_eq!(errno(fs::read(&one)), libc::EIO);
+    assert_eq!(fs::read(&two).unwrap(), content[..4 << 20]);
+    let file = fs::File::open(&one).unwrap();
+    let mut bytes = vec![0; 100_000];
+    file.read_exact_at(&mut bytes, 777).unwrap();
+    assert_eq!(bytes, content[(4 << 20) + 777..][..100_000]);
 }

@@ -5,6 +5,7 @@
 //! forgotten.
 
 mod earlier;
+mod reverted;
 
 use std::path::Path;
 use std::sync::Arc;

@@ -3,14 +3,17 @@
 
 pub(crate) mod guest;
 mod hostile;
+mod limits;
 mod qemu;
 mod reconnect;
 mod requests;
+pub(crate) mod silent;
 
 use std::any::Any;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use afterimage::budget::Budget;
 use afterimage::disk::BlockDevice;
 use afterimage::error::Result;
 use afterimage::vhost_blk::{self, Options, Server};
@@ -128,9 +131,14 @@ impl Served {
     }
 
     pub(crate) fn keeping(device: Arc<dyn BlockDevice>, queues: usize, keep: Box<dyn Any + Send + Sync>) -> Self {
+        Self::within(device, queues, keep, Budget::new(10_000))
+    }
+
+    fn within(device: Arc<dyn BlockDevice>, queues: usize, keep: Box<dyn Any + Send + Sync>, budget: Budget) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("disk.sock");
-        let server = Some(serve(&socket, device, queues, keep));
+        let options = Options { socket: socket.clone(), queues, serial: "disk-of-the-test".into(), budget };
+        let server = Some(vhost_blk::start(options, device, keep).unwrap());
         Self { server, socket, _dir: dir }
     }
 
@@ -147,6 +155,7 @@ pub(crate) fn serve(
     queues: usize,
     keep: Box<dyn Any + Send + Sync>,
 ) -> Server {
-    let options = Options { socket: socket.to_owned(), queues, serial: "disk-of-the-test".into() };
+    let budget = Budget::new(10_000);
+    let options = Options { socket: socket.to_owned(), queues, serial: "disk-of-the-test".into(), budget };
     vhost_blk::start(options, device, keep).unwrap()
 }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use afterimage::budget::Budget;
 use afterimage::disk::{self, BlockDevice};
 use afterimage::error::Kind;
 use afterimage::snapshot;
@@ -286,7 +287,9 @@ fn a_request_of_many_megabytes_is_done_in_pieces() {
 #[test]
 fn a_server_refuses_what_cannot_be() {
     let served = Served::new(Ram::new(1 << 20), 1);
-    let options = |queues| Options { socket: served.socket.clone(), queues, serial: String::new() };
+    let budget = Budget::new(100);
+    let options =
+        |queues| Options { socket: served.socket.clone(), queues, serial: String::new(), budget: budget.clone() };
     for queues in [0, 65] {
         let error = vhost_blk::start(options(queues), Ram::new(512), Box::new(())).unwrap_err();
         assert_eq!(error.kind(), Kind::Usage);

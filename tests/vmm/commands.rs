@@ -275,7 +275,7 @@ fn what_cannot_run_is_told_before_anything_starts() {
     let shown = disk.to_str().unwrap();
     for (more, code) in [
         (&["--disk", "/no/such/disk"][..], 3),
-        (&["--disk", "web"], 1),
+        (&["--disk", "web"], 3),
         (&["--disk", "/dev/null"], 2),
         (&["--cpus", "255"], 2),
         (&["--memory", "1K"], 2),

@@ -20,7 +20,7 @@ fn is_to_confine_itself() -> bool {
 }
 
 fn confine() {
-    let means = Means::open(&settings("off")).unwrap().confined().unwrap();
+    let means = Means::open(&settings("off")).unwrap().confined(None).unwrap();
     means.confine().unwrap();
 }
 

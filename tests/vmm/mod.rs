@@ -2,11 +2,16 @@
 //!
 //! Where KVM emulates ring 0, as in many virtual machines, an ordinary kernel cannot run and this guest can.
 
+mod checkpoints;
 mod commands;
 mod confined;
 mod devices;
+mod disks;
 mod life;
+mod live;
+mod moved;
 mod nested;
 mod network;
 mod state;
+mod stuck;
 mod toy;

@@ -75,6 +75,6 @@ impl Reverted {
 
 impl From<PruneLine> for Pruned {
     fn from(line: PruneLine) -> Self {
-        Self { name: line.snapshot, kept: line.kept, why: line.why }
+        Self { name: line.snapshot, kept: line.kept, why: line.why, error: line.error }
     }
 }

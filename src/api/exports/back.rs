@@ -5,12 +5,14 @@
 //!    started is kept, with its hold on its disks, and shown with the reason.
 //! 2. A process that serves nothing starts nothing, and keeps all that a server would: the disk of a writable export that
 //!    persists is not reverted, received into, shrunk or removed, and what is only read is not removed.
-//! 3. Disks and snapshots that are gone, and snapshots that are retired, are taken out of what persists; so is an export of
+//! 3. A disk is kept for a virtual machine as long as that runs: its exports are not in the list, it asks for them again.
+//! 4. Disks and snapshots that are gone, and snapshots that are retired, are taken out of what persists; so is an export of
 //!    which nothing is left.
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 
-use super::book::{self, Book};
+use super::book;
 use super::served::Served;
 use super::wish::What;
 use super::{Exports, Front, Running, holder};
@@ -22,11 +24,11 @@ use crate::units::{DiskId, SnapshotId};
 
 impl Exports {
     /// Starts what the list says, without what is gone.
-    pub(super) fn restore(&self) -> Result<()> {
+    pub(super) fn restore(self: &Arc<Self>) -> Result<()> {
         let ExportList { exports: mut rows, mut leases, .. } = self.book.read()?;
         rows.retain_mut(|row| self.drop_gone(row));
         leases.retain_mut(|lease| self.is_claim(lease, &rows));
-        leases.iter().for_each(|lease| self.reserve(lease, book::time_left(lease).map(|(left, _)| left)));
+        leases.iter().for_each(|lease| self.reserve(lease, true));
         self.book.restore(rows.clone(), leases.clone())?;
         for row in rows {
             let (id, address) = (row.id, row.address());
@@ -40,14 +42,14 @@ impl Exports {
             self.table.lock().running.insert(id, running);
         }
         if !leases.is_empty() {
-            purge_later(&self.book);
+            purge_later(self);
         }
         Ok(())
     }
 
     /// Waits again for who was writing, after an attempt to serve it that failed.
     pub(super) fn await_again(&self, lease: &LeaseRow) {
-        self.reserve(lease, book::time_left(lease).map(|(left, _)| left));
+        self.reserve(lease, true);
         self.book.await_again(lease);
     }
 
@@ -58,6 +60,7 @@ impl Exports {
             front: Front::Failed(error.to_string()),
             clients: Arc::default(),
             served: Served::not_opened(&self.store, &row).into(),
+            machine: None,
             attached: self.hold_disks(&row).unwrap_or_default(),
             row,
         }
@@ -81,7 +84,7 @@ impl Exports {
         drop(kept);
         leases.retain_mut(|lease| self.is_claim(lease, &rows));
         // Last: who was writing is the one to be named.
-        leases.iter().for_each(|lease| self.reserve(lease, None));
+        leases.iter().for_each(|lease| self.reserve(lease, false));
         self.book.note_losses(leases)
     }
 
@@ -114,11 +117,16 @@ impl Exports {
         !(row.disks.is_empty() && row.snapshots.is_empty())
     }
 
-    /// Tells whether somebody may still come back for a disk, and brings up to date what it may have lost.
+    /// Tells whether somebody may still come back for a disk or has to be told of a loss, and brings up to date what it may
+    /// have lost.
     fn is_claim(&self, lease: &mut LeaseRow, rows: &[ExportRow]) -> bool {
-        if !What::Disk(DiskId(lease.disk)).is_readable(&self.store) || book::time_left(lease).is_none() {
+        if !What::Disk(DiskId(lease.disk)).is_readable(&self.store) {
             return false;
         }
+        if self.has_machine_ended(&lease.holder) == Some(true) {
+            return false;
+        }
+        let over = book::time_left(lease).is_none();
         if !self.store.was_closed() {
             // A client of a Unix socket is a program of this host and ended with it: who connects there now is another
             // one, which has nothing to be told.
@@ -126,26 +134,33 @@ impl Exports {
             if self.store.restarted() && rows.iter().any(local) {
                 return false;
             }
-            lease.lost = self.store.lost_changes(DiskId(lease.disk));
+            // Who did not write then was not told of an older one, either.
+            let older = lease.lost.take().filter(|_| over);
+            lease.lost = self.store.lost_changes(DiskId(lease.disk)).or(older);
         }
-        true
+        !over || lease.lost.is_some()
     }
 
-    /// Keeps a disk for who was writing to it.
-    fn reserve(&self, lease: &LeaseRow, time: Option<std::time::Duration>) {
-        if let Ok(disk) = disk::open_by_id(&self.store, DiskId(lease.disk)) {
-            disk.reserve_after(&lease.holder, time, lease.lost.clone());
+    /// Keeps a disk for who was writing to it, while its time lasts; without an end where nobody can come back.
+    fn reserve(&self, lease: &LeaseRow, serves: bool) {
+        let Ok(disk) = disk::open_by_id(&self.store, DiskId(lease.disk)) else { return };
+        match (book::time_left(lease), &lease.lost) {
+            (Some((left, _)), lost) => disk.reserve_after(&lease.holder, serves.then_some(left), lost.clone()),
+            (None, Some(why)) => disk.owe_loss(&lease.holder, why.clone()),
+            (None, None) => {}
         }
     }
 }
 
 /// Forgets in a minute who has not come back by then.
-fn purge_later(book: &Arc<Book>) {
-    let book: Weak<Book> = Arc::downgrade(book);
+fn purge_later(exports: &Arc<Exports>) {
+    let exports: Weak<Exports> = Arc::downgrade(exports);
     let purge = move || {
         clock::sleep(book::RESERVED);
-        if let Some(book) = book.upgrade() {
-            book.purge();
+        let Some(exports) = exports.upgrade() else { return };
+        exports.book.purge();
+        if exports.was_idle.load(Ordering::SeqCst) && exports.table.lock().is_empty() {
+            exports.tell_idle();
         }
     };
     if let Err(error) = std::thread::Builder::new().name("exports".into()).spawn(purge) {

@@ -7,8 +7,8 @@
 //! 3. A holder that does not come back within [`RESERVED`] of the first server after it has lost its claim, however often
 //!    servers are started meanwhile: the end of its time is in the file.
 //! 4. What may be lost of a holder's writes is in the file until it was told, so that a process that opens the pool in
-//!    between and closes it in order does not make it look as if all were well. After a kill the log of the disk tells it
-//!    (`store::unflushed`), and what the file says is out of date.
+//!    between and closes it in order does not make it look as if all were well: also when the holder has let go, or its
+//!    time is over, and nothing is kept for it any more. After a kill the log of the disk tells it (`store::unflushed`).
 //! 5. A number is in the file before it is given out. If it cannot be written, it is only one that no export has.
 
 use std::collections::HashMap;
@@ -50,6 +50,8 @@ struct Inner {
     list: Option<ExportList>,
     writing: HashMap<Claim, Writing>,
     awaited: HashMap<Claim, Awaited>,
+    /// Who has let go, or not come back in time, and was not told why something may be lost.
+    owed: HashMap<Claim, String>,
     /// The last number that was given out, if the file does not know.
     last_id: u64,
     ending: bool,
@@ -82,10 +84,12 @@ impl Inner {
         Ok(())
     }
 
-    /// Returns who writes, and who may come back.
+    /// Returns who writes, who may come back, and who has still to be told of a loss.
     fn claims(&mut self) -> Vec<LeaseRow> {
         let now = clock::now();
-        self.awaited.retain(|_, awaited| awaited.until > now);
+        for (claim, late) in self.awaited.extract_if(|_, awaited| awaited.until <= now) {
+            self.owed.extend(late.lost.map(|lost| (claim, lost)));
+        }
         let writing = self.writing.iter().map(|((disk, holder), writing)| LeaseRow {
             lost: writing.lost.clone(),
             ..LeaseRow::new(*disk, holder.clone())
@@ -95,8 +99,19 @@ impl Inner {
             let row = LeaseRow::new(*disk, holder.clone());
             leases.push(LeaseRow { until: Some(*until_seconds), lost: lost.clone(), ..row });
         }
+        for ((disk, holder), lost) in &self.owed {
+            let row = LeaseRow::new(*disk, holder.clone());
+            leases.push(LeaseRow { until: Some(0), lost: Some(lost.clone()), ..row });
+        }
         leases.sort_by(|one, other| (one.disk, &one.holder).cmp(&(other.disk, &other.holder)));
         leases
+    }
+
+    /// Takes out all that is known of some holders.
+    fn drop_claims(&mut self, gone: impl Fn(&Claim) -> bool) {
+        self.awaited.retain(|claim, _| !gone(claim));
+        self.writing.retain(|claim, _| !gone(claim));
+        self.owed.retain(|claim, _| !gone(claim));
     }
 
     fn save_claims(&mut self, media: &dyn Media) -> Result<()> {
@@ -120,6 +135,12 @@ fn awaited(lease: &LeaseRow) -> Option<(Claim, Awaited)> {
     let (left, until_seconds) = time_left(lease)?;
     let awaited = Awaited { until: clock::now() + left, until_seconds, lost: lease.lost.clone() };
     Some(((lease.disk, lease.holder.clone()), awaited))
+}
+
+/// Returns what is owed to the holder of a row, when its time is over.
+fn owed(lease: LeaseRow) -> Option<(Claim, String)> {
+    let over = time_left(&lease).is_none();
+    lease.lost.filter(|_| over).map(|lost| ((lease.disk, lease.holder), lost))
 }
 
 impl Book {
@@ -157,8 +178,7 @@ impl Book {
             list.exports.retain(|row| gone.iter().all(|(id, _)| row.id != *id));
             list.leases.retain(|lease| !has(&lease.holder));
         })?;
-        inner.awaited.retain(|(_, holder), _| !has(holder));
-        inner.writing.retain(|(_, holder), _| !has(holder));
+        inner.drop_claims(|(_, holder)| has(holder));
         Ok(())
     }
 
@@ -166,6 +186,7 @@ impl Book {
     pub(super) fn restore(&self, exports: Vec<ExportRow>, leases: Vec<LeaseRow>) -> Result<()> {
         let mut inner = self.inner.lock();
         inner.awaited = leases.iter().filter_map(awaited).collect();
+        inner.owed = leases.into_iter().filter_map(owed).collect();
         let leases = inner.claims();
         inner.change(&*self.media, |list| {
             list.exports = exports;
@@ -176,7 +197,10 @@ impl Book {
     /// Waits again for a holder that has come and gone without having been there for its clients.
     pub(super) fn await_again(&self, lease: &LeaseRow) {
         let mut inner = self.inner.lock();
-        inner.awaited.extend(awaited(lease));
+        if let Some((claim, awaited)) = awaited(lease) {
+            inner.owed.remove(&claim);
+            inner.awaited.insert(claim, awaited);
+        }
         told(inner.save_claims(&*self.media));
     }
 
@@ -190,6 +214,7 @@ impl Book {
         let mut inner = self.inner.lock();
         let claim = (disk.0, holder.to_owned());
         let lost = inner.awaited.remove(&claim).and_then(|awaited| awaited.lost);
+        let lost = inner.owed.remove(&claim).or(lost);
         let writing = inner.writing.entry(claim).or_default();
         writing.count += 1;
         if writing.count == 1 {
@@ -198,8 +223,8 @@ impl Book {
         }
     }
 
-    /// Notes that a holder has let go.
-    pub(super) fn went(&self, disk: DiskId, holder: &str) {
+    /// Notes that a holder has let go; `owes` when it was not told of what may be lost.
+    pub(super) fn went(&self, disk: DiskId, holder: &str, owes: bool) {
         let mut inner = self.inner.lock();
         let claim = (disk.0, holder.to_owned());
         // One that was detached is not there any more.
@@ -207,7 +232,11 @@ impl Book {
             writing.count -= 1;
             writing.count
         });
-        if left == 0 && !inner.ending && inner.writing.remove(&claim).is_some() {
+        if left == 0
+            && !inner.ending
+            && let Some(writing) = inner.writing.remove(&claim)
+        {
+            inner.owed.extend(writing.lost.filter(|_| owes).map(|lost| (claim, lost)));
             told(inner.save_claims(&*self.media));
         }
     }
@@ -218,6 +247,27 @@ impl Book {
         if !inner.ending {
             told(inner.save_claims(&*self.media));
         }
+    }
+
+    /// Keeps a disk for a holder no longer, whatever it does with it now; also when all ends.
+    pub(super) fn forget(&self, disk: DiskId, holder: &str) {
+        let mut inner = self.inner.lock();
+        let claim = (disk.0, holder.to_owned());
+        inner.drop_claims(|other| *other == claim);
+        // Nothing was noted where nothing was ever read.
+        if inner.list.is_some() {
+            told(inner.save_claims(&*self.media));
+        }
+    }
+
+    /// Returns who is awaited, with what, and for how long.
+    pub(super) fn awaited(&self) -> Vec<(DiskId, String, Duration)> {
+        let (inner, now) = (self.inner.lock(), clock::now());
+        let left = |awaited: &Awaited| awaited.until.saturating_duration_since(now);
+        let awaited = inner.awaited.iter().map(|((disk, holder), it)| (DiskId(*disk), holder.clone(), left(it)));
+        let mut awaited: Vec<_> = awaited.filter(|(_, _, left)| !left.is_zero()).collect();
+        awaited.sort();
+        awaited
     }
 
     /// Leaves the list as it is for the next server.
@@ -251,6 +301,11 @@ fn told(saved: Result<()>) {
 pub(super) fn no_server() -> Error {
     Error::failed("no server is running on this pool")
         .hint("'afterimage serve' starts one for a disk, 'afterimage mount' for the whole pool")
+}
+
+/// Returns the error for what comes too late.
+pub(super) fn ending() -> Error {
+    Error::busy("the server is ending").hint("the next one can be asked")
 }
 
 #[cfg(test)]
@@ -287,13 +342,13 @@ mod tests {
         book.came(DiskId(7), "a");
         book.came(DiskId(7), "a");
         assert_eq!(claims(&media), [a()]);
-        book.went(DiskId(7), "a");
+        book.went(DiskId(7), "a", false);
         assert_eq!(claims(&media), [a()]);
-        book.went(DiskId(7), "a");
+        book.went(DiskId(7), "a", false);
         assert_eq!(claims(&media), []);
         book.came(DiskId(7), "a");
         book.end();
-        book.went(DiskId(7), "a");
+        book.went(DiskId(7), "a", false);
         assert_eq!(claims(&media), [a()]);
     }
 
@@ -348,6 +403,48 @@ mod tests {
         assert_eq!(lost(&book), None);
     }
 
+    /// The note was dropped when its holder let go or its minute was over, and a process that closed the pool in order then
+    /// made it look as if all were well.
+    #[test]
+    fn a_loss_is_not_forgotten_when_its_holder_lets_go_or_comes_too_late() {
+        let (media, first) = book();
+        let lost = Some("a kill".to_owned());
+        let leases = ["a", "b"].map(|holder| LeaseRow { lost: lost.clone(), ..LeaseRow::new(7, holder.into()) });
+        first.restore(Vec::new(), leases.into()).unwrap();
+        first.came(DiskId(7), "a");
+        first.went(DiskId(7), "a", true);
+        first.inner.lock().awaited.values_mut().for_each(|awaited| awaited.until = clock::now());
+        first.purge();
+        for _ in 0..2 {
+            let book = restored(&media);
+            assert_eq!(book.awaited(), [], "nothing is kept for them");
+            let rows = book.read().unwrap().leases;
+            assert!(rows.len() == 2 && rows.iter().all(|row| row.lost == lost && time_left(row).is_none()), "{rows:?}");
+        }
+        let book = restored(&media);
+        for holder in ["a", "b"] {
+            book.came(DiskId(7), holder);
+        }
+        assert!(rows(&media).iter().all(|row| row.lost == lost && row.until.is_none()), "they were not told yet");
+        book.went(DiskId(7), "a", false);
+        assert_eq!(claims(&media), [(7, "b".to_owned())]);
+        book.went(DiskId(7), "b", true);
+        book.forget(DiskId(7), "b");
+        assert_eq!(claims(&media), []);
+    }
+
+    #[test]
+    fn who_is_forgotten_has_no_claim_although_the_server_ends() {
+        let (media, book) = book();
+        book.came(DiskId(7), "a");
+        book.came(DiskId(8), "a");
+        book.end();
+        book.forget(DiskId(7), "a");
+        book.went(DiskId(7), "a", false);
+        book.went(DiskId(8), "a", false);
+        assert_eq!(claims(&media), [(8, "a".to_owned())]);
+    }
+
     #[test]
     fn a_number_is_given_out_once_and_detaching_ends_every_claim() {
         let (media, first) = book();
@@ -359,7 +456,7 @@ mod tests {
         book.came(DiskId(8), "b");
         book.remove(&[(1, "a".to_owned()), (2, "b".to_owned())]).unwrap();
         assert_eq!(claims(&media), []);
-        book.went(DiskId(8), "b");
+        book.went(DiskId(8), "b", false);
         book.purge();
         assert_eq!(claims(&media), []);
     }

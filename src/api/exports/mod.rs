@@ -10,8 +10,9 @@
 //! 1. An export is of ids: a disk that is renamed is shown under its new name. While a disk is attached it is not removed.
 //!    A snapshot that is removed or retired meanwhile is served under its last name, to who connects later, too, and keeps
 //!    its data until the export ends ([`served`]).
-//! 2. Who may write has the lease: a vhost-user device as long as it is attached, an NBD client from the moment it chose the
-//!    disk until its connection ends. Attaching a disk that another one has is refused, with its name.
+//! 2. Who may write has the lease: a vhost-user device and a virtual machine of ours ([`machines`]) as long as they are
+//!    attached, an NBD client from the moment it chose the disk until its connection ends. Attaching a disk that another one
+//!    has is refused, with its name.
 //! 3. What persists is started again before anybody else is let in, and who was writing when the server ended has its
 //!    disk reserved for a minute. One that cannot be started is kept and shown with the reason. A command that opens the
 //!    pool itself keeps all this for the next server ([`back`]).
@@ -27,30 +28,32 @@
 mod back;
 mod book;
 mod leaving;
+mod machines;
 mod nbd;
 mod same;
 mod served;
+mod show;
 mod wish;
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use super::answer::Export;
 use super::{Request, Target};
 use crate::budget::Budget;
 use crate::disk::{self, Attached, BlockDevice, ReadOnly};
-use crate::error::{Error, Kind as ErrorKind, Result};
-use crate::metrics::{Kind, Text};
+use crate::error::{Error, Kind, Result};
 use crate::pool::{ExportKind, ExportRow};
 use crate::store::{Change, Store};
 use crate::sync::Mutex;
 use crate::sys::process::share_of_open_files;
-use crate::units::DiskId;
 use crate::vhost_blk;
 use book::Book;
-use leaving::end_all;
+use leaving::{Leaving, end_all};
+use machines::Tenant;
 use served::{Served, Writer};
 use wish::What;
 
@@ -76,7 +79,8 @@ struct Running {
     front: Front,
     clients: Arc<AtomicUsize>,
     served: Arc<[Served]>,
-    /// Dropped after the front.
+    /// The virtual machine it is for. Dropped after the front, as the next.
+    machine: Option<Tenant>,
     attached: Vec<Attached>,
 }
 
@@ -85,8 +89,26 @@ struct Table {
     /// Whether this process serves; otherwise it only looks at the list.
     serves: bool,
     running: BTreeMap<u64, Running>,
-    /// What was detached and has not let go of its disks yet, as it is shown.
-    leaving: BTreeMap<u64, Export>,
+    /// What was detached and has not let go of its disks yet.
+    leaving: BTreeMap<u64, Leaving>,
+    /// How many wait until machines know that something was taken from them ([`Exports::wait_until_told`]).
+    telling: usize,
+    /// Machines, and the claims by which they do not come back: it was taken from them. Whether they know.
+    dismissed: BTreeMap<(String, String), bool>,
+}
+
+impl Table {
+    /// Takes exports out. The machines they are for may ask for them again before they have ended, and do not get them.
+    fn take_away(&mut self, ids: &[u64]) -> Vec<Running> {
+        let gone: Vec<Running> = ids.iter().filter_map(|id| self.running.remove(id)).collect();
+        self.dismissed.extend(gone.iter().flat_map(Running::claims).map(|key| (key, false)));
+        gone
+    }
+
+    /// Tells whether nothing is attached, nor has to let go of its disks yet, and all know who have to.
+    fn is_empty(&self) -> bool {
+        self.running.is_empty() && self.leaving.is_empty() && self.telling == 0
+    }
 }
 
 /// Called whenever an export has ended and no other is left.
@@ -95,11 +117,15 @@ type Idle = Box<dyn Fn() + Send + Sync>;
 /// The exports of a pool.
 pub(super) struct Exports {
     store: Arc<Store>,
+    /// The directory of the pool, where its machines are.
+    pool: PathBuf,
     book: Arc<Book>,
     table: Mutex<Table>,
     /// What is held for the next server, by number, where nothing is served.
     kept: Mutex<BTreeMap<u64, Vec<Attached>>>,
     idle: Mutex<Option<Idle>>,
+    /// Nothing was attached any more while somebody was awaited.
+    was_idle: AtomicBool,
     /// What the clients of all exports may take together.
     budget: Budget,
     patience: Duration,
@@ -107,13 +133,15 @@ pub(super) struct Exports {
 
 impl Exports {
     /// Makes them for a process that serves nothing.
-    pub(super) fn new(store: &Arc<Store>) -> Arc<Self> {
+    pub(super) fn new(store: &Arc<Store>, pool: &Path) -> Arc<Self> {
         Arc::new(Self {
             store: Arc::clone(store),
+            pool: pool.to_owned(),
             book: Arc::new(Book::new(store.media())),
             table: Mutex::default(),
             kept: Mutex::default(),
             idle: Mutex::default(),
+            was_idle: AtomicBool::new(false),
             budget: Budget::new(share_of_open_files(CLIENTS_SHARE)),
             patience: PATIENCE,
         })
@@ -136,6 +164,11 @@ impl Exports {
         if let Err(error) = self.restore() {
             tracing::error!("what was attached to stay is not served: {error}");
         }
+    }
+
+    /// Tells whether it serves: it does not yet, does no more, or is for one command.
+    pub(super) fn serves(&self) -> bool {
+        self.table.lock().serves
     }
 
     /// Attaches what a request names, or finds it attached: the same wish as an export that persists is that export.
@@ -168,7 +201,7 @@ impl Exports {
             if persist {
                 self.book.remove(&[(row.id, holder(&row))])?;
             }
-            return Err(Error::busy("the server is ending"));
+            return Err(book::ending());
         }
         let answer = self.show(&running);
         table.running.insert(row.id, running);
@@ -188,13 +221,14 @@ impl Exports {
         let front = match row.kind {
             ExportKind::Nbd => {
                 let (store, served, clients) = (Arc::clone(&self.store), Arc::clone(&served), Arc::clone(&clients));
-                let shown = nbd::Shown { store, served, read_only: row.read_only, holder, clients, book };
+                let (writer, left, read_only) = (None, None, row.read_only);
+                let shown = nbd::Shown { store, served, read_only, holder, writer, clients, left, book };
                 Front::Nbd(begin_nbd(row, shown, &self.budget)?)
             }
             ExportKind::VhostUser => Front::Vhost(self.begin_vhost(row, &served, &holder, book)?),
         };
         tracing::info!("export {} ({} {}) begins", row.id, row.kind.name(), row.address());
-        Ok(Running { row: row.clone(), persist, front, clients, served, attached })
+        Ok(Running { row: row.clone(), persist, front, clients, served, machine: None, attached })
     }
 
     fn begin_vhost(
@@ -225,7 +259,8 @@ impl Exports {
                 (What::Snapshot(_), None) => return Err(Error::failed("the snapshot is not open")),
             };
         let serial = uuid.simple().to_string()[..SERIAL_LEN].to_owned();
-        let options = vhost_blk::Options { socket: socket.into(), queues: usize::from(row.queues), serial };
+        let (queues, budget) = (usize::from(row.queues), self.budget.clone());
+        let options = vhost_blk::Options { socket: socket.into(), queues, serial, budget };
         vhost_blk::start(options, device, keep)
     }
 
@@ -238,13 +273,15 @@ impl Exports {
         if !self.table.lock().serves {
             return self.forget(name);
         }
-        let (ids, kept) = {
-            let table = self.table.lock();
+        let named = |table: &Table| {
             let names =
                 |running: &Running| -> Vec<String> { running.served.iter().map(|one| one.name(&self.store)).collect() };
-            let rows: Vec<_> = table.running.values().map(|running| (running.row.id, names(running))).collect();
-            let ids = named(&rows, name).map_err(|error| match error.kind() {
-                ErrorKind::NotFound => table.is_leaving(name).unwrap_or(error),
+            named(&table.running.values().map(|running| (running.row.id, names(running))).collect::<Vec<_>>(), name)
+        };
+        let (mut ids, kept) = {
+            let table = self.table.lock();
+            let ids = named(&table).map_err(|error| match error.kind() {
+                Kind::NotFound => table.is_leaving(name).unwrap_or(error),
                 _ => error,
             })?;
             let kept = ids.iter().map(|id| &table.running[id]).filter(|running| running.persist);
@@ -256,18 +293,32 @@ impl Exports {
         }
         let (gone, answer) = {
             let mut table = self.table.lock();
-            let gone: Vec<Running> = ids.iter().filter_map(|id| table.running.remove(id)).collect();
-            let answer: Vec<Export> = gone.iter().map(|running| self.show(running)).collect();
-            let leaving = answer.iter().map(|export| (export.id, Export { state: "ending".into(), ..export.clone() }));
-            table.leaving.extend(leaving);
+            // A machine that has come back meanwhile has another number.
+            let again = named(&table).unwrap_or_default();
+            ids.extend(again.into_iter().filter(|id| table.running[id].machine.is_some()));
+            let gone = table.take_away(&ids);
+            let answer = self.begin_to_leave(&mut table, &gone);
             (gone, answer)
         };
         if gone.is_empty() {
             // Somebody else was faster, or the server has ended.
-            return Err(not_attached(name));
+            return Err(self.table.lock().is_leaving(name).unwrap_or_else(|| not_attached(name)));
         }
-        self.leave(gone)?;
+        let keys: Vec<_> = gone.iter().flat_map(Running::claims).collect();
+        self.leave(gone, &keys)?;
         Ok(answer)
+    }
+
+    /// Says that nothing is attached any more, unless a machine that runs is about to come back: what it waits for would end.
+    fn tell_idle(&self) {
+        let runs = |(_, holder, _): &(_, String, _)| self.has_machine_ended(holder) == Some(false);
+        if self.book.awaited().iter().any(runs) {
+            self.was_idle.store(true, Ordering::SeqCst);
+            return;
+        }
+        if let Some(idle) = &*self.idle.lock() {
+            idle();
+        }
     }
 
     /// Detaches where nothing is served: the next server does not start it.
@@ -283,46 +334,15 @@ impl Exports {
         Ok(gone.iter().map(|row| self.show_off(row)).collect())
     }
 
-    /// Returns what is attached, by number.
-    ///
-    /// # Errors
-    /// Where nothing is served: when the list cannot be read.
-    pub(super) fn list(&self) -> Result<Vec<Export>> {
-        let table = self.table.lock();
-        if table.serves {
-            let mut all: Vec<_> = table.running.values().map(|running| self.show(running)).collect();
-            all.extend(table.leaving.values().cloned());
-            all.sort_by_key(|export| export.id);
-            return Ok(all);
-        }
-        drop(table);
-        let rows = self.book.read()?.exports;
-        Ok(rows.iter().map(|row| self.show_off(row)).collect())
-    }
-
-    /// Returns the counters as Prometheus text; nothing where nothing is served.
-    pub(super) fn metrics(&self) -> String {
-        let table = self.table.lock();
-        if !table.serves {
-            return String::new();
-        }
-        let mut text = Text::new();
-        let mut family = text.family(Kind::Gauge, "export_clients", "Clients of an export.");
-        for (id, running) in &table.running {
-            let (id, clients) = (id.to_string(), running.clients() as u64);
-            family.value(&[("export", &id), ("kind", running.row.kind.name())], clients);
-        }
-        text.finish()
-    }
-
     /// Ends all exports, and attaches no more. What is in flight is finished.
     pub(super) fn end(&self) {
+        // First: who is refused because it ends does not lose its claim.
+        self.book.end();
         let running = {
             let mut table = self.table.lock();
             table.serves = false;
             std::mem::take(&mut table.running)
         };
-        self.book.end();
         // What does not end keeps its disks until it does; the log says so.
         end_all(running.into_values().collect(), self.patience);
         self.book
@@ -333,55 +353,13 @@ impl Exports {
     fn notice(&self, change: &Change) {
         for running in self.table.lock().running.values() {
             running.served.iter().for_each(|one| one.notice(&self.store, change));
-            if let (Change::Disk { id, resized: true, .. }, Front::Vhost(server)) = (change, &running.front)
-                && running.row.disks.contains(&id.0)
-            {
-                server.resized();
+            let Change::Disk { id, resized: true, .. } = change else { continue };
+            match &running.front {
+                Front::Vhost(server) if running.row.disks.contains(&id.0) => server.resized(),
+                // A machine comes back at once, and finds the new size.
+                Front::Nbd(server) if running.machine.is_some() && running.row.disks.contains(&id.0) => server.part(),
+                _ => {}
             }
-        }
-    }
-
-    fn show(&self, running: &Running) -> Export {
-        let (state, error) = match &running.front {
-            Front::Failed(why) => ("failed", Some(why.clone())),
-            Front::Nbd(_) | Front::Vhost(_) => ("on", None),
-        };
-        let mut shown = self.show_row(&running.row, &running.served, state, error);
-        shown.persist = running.persist;
-        shown.clients = running.clients() as u64;
-        // A port of 0 became another one.
-        if let (Front::Nbd(server), Some(_)) = (&running.front, &running.row.listen) {
-            shown.listen = Some(server.address());
-        }
-        shown
-    }
-
-    /// Shows an export that is not served now.
-    fn show_off(&self, row: &ExportRow) -> Export {
-        self.show_row(row, &Served::not_opened(&self.store, row), "off", None)
-    }
-
-    fn show_row(&self, row: &ExportRow, served: &[Served], state: &str, error: Option<String>) -> Export {
-        let holder = holder(row);
-        let holds = |id: &&u64| {
-            self.store.disk_info_by_id(DiskId(**id)).is_ok_and(|info| info.holder.as_deref() == Some(holder.as_str()))
-        };
-        let name = |id: &u64| What::Disk(DiskId(*id)).name(&self.store).ok();
-        let writing = row.disks.iter().filter(holds).filter_map(name).collect();
-        Export {
-            id: row.id,
-            kind: row.kind.name().to_owned(),
-            disks: served.iter().map(|one| one.name(&self.store)).collect(),
-            socket: row.socket.clone(),
-            listen: row.listen.clone(),
-            tls: row.tls_cert.is_some(),
-            read_only: row.read_only,
-            queues: (row.queues > 0).then_some(row.queues),
-            persist: true,
-            clients: 0,
-            writing,
-            state: state.to_owned(),
-            error,
         }
     }
 }
@@ -441,6 +419,11 @@ fn named(rows: &[(u64, Vec<String>)], name: &str) -> Result<Vec<u64>> {
 }
 
 impl Running {
+    /// The name under which it takes leases.
+    fn holder(&self) -> String {
+        self.machine.as_ref().map_or_else(|| holder(&self.row), |machine| machines::holder(&machine.name))
+    }
+
     fn clients(&self) -> usize {
         match &self.front {
             Front::Vhost(server) => usize::from(server.connected()),
@@ -512,7 +495,7 @@ mod tests {
         Store::init(&media, InitOptions { journal: 4 << 20, ballast: 4096, probe: false }).unwrap();
         let store = Store::open(media, OpenOptions { background: false, ..OpenOptions::default() }).unwrap();
         drop(disk::create(&store, "web", 1 << 20).unwrap());
-        let exports = Exports::new(&store);
+        let exports = Exports::new(&store, dir.path());
         *watched.exports.lock() = Arc::downgrade(&exports);
         exports.start();
         for n in 0..2 {

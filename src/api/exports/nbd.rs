@@ -3,7 +3,9 @@
 //! # Rules
 //! 1. A client that may write has the lease of the disk from the moment it chose the disk until its connection ends; all
 //!    clients of one export are one holder. So a client that dies lets go when its connection is closed.
-//! 2. With one target the empty name stands for it.
+//! 2. The disk of a virtual machine is leased by its export, which ends when its last client has been gone for a while; what
+//!    a client has under way keeps the lease, too.
+//! 3. With one target the empty name stands for it.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -23,21 +25,33 @@ pub(super) struct Shown {
     pub(super) read_only: bool,
     /// The name it takes leases under.
     pub(super) holder: String,
+    /// The export itself has the lease: its clients share it.
+    pub(super) writer: Option<Arc<Writer>>,
     pub(super) clients: Arc<AtomicUsize>,
+    /// Called when the last client has gone.
+    pub(super) left: Option<Left>,
     /// Where it is noted who writes, if the export comes back after a restart.
     pub(super) book: Option<Arc<Book>>,
 }
 
+/// Called when the last client of an export has gone; returns at once.
+pub(super) type Left = Arc<dyn Fn() + Send + Sync>;
+
 /// A client: counted, and perhaps a writer, until its connection ends.
 struct Client {
     clients: Arc<AtomicUsize>,
-    writer: Option<Writer>,
+    left: Option<Left>,
+    writer: Option<Arc<Writer>>,
 }
 
 impl Drop for Client {
     fn drop(&mut self) {
         self.writer = None;
-        self.clients.fetch_sub(1, Ordering::AcqRel);
+        if self.clients.fetch_sub(1, Ordering::AcqRel) == 1
+            && let Some(left) = &self.left
+        {
+            left();
+        }
     }
 }
 
@@ -53,10 +67,15 @@ impl Shown {
     /// Returns what makes a client of somebody who has chosen.
     fn entrance(&self, disk: Option<Arc<Disk>>) -> Box<dyn Fn() -> Result<nbd::Keep> + Send + Sync> {
         let (clients, book, holder) = (Arc::clone(&self.clients), self.book.clone(), self.holder.clone());
+        let (shared, left) = (self.writer.clone(), self.left.clone());
         Box::new(move || {
-            let writer = disk.as_ref().map(|disk| Writer::begin(disk, &holder, book.clone())).transpose()?;
+            let writer = match (&disk, &shared) {
+                (Some(_), Some(writer)) => Some(Arc::clone(writer)),
+                (Some(disk), None) => Some(Arc::new(Writer::begin(disk, &holder, book.clone())?)),
+                (None, _) => None,
+            };
             clients.fetch_add(1, Ordering::AcqRel);
-            Ok(Box::new(Client { clients: Arc::clone(&clients), writer }))
+            Ok(Box::new(Client { clients: Arc::clone(&clients), left: left.clone(), writer }))
         })
     }
 }

@@ -16,7 +16,6 @@ use crate::pool::ExportRow;
 use crate::snapshot::{self, SnapshotDevice};
 use crate::store::{Change, Store};
 use crate::sync::Mutex;
-use crate::units::DiskId;
 
 /// A disk or a snapshot that is served.
 #[derive(Debug)]
@@ -81,17 +80,19 @@ impl Served {
 }
 
 /// The right to write to a disk, and the note of it for a restart, until it is dropped.
+#[derive(Debug)]
 pub(super) struct Writer {
     /// In this order: once the lease is free, nothing says any more that it should be kept.
     _claim: Claim,
-    _lease: Lease,
+    lease: Lease,
 }
 
 /// The note that somebody writes.
+#[derive(Debug)]
 struct Claim {
     /// `None` for what does not come back after a restart.
     book: Option<Arc<Book>>,
-    disk: DiskId,
+    disk: Arc<Disk>,
     holder: String,
 }
 
@@ -105,15 +106,20 @@ impl Writer {
         if let Some(book) = &book {
             book.came(disk.id(), holder);
         }
-        let claim = Claim { book, disk: disk.id(), holder: holder.to_owned() };
-        Ok(Self { _claim: claim, _lease: lease })
+        let claim = Claim { book, disk: Arc::clone(disk), holder: holder.to_owned() };
+        Ok(Self { _claim: claim, lease })
+    }
+
+    /// Says that it is worth waiting for: it may be dropped soon.
+    pub(super) fn closing(&self) {
+        self.lease.closing();
     }
 }
 
 impl Drop for Claim {
     fn drop(&mut self) {
         if let Some(book) = &self.book {
-            book.went(self.disk, &self.holder);
+            book.went(self.disk.id(), &self.holder, self.disk.owes_loss_to(&self.holder));
         }
     }
 }

@@ -29,7 +29,7 @@ pub(super) enum What {
 
 impl What {
     /// Finds what a name stands for.
-    fn find(store: &Arc<Store>, name: &str) -> Result<Self> {
+    pub(super) fn find(store: &Arc<Store>, name: &str) -> Result<Self> {
         match Target::parse(name)? {
             Target::Disk(disk) => Ok(Self::Disk(store.disk_info(&disk)?.id)),
             Target::Snapshot(disk, snapshot) => {

@@ -9,6 +9,7 @@
 use std::sync::Arc;
 
 use super::{Bells, Broken, Crew, Device, Ring, Work};
+use crate::budget::Budget;
 use crate::disk::BlockDevice;
 use crate::error::Result;
 use crate::vhost_blk::config;
@@ -29,7 +30,9 @@ pub(in crate::vmm) struct Block {
 impl Block {
     /// Makes a disk with so many queues. `serial` is cut to 20 bytes.
     pub(in crate::vmm) fn new(device: Arc<dyn BlockDevice>, read_only: bool, serial: &str, queues: usize) -> Self {
-        Self { target: Arc::new(Target::new(device, read_only, serial)), queues }
+        // A machine has a process of its own, and shares with nobody.
+        let requests = Budget::new(0).requests;
+        Self { target: Arc::new(Target::new(device, read_only, serial, requests)), queues }
     }
 }
 

@@ -7,6 +7,8 @@
 //!    them, the guest cannot change what they are.
 //! 3. "Driver is ready" starts the threads. Zero in the status stops them, waits for them, and all is as at the beginning.
 //! 4. A device that the guest has set up wrongly says that it needs a reset, and does nothing until then.
+//! 5. A device can be drained while the guest runs: what it took is finished and it takes nothing more, whatever the guest
+//!    does to its registers, until the machine says that it may work again.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -88,6 +90,8 @@ pub(in crate::vmm) struct Transport {
     selected: u32,
     /// Threads are to work when the machine runs.
     ready: bool,
+    /// None is to be started now: the device is drained, or is about to be.
+    held: bool,
     /// Another one whenever the configuration is; a driver that reads parts of it looks before and after.
     generation: u32,
 }
@@ -128,6 +132,7 @@ impl Transport {
             chosen_half: 0,
             selected: 0,
             ready: false,
+            held: false,
             generation: 0,
         })
     }
@@ -231,7 +236,7 @@ impl Transport {
         self.shared.status.fetch_or(status, Ordering::SeqCst);
         if status & DRIVER_OK != 0 && before & (DRIVER_OK | NEEDS_RESET) == 0 {
             self.ready = true;
-            self.resume();
+            self.begin_work();
         }
     }
 
@@ -327,10 +332,37 @@ impl Transport {
         }
     }
 
-    /// Lets the threads work, if the driver is ready.
+    /// Has the threads finish what they took and take nothing more. Nobody waits for that here: see [`Self::is_drained`].
+    pub(in crate::vmm) fn drain(&mut self) {
+        self.held = true;
+        self.workers.iter().for_each(Worker::end);
+    }
+
+    /// Tells whether nothing is under way any more in a device that is drained.
+    pub(in crate::vmm) fn is_drained(&self) -> bool {
+        self.workers.iter().all(Worker::has_ended)
+    }
+
+    /// Lets the threads work again if what was to be drained is; tells whether they do, or have all along.
+    pub(in crate::vmm) fn work_on(&mut self) -> bool {
+        let can = !self.held || self.is_drained();
+        if can {
+            self.resume();
+        }
+        can
+    }
+
+    /// Lets the threads work, if the driver is ready; those that were to end and have not are waited for.
     pub(in crate::vmm) fn resume(&mut self) {
+        if std::mem::take(&mut self.held) {
+            self.pause();
+        }
+        self.begin_work();
+    }
+
+    fn begin_work(&mut self) {
         let needs_reset = self.shared.status.load(Ordering::SeqCst) & NEEDS_RESET != 0;
-        if !self.ready || !self.workers.is_empty() || needs_reset {
+        if !self.ready || self.held || !self.workers.is_empty() || needs_reset {
             return;
         }
         if let Err(error) = self.start() {

@@ -84,11 +84,21 @@ impl Worker {
         Ok(Self { thread, stop, wake, cancel })
     }
 
-    /// Finishes what was taken, except what waits on purpose, and returns the queues.
-    pub(super) fn stop(self) -> Vec<Seat> {
+    /// Has it take nothing more and end when it has finished what it took, except what waits on purpose.
+    pub(super) fn end(&self) {
         self.stop.store(true, Ordering::Release);
         ring_bell(&self.wake);
         self.cancel.cancel();
+    }
+
+    /// Tells whether it has finished.
+    pub(super) fn has_ended(&self) -> bool {
+        self.thread.is_finished()
+    }
+
+    /// Finishes what was taken, except what waits on purpose, and returns the queues.
+    pub(super) fn stop(self) -> Vec<Seat> {
+        self.end();
         self.thread.join().expect("requests that panic are caught")
     }
 }

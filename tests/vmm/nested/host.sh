@@ -15,7 +15,7 @@ mount -t ext4 /dev/vda /mnt
 afterimage -q mount --init --daemon /srv
 truncate -s 64M /srv/disks/root.raw
 /bin/mke2fs -q -F -t ext4 /srv/disks/root.raw
-afterimage vm run web --kernel /vmlinuz --initrd /guest.gz --disk /srv/disks/root.raw,serial=web-root \
+afterimage vm run web --kernel /vmlinuz --initrd /guest.gz --disk root,serial=web-root \
     --memory 256M --cpus 2 --cmdline "console=ttyS0 panic=-1 quiet" --detach
 afterimage vm ls
 ! afterimage vm start web 2> /dev/null

@@ -1,0 +1,222 @@
+//! Removing a checkpoint, and what it keeps from being removed: its parent and the snapshots of its disks.
+//!
+//! A snapshot is kept by a tag among the holds of its row in the catalog, `checkpoint MACHINE@NAME`: so every way of removing or
+//! retiring it is refused, and every list says why. No user can give or release such a tag. A parent is kept by the file itself: who wants
+//! to remove one looks into the others.
+//!
+//! # Rules
+//! 1. The files are the truth. Tags are set before the file has its name, and go after the file is durably gone; so there may be a
+//!    tag too many, and never one too few.
+//! 2. At the opening of a pool ([`attend`]) tags of checkpoints that are not there, and are not being saved, go; and a checkpoint
+//!    without tags, as after a rebuild of the catalog, gets them.
+//!
+//! # After a crash
+//! Rule 2.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use super::folder::{Folder, Name};
+use super::header::DiskSnapshot;
+use super::list;
+use crate::error::{Error, Kind, Result};
+use crate::media::Open;
+use crate::snapshot::{self, CHECKPOINT_HOLD};
+use crate::store::{Edit, SnapshotInfo, Store, Tables};
+use crate::units::SnapshotId;
+
+/// Removes a checkpoint; what it needed can be removed after that.
+///
+/// # Errors
+/// `NotFound`; `Busy` when another one is based on it, or somebody reads it; any error of the host.
+pub fn remove(store: &Arc<Store>, name: &Name) -> Result<()> {
+    let folder = Folder::of_pool(store.media());
+    let fail = |e| Error::io(format!("cannot remove the checkpoint {name}"), e);
+    let file = match folder.media().open(&folder.whole(name), Open::Existing) {
+        Ok(file) => file,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return remove_rest(store, &folder, name),
+        Err(e) => return Err(fail(e)),
+    };
+    // While it is locked nobody begins to read it, or to base another one on it.
+    if !file.try_lock().map_err(fail)? {
+        return Err(Error::busy(format!("the checkpoint {name} is being read"))
+            .hint("a machine that was restored from it has not read all of its memory yet, or it is being verified"));
+    }
+    let children = list::children(&folder, name)?;
+    if !children.is_empty() {
+        return Err(Error::busy(format!("the checkpoint {name} is needed: {} is based on it", children.join(", ")))
+            .hint("flatten that with 'afterimage checkpoint flatten', or remove it first"));
+    }
+    folder.remove_file(&folder.whole(name))?;
+    folder.remove_beside(name)?;
+    folder.media().sync_dir(&folder.of_machine(name.machine())).map_err(fail)?;
+    let_go(store, name)
+}
+
+/// Removes what a checkpoint has left that was never made: whoever was to make it has died.
+fn remove_rest(store: &Arc<Store>, folder: &Folder, name: &Name) -> Result<()> {
+    let tag = tag(name);
+    let held = rows(&store.tables.read()).any(|(_, holds)| holds.contains(&tag));
+    if held && !folder.is_being_saved(name)? { forget(store, name) } else { Err(folder.missing(name)) }
+}
+
+fn tag(name: &Name) -> String {
+    format!("{CHECKPOINT_HOLD}{name}")
+}
+
+/// Keeps the snapshots of the disks of a checkpoint from being removed and retired, durably. Called before the
+/// checkpoint is committed; once more does nothing.
+///
+/// # Errors
+/// `NotFound` when one of them is not there, or is retired; `ReadOnly`. None is held then.
+pub fn hold(store: &Arc<Store>, name: &Name, disks: &[DiskSnapshot]) -> Result<()> {
+    change(
+        store,
+        |tables| {
+            let mut ids = Vec::new();
+            for disk in disks {
+                let id = find(tables, disk).ok_or_else(|| {
+                    let DiskSnapshot { disk_name, snapshot_name, .. } = disk;
+                    Error::not_found(format!(
+                        "the snapshot {disk_name}@{snapshot_name} of the checkpoint {name} is gone"
+                    ))
+                })?;
+                ids.push(id);
+            }
+            Ok(ids)
+        },
+        |holds| {
+            if !holds.contains(&tag(name)) {
+                holds.push(tag(name));
+            }
+        },
+    )
+}
+
+/// Takes snapshots of disks for a checkpoint that is being made, under its name, and holds them. The instant comes at once and
+/// is told; the rest takes as long as it takes.
+///
+/// # Errors
+/// `NotFound`, `Exists`, `Usage` for a disk that is named twice, `ReadOnly`. Nothing is left then.
+pub fn snapshot(store: &Arc<Store>, name: &Name, disks: &[String], instant: &dyn Fn()) -> Result<Vec<SnapshotInfo>> {
+    let targets: Vec<_> = disks.iter().map(|disk| (disk.clone(), name.name().to_owned())).collect();
+    let taken = snapshot::take_at_once(store, &targets, instant)?;
+    let held = {
+        let tables = store.tables.read();
+        let of = |info: &SnapshotInfo| {
+            let row = tables.disk(info.disk_id)?;
+            let (disk, disk_name) = (row.uuid, row.name.clone());
+            Ok(DiskSnapshot { disk, disk_name, snapshot: info.uuid, snapshot_name: info.name.clone() })
+        };
+        taken.iter().map(of).collect::<Result<Vec<_>>>()
+    };
+    held.and_then(|held| hold(store, name, &held)).map(|()| taken.clone()).inspect_err(|_| remove_all(store, &taken))
+}
+
+/// Removes the snapshots that were taken for a checkpoint that came to nothing.
+///
+/// # Errors
+/// `Busy` for a checkpoint that is there, `ReadOnly`; any error of the host.
+pub fn forget(store: &Arc<Store>, name: &Name) -> Result<()> {
+    if Folder::of_pool(store.media()).exists(name)? {
+        return Err(Error::busy(format!("the checkpoint {name} is there")));
+    }
+    let tag = tag(name);
+    let ids: Vec<_> = {
+        let tables = store.tables.read();
+        rows(&tables).filter(|(_, holds)| holds.contains(&tag)).map(|(id, _)| id).collect()
+    };
+    let_go(store, name)?;
+    let infos: Vec<_> = ids.into_iter().filter_map(|id| store.snapshot_info_by_id(id).ok()).collect();
+    remove_all(store, &infos);
+    Ok(())
+}
+
+fn remove_all(store: &Arc<Store>, snapshots: &[SnapshotInfo]) {
+    for SnapshotInfo { disk, name, .. } in snapshots {
+        if let Err(error) = snapshot::remove(store, disk, name) {
+            tracing::warn!("the snapshot {disk}@{name} of a checkpoint that came to nothing stays: {error}");
+        }
+    }
+}
+
+/// Lets go of what a checkpoint has held that is not there any more, or was not committed.
+///
+/// # Errors
+/// `ReadOnly`; any error of the host.
+pub fn let_go(store: &Arc<Store>, name: &Name) -> Result<()> {
+    let tag = tag(name);
+    let held = |tables: &Tables| {
+        let rows = rows(tables).filter(|(_, holds)| holds.contains(&tag));
+        Ok(rows.map(|(id, _)| id).collect())
+    };
+    change(store, held, |holds| holds.retain(|other| *other != tag))
+}
+
+/// All snapshots that can be held, with what holds them.
+fn rows(tables: &Tables) -> impl Iterator<Item = (SnapshotId, &Vec<String>)> {
+    let states = tables.states().map(|(_, row)| row).chain(tables.all_retired().map(|(_, row)| &row.state));
+    states.map(|row| (row.snapshot, &row.holds))
+}
+
+/// Finds a snapshot that has its data.
+fn find(tables: &Tables, disk: &DiskSnapshot) -> Option<SnapshotId> {
+    let (id, _) = tables.disks().find(|(_, row)| row.uuid == disk.disk)?;
+    let mut states = tables.states_of(id).filter(|(_, row)| row.uuid == disk.snapshot);
+    states.find(|(_, row)| row.status.readable()).map(|(_, row)| row.snapshot)
+}
+
+/// Changes the holds of some snapshots in one frame.
+fn change(
+    store: &Arc<Store>,
+    which: impl FnOnce(&Tables) -> Result<Vec<SnapshotId>>,
+    mut change: impl FnMut(&mut Vec<String>),
+) -> Result<()> {
+    let ticket = {
+        let mut tables = store.tables.write();
+        let ids = which(&tables)?;
+        if ids.is_empty() {
+            return Ok(());
+        }
+        store.ledger.writable()?;
+        let mut edit = Edit::new(&mut tables);
+        for id in ids {
+            edit.change_snapshot(id, |row| change(&mut row.holds));
+        }
+        store.ledger.submit(edit.finish())?
+    };
+    store.ledger.wait(ticket)
+}
+
+/// Sets right what an interrupted save, removal or rebuild has left. Whoever opens a pool calls it.
+pub fn attend(store: &Arc<Store>) {
+    if let Err(error) = set_right(store) {
+        tracing::warn!("what checkpoints hold cannot be compared with what there is: {error}");
+    }
+}
+
+fn set_right(store: &Arc<Store>) -> Result<()> {
+    let folder = Folder::of_pool(store.media());
+    folder.sweep()?;
+    let names: BTreeSet<Name> = folder.names()?.into_iter().collect();
+    let held: BTreeSet<String> = {
+        let tables = store.tables.read();
+        let tags = rows(&tables).flat_map(|(_, holds)| holds.iter());
+        tags.filter_map(|tag| tag.strip_prefix(CHECKPOINT_HOLD)).map(str::to_owned).collect()
+    };
+    for name in held.iter().filter_map(|text| Name::parse(text).ok()) {
+        if !names.contains(&name) && !folder.is_being_saved(&name)? {
+            tracing::info!("the checkpoint {name} is not there; what it held is let go");
+            let_go(store, &name)?;
+        }
+    }
+    for name in names.iter().filter(|name| !held.contains(&name.to_string())) {
+        // One that cannot be read can not be restored either.
+        let Ok(layer) = list::open_alone(&folder, name) else { continue };
+        match hold(store, name, &layer.header().disks) {
+            Err(error) if error.kind() == Kind::NotFound => tracing::warn!("{error}"),
+            other => other?,
+        }
+    }
+    Ok(())
+}

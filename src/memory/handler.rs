@@ -1,0 +1,194 @@
+//! The thread that answers faults.
+//!
+//! # Rules
+//! 1. It takes no lock that anybody holds while they wait, allocates nothing, and never touches guest memory: whoever it serves may be
+//!    the thread that holds any lock of the machine. It reads what it captures from the file of the memory.
+//! 2. It reads all messages there are, does what removals say first, and then answers faults: the kernel hands a fault out before
+//!    the removal that it follows from.
+//! 3. It waits for nothing but room in the ring of a save, and for the 64 KiB that another thread is copying. A fault that has to wait for
+//!    anything else is put off, and messages are read meanwhile.
+//! 4. While messages about removals are read no page is put in: a copy that was decided on before would undo the removal.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::Ordering;
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
+
+use super::restore::Answer;
+use super::watch::{Core, Phase, page_of};
+use crate::checkpoint::PageBlock;
+use crate::clock::{self, Instant};
+use crate::sys::guest::PAGE;
+use crate::sys::userfaultfd::{How, Message, Messages};
+use crate::units::to_usize;
+
+/// Messages that are read at once: more threads than ever wait.
+const MESSAGES: usize = 1024;
+/// How long faults that were put off wait for the next try.
+const AGAIN: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000 };
+
+static ZEROS: [u8; to_usize(PAGE)] = [0; to_usize(PAGE)];
+
+/// Calls the thread back.
+#[derive(Debug)]
+pub(super) struct Bell(OwnedFd);
+
+impl Bell {
+    pub(super) fn new() -> io::Result<Self> {
+        Ok(Self(rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?))
+    }
+
+    /// Ends the thread.
+    pub(super) fn ring(&self) {
+        rustix::io::write(&self.0, &1_u64.to_le_bytes()).expect("a counter takes a one");
+    }
+}
+
+/// Somebody who waits.
+#[derive(Debug, Clone, Copy)]
+struct Fault {
+    region: usize,
+    offset: u64,
+    block: PageBlock,
+    protected: bool,
+    since: Instant,
+}
+
+/// Answers faults until the bell rings.
+pub(super) fn run(core: &Core, bell: &Bell) {
+    if catch_unwind(AssertUnwindSafe(|| serve_all(core, bell))).is_ok() {
+        return;
+    }
+    // Nobody answers any more: what is protected is let go, and what is missing is told to be.
+    let why = "a mistake in this program ended the thread that answers faults";
+    tracing::error!("{why}");
+    if let Some(capture) = core.capture.read().clone() {
+        capture.fail(crate::error::Error::failed(why));
+    }
+    if let Some(filling) = core.filling.read().clone() {
+        filling.break_down(why);
+    }
+    core.release();
+}
+
+fn serve_all(core: &Core, bell: &Bell) {
+    let mut messages = Messages::new(MESSAGES);
+    let mut faults = Vec::with_capacity(2 * MESSAGES);
+    while !is_over(core, bell, !faults.is_empty()) {
+        if let Err(error) = read_all(core, &mut messages, &mut faults) {
+            tracing::error!("faults of a guest cannot be read: {error}");
+            clock::sleep(std::time::Duration::from_millis(100));
+        }
+        let Some(_inside) = core.gate.enter() else { continue };
+        faults.retain(|fault| !serve(core, fault));
+    }
+}
+
+/// Waits for messages; true when the bell rang.
+fn is_over(core: &Core, bell: &Bell, put_off: bool) -> bool {
+    let mut both = [PollFd::new(&core.faults, PollFlags::IN), PollFd::new(&bell.0, PollFlags::IN)];
+    match rustix::event::poll(&mut both, put_off.then_some(&AGAIN)) {
+        Ok(_) => both[1].revents().contains(PollFlags::IN),
+        Err(error) => {
+            assert_eq!(error, rustix::io::Errno::INTR, "two descriptors that are open can be waited for");
+            false
+        }
+    }
+}
+
+fn read_all(core: &Core, messages: &mut Messages, faults: &mut Vec<Fault>) -> io::Result<()> {
+    let filling = core.filling.read().clone();
+    while faults.capacity() - faults.len() >= MESSAGES {
+        let still = filling.as_ref().map(|filling| filling.stop_copies());
+        let any = core.faults.read(messages)?;
+        for message in messages.iter() {
+            match message {
+                Message::Removed(start, end) => removed(core, start, end),
+                Message::Other(kind) => tracing::debug!("a message of kind {kind} about memory that nobody asked for"),
+                Message::Missing(_) | Message::Protected(_) => {}
+            }
+        }
+        drop(still);
+        let since = clock::now();
+        for message in messages.iter() {
+            let (address, protected) = match message {
+                Message::Missing(address) => (address, false),
+                Message::Protected(address) => (address, true),
+                _ => continue,
+            };
+            let Some((region, offset)) = core.locate(address) else { continue };
+            let Some(block) = core.geometry.of_region(region, offset) else { continue };
+            faults.push(Fault { region, offset: page_of(offset), block, protected, since });
+        }
+        if !any || messages.iter().count() < MESSAGES {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Does what is to be done when memory is taken away: what is there becomes zeros.
+fn removed(core: &Core, start: u64, end: u64) {
+    core.removals.fetch_add(1, Ordering::SeqCst);
+    let (capture, filling) = (core.capture.read().clone(), core.filling.read().clone());
+    for (index, region) in core.regions.iter().enumerate() {
+        // The range may be of several regions, and of memory beside them.
+        let Some(range) = region.part_of(start, end) else { continue };
+        if let Some(filling) = &filling {
+            filling.removed(core, index, range.clone());
+        }
+        for block in core.blocks_of(index, range) {
+            core.changed.insert(block);
+            core.open.insert(block);
+            if let Some(capture) = &capture {
+                capture.removed(PageBlock(block));
+            }
+        }
+    }
+}
+
+/// Answers a fault; false when it is to be tried again.
+fn serve(core: &Core, fault: &Fault) -> bool {
+    if !fault.protected {
+        return missing(core, fault);
+    }
+    let capture = core.capture.read().clone();
+    if let Some(capture) = &capture
+        && core.phase() == Phase::Saving
+    {
+        capture.keep(core, fault.block);
+    }
+    if core.let_through(fault.block).is_err() {
+        return false;
+    }
+    if let Some(capture) = &capture {
+        capture.waits.add(fault.since.elapsed());
+    }
+    true
+}
+
+fn missing(core: &Core, fault: &Fault) -> bool {
+    let filling = core.filling.read().clone();
+    let answer = filling.map_or(Answer::Zeros, |filling| filling.asked(fault.block, fault.offset, fault.since));
+    let region = &core.regions[fault.region];
+    let stopped = match answer {
+        Answer::Later => return true,
+        Answer::Poison => core.faults.poison(region, fault.offset, PAGE).err(),
+        Answer::Zeros => {
+            let how = How { wake: true, protect: core.protect.load(Ordering::SeqCst) };
+            core.faults.copy(region, fault.offset, &ZEROS, how).stopped
+        }
+    };
+    match stopped {
+        None => true,
+        Some(error) if error.kind() == io::ErrorKind::WouldBlock => false,
+        Some(error) => {
+            // It is there by now, or not watched any more: who waits looks again.
+            tracing::trace!("a page was not put in: {error}");
+            core.wake(fault.region, fault.offset, PAGE);
+            true
+        }
+    }
+}
