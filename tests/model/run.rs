@@ -100,16 +100,24 @@ impl Run {
         self.store.as_ref().expect("the store is open between operations")
     }
 
+    /// Now and then chooses an I/O that fails, or is the last one.
+    fn arm(&mut self) {
+        if self.next(60) == 0 {
+            let n = 1 + self.next(40);
+            self.media.crash_after(n);
+        } else if self.next(250) == 0 {
+            let (n, kind) = (1 + self.next(30), self.next(2));
+            self.faulty = true;
+            self.media.fail_after(n, if kind == 0 { Fault::Eio } else { Fault::Enospc });
+        }
+    }
+
     pub fn go(&mut self, ops: u64) {
         for _ in 0..ops {
             self.counts.ops += 1;
-            if self.next(60) == 0 {
-                let n = 1 + self.next(40);
-                self.media.crash_after(n);
-            } else if self.next(250) == 0 {
-                let (n, kind) = (1 + self.next(30), self.next(2));
-                self.faulty = true;
-                self.media.fail_after(n, if kind == 0 { Fault::Eio } else { Fault::Enospc });
+            // With the background at work the I/O that fails may be anybody's: ends come between operations only.
+            if !self.in_background {
+                self.arm();
             }
             self.step();
             if self.in_background {
