@@ -156,7 +156,32 @@ fn fail(what: &str, error: impl Into<redb::Error>) -> Error {
         redb::Error::Corrupted(_) | redb::Error::UpgradeRequired(_) => Kind::Corrupt,
         _ => Kind::Io,
     };
-    Error::new(kind, format!("cannot {what} the catalog: {error}"))
+    let ended = matches!(error, redb::Error::DatabaseClosed | redb::Error::PreviousIo);
+    let error = Error::new(kind, format!("cannot {what} the catalog: {error}"));
+    if ended {
+        error.because(Ended).hint(
+            "try again: it is opened anew after the host had no room; if that does not help, see the log of the server",
+        )
+    } else {
+        error
+    }
+}
+
+/// Why a view cannot be read: an I/O of somebody else has failed, and the database is opened anew.
+#[derive(Debug)]
+struct Ended;
+
+impl std::fmt::Display for Ended {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("the database was ended by a failure of another one")
+    }
+}
+
+impl std::error::Error for Ended {}
+
+/// Tells whether an error of a view says so.
+pub(super) fn is_ended(error: &Error) -> bool {
+    std::error::Error::source(error).is_some_and(|source| source.is::<Ended>())
 }
 
 thread_local! {

@@ -17,12 +17,11 @@
 //! # After a crash
 //! Frames after the mark are read into `journaled`; they are folded later.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use super::catalog::{Catalog, View};
-use super::frozen::Frozen;
 use super::journal::{Journal, encode_row};
 use super::outdated::Outdated;
 use super::rows::{Key, KeyParts, Row, Table};
@@ -59,30 +58,30 @@ struct Pending {
 }
 
 #[derive(Debug)]
-struct Layers {
+pub(super) struct Layers {
     pending: Pending,
     /// In the frame that is being written; not durable yet, so no fold may take it.
     inflight: Layer,
     journaled: Layer,
     folding: Layer,
-    view: Arc<View>,
+    pub(super) view: Arc<View>,
 }
 
 impl Layers {
     /// The layers in memory, newest first.
-    fn newest_first(&self) -> [&Layer; 4] {
+    pub(super) fn newest_first(&self) -> [&Layer; 4] {
         [&self.pending.layer, &self.inflight, &self.journaled, &self.folding]
     }
 
     /// What memory says of a key: nothing, or its value or deletion.
-    fn get(&self, key: &Key) -> Option<Option<Arc<[u8]>>> {
+    pub(super) fn get(&self, key: &Key) -> Option<Option<Arc<[u8]>>> {
         self.newest_first().into_iter().find_map(|layer| layer.get(key)).cloned()
     }
 }
 
 /// Rows, with the journal and the catalog behind them.
 pub struct Ledger {
-    layers: Mutex<Layers>,
+    pub(super) layers: Mutex<Layers>,
     writer: Mutex<Writing>,
     catalog: Mutex<Option<Catalog>>,
     outdated: Outdated,
@@ -444,130 +443,6 @@ impl Ledger {
         *self.settle.write() = Some(settle);
     }
 
-    /// Returns all rows as of one instant; they stay as they are while others go on.
-    pub fn frozen(&self) -> Frozen {
-        let layers = self.layers.lock();
-        let memory = layers.newest_first().into_iter().filter(|layer| !layer.is_empty()).cloned().collect();
-        Frozen::new(memory, Arc::clone(&layers.view))
-    }
-
-    /// Returns the value of a row as of now.
-    ///
-    /// # Errors
-    /// When the catalog cannot be read.
-    pub fn get(&self, key: &Key) -> Result<Option<Vec<u8>>> {
-        let view = {
-            let layers = self.layers.lock();
-            if let Some(found) = layers.get(key) {
-                return Ok(found.map(|value| value.to_vec()));
-            }
-            Arc::clone(&layers.view)
-        };
-        view.get(key)
-    }
-
-    /// Returns the last row from `low` to `high`, both included, as of now.
-    ///
-    /// # Errors
-    /// When the catalog cannot be read.
-    pub fn last_in(&self, low: &Key, high: &Key) -> Result<Option<(Key, Vec<u8>)>> {
-        if low > high {
-            return Ok(None);
-        }
-        let mut high = *high;
-        loop {
-            let (newest, view) = {
-                let layers = self.layers.lock();
-                let tops = layers.newest_first().map(|layer| layer.range(*low..=high).next_back().map(|(key, _)| *key));
-                let newest = tops.into_iter().flatten().max().map(|key| (key, layers.get(&key).expect("just seen")));
-                (newest, Arc::clone(&layers.view))
-            };
-            let below = view.last_in(low, &high)?;
-            match (newest, below) {
-                (None, below) => return Ok(below.map(|(key, value)| (key, value.bytes().to_vec()))),
-                (Some((key, _)), Some((stored, value))) if stored > key => {
-                    return Ok(Some((stored, value.bytes().to_vec())));
-                }
-                (Some((key, Some(value))), _) => return Ok(Some((key, value.to_vec()))),
-                // Deleted in memory: look below it.
-                (Some((key, None)), _) => match key.before() {
-                    Some(lower) if lower >= *low => high = lower,
-                    _ => return Ok(None),
-                },
-            }
-        }
-    }
-
-    /// Returns rows from `low` to `high`, both included, in order: at most about `most`, and the key to go on from when
-    /// there may be more.
-    ///
-    /// # Errors
-    /// When the catalog cannot be read.
-    pub fn page(&self, low: &Key, high: &Key, most: usize) -> Result<Page> {
-        let (memory, view) = {
-            let layers = self.layers.lock();
-            let mut memory = BTreeMap::new();
-            for layer in layers.newest_first() {
-                for (key, value) in layer.range(*low..=*high).take(most) {
-                    memory.entry(*key).or_insert_with(|| value.clone());
-                }
-            }
-            (memory, Arc::clone(&layers.view))
-        };
-        let stored = view.page(low, high, most)?;
-        // Beyond the last key of a full batch, any layer may have keys that were not taken.
-        let mut end = *high;
-        let mut more = false;
-        let mut cut = |last: Option<Key>, count: usize| {
-            if let Some(last) = last.filter(|last| count == most && *last < end) {
-                end = last;
-                more = true;
-            }
-        };
-        cut(stored.last().map(|row| row.0), stored.len());
-        // `memory` is a union: its first `most` keys are complete up to the last of them.
-        cut(memory.keys().nth(most - 1).copied(), memory.len().min(most));
-        let mut merged: BTreeMap<Key, Vec<u8>> = stored.into_iter().filter(|row| row.0 <= end).collect();
-        for (key, value) in memory.range(..=end) {
-            match value {
-                Some(value) => drop(merged.insert(*key, value.to_vec())),
-                None => drop(merged.remove(key)),
-            }
-        }
-        Ok(Page { rows: merged.into_iter().collect(), next: more.then(|| end.after()) })
-    }
-
-    /// Returns the first rows from `low` to `high`, both included, in order: at most about `most`, none only when there are
-    /// none. (A page may be empty and not the last: all of its rows may be deleted in memory.)
-    ///
-    /// # Errors
-    /// When the catalog cannot be read.
-    pub fn first_rows(&self, low: &Key, high: &Key, most: usize) -> Result<Vec<(Key, Vec<u8>)>> {
-        let mut page = self.page(low, high, most)?;
-        while page.rows.is_empty()
-            && let Some(next) = page.next.filter(|next| next <= high)
-        {
-            page = self.page(&next, high, most.max(16))?;
-        }
-        Ok(page.rows)
-    }
-
-    /// Calls `each` for every row from `low` to `high`, in order, page by page.
-    ///
-    /// # Errors
-    /// When the catalog cannot be read, or what `each` returns.
-    pub fn scan(&self, low: &Key, high: &Key, each: &mut dyn FnMut(Key, Vec<u8>) -> Result<()>) -> Result<()> {
-        let mut from = Some(*low);
-        while let Some(low) = from.filter(|low| low <= high) {
-            let page = self.page(&low, high, PAGE)?;
-            for (key, value) in page.rows {
-                each(key, value)?;
-            }
-            from = page.next;
-        }
-        Ok(())
-    }
-
     /// Makes everything queued durable, folds it, and closes the catalog.
     ///
     /// # Errors
@@ -581,17 +456,6 @@ impl Ledger {
         }
     }
 }
-
-/// A batch of rows.
-#[derive(Debug)]
-pub struct Page {
-    /// The rows, in order.
-    pub rows: Vec<(Key, Vec<u8>)>,
-    /// Where to go on, if there may be more.
-    pub next: Option<Key>,
-}
-
-const PAGE: usize = 1024;
 
 /// Returns an upper bound of the bytes a row takes in a frame.
 pub fn row_size(row: &Row) -> usize {

@@ -51,6 +51,7 @@ mod limits;
 mod listing;
 mod locate;
 mod logged;
+mod lookups;
 mod open;
 pub mod origin;
 mod outdated;

@@ -386,7 +386,7 @@ impl Run {
             it.bytes.truncate(len);
         }
         let after = if cut || fate == Fate::Refused { self.twin.clone() } else { whole };
-        if self.next(4) == 0 {
+        if self.next(4) == 0 && !self.in_background {
             let n = 1 + self.next(60);
             self.media.crash_after(n);
         }
