@@ -184,7 +184,9 @@ impl Folder {
             _ => Error::io(format!("cannot open the checkpoint {name}"), e),
         })?;
         match file.try_lock_shared() {
-            Ok(true) => Ok(file),
+            // It may have been removed before it was locked.
+            Ok(true) if self.exists(name)? => Ok(file),
+            Ok(true) => Err(self.missing(name)),
             Ok(false) => Err(Error::busy(format!("the checkpoint {name} is being removed"))),
             Err(e) => Err(Error::io(format!("cannot lock the checkpoint {name}"), e)),
         }

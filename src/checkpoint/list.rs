@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use super::folder::{Access, Folder, Name};
 use super::layer::Layer;
-use crate::error::Result;
+use crate::error::{Kind, Result};
 
 /// A checkpoint, as `ls` and `info` tell of it. Where `damage` is set, numbers that could not be read are 0.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -112,9 +112,30 @@ pub fn info(folder: &Folder, name: &Name) -> Result<Checkpoint> {
 }
 
 /// Returns the names of those that are based on a checkpoint.
-pub(super) fn children(folder: &Folder, name: &Name) -> Result<Vec<String>> {
+fn children(folder: &Folder, name: &Name) -> Result<Vec<String>> {
     let is_child = |other: &Name| describe(folder, other).parent.is_some_and(|parent| parent == name.to_string());
     Ok(folder.names()?.into_iter().filter(|other| other != name && is_child(other)).map(|n| n.to_string()).collect())
+}
+
+/// As [`children`], for who is about to remove the checkpoint: one that cannot be asked may be based on it.
+///
+/// # Errors
+/// What keeps one from being read, but for damage.
+pub(super) fn children_for_sure(folder: &Folder, name: &Name) -> Result<Vec<String>> {
+    let mut children = Vec::new();
+    for other in folder.names()?.into_iter().filter(|other| other != name) {
+        match open_alone(folder, &other) {
+            Ok(layer) => {
+                let parent = layer.header().parent.as_ref();
+                if parent.is_some_and(|parent| parent.machine == name.machine() && parent.name == name.name()) {
+                    children.push(other.to_string());
+                }
+            }
+            Err(error) if matches!(error.kind(), Kind::Corrupt | Kind::Unsupported | Kind::NotFound) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(children)
 }
 
 /// Opens the file of a checkpoint alone.

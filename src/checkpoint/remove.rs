@@ -42,7 +42,7 @@ pub fn remove(store: &Arc<Store>, name: &Name) -> Result<()> {
         return Err(Error::busy(format!("the checkpoint {name} is being read"))
             .hint("a machine that was restored from it has not read all of its memory yet, or it is being verified"));
     }
-    let children = list::children(&folder, name)?;
+    let children = list::children_for_sure(&folder, name)?;
     if !children.is_empty() {
         return Err(Error::busy(format!("the checkpoint {name} is needed: {} is based on it", children.join(", ")))
             .hint("flatten that with 'afterimage checkpoint flatten', or remove it first"));
@@ -205,7 +205,8 @@ fn set_right(store: &Arc<Store>) -> Result<()> {
         tags.filter_map(|tag| tag.strip_prefix(CHECKPOINT_HOLD)).map(str::to_owned).collect()
     };
     for name in held.iter().filter_map(|text| Name::parse(text).ok()) {
-        if !names.contains(&name) && !folder.is_being_saved(&name)? {
+        // In this order: a save that ends meanwhile has put its file there before it is over.
+        if !names.contains(&name) && !folder.is_being_saved(&name)? && !folder.exists(&name)? {
             tracing::info!("the checkpoint {name} is not there; what it held is let go");
             let_go(store, &name)?;
         }

@@ -146,8 +146,7 @@ pub fn remove(store: &Arc<Store>, name: &str, recursive: bool) -> Result<()> {
     store.refuse_attached(&head)?;
     store.wait_unleased(&head)?;
     let mut order = head.order();
-    store.flush_ordered(&head, &mut order)?;
-    let gate = head.gate.write();
+    let gate = store.flush_and_stop(&head, &mut order)?;
     let line = head.line();
     let (ticket, records) = {
         // Until the disk is marked as gone.

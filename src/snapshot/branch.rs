@@ -168,8 +168,7 @@ pub fn revert(store: &Arc<Store>, disk: &str, snapshot: &str, keep: Option<&str>
         super::take(store, &[(disk.to_owned(), name.to_owned())])?;
     }
     let mut order = head.order();
-    store.flush_ordered(&head, &mut order)?;
-    let gate = head.gate.write();
+    let gate = store.flush_and_stop(&head, &mut order)?;
     let result = switch_branch(store, disk, snapshot, id, &head);
     drop(gate);
     drop(order);

@@ -27,6 +27,7 @@ use super::{DiskRow, Store};
 use crate::clock;
 use crate::error::{Kind, Result};
 use crate::map::{BlockSet, ChunkGuard, Entry, Piece};
+use crate::sync::RwLockWriteGuard;
 use crate::units::{BLOCK_SIZE, BlockAddress, BranchId, ChunkIndex, DiskId, Epoch, SegmentId};
 
 /// A changed chunk, copied for a frame.
@@ -64,6 +65,8 @@ impl Capture {
 
 /// Chunks of which a flush logs the data at most: each brings a row of up to 4 KiB.
 const LOG_CHUNKS_MAX: usize = 16;
+/// Flushes before a disk counts as one that is being written to.
+const STOPS_MAX: usize = 8;
 /// Bytes of the rows that a changed chunk brings at most, about: its entry, and its part of those of index, disk and segments.
 const CHUNK_ROWS_MAX: usize = 4096 + 512;
 
@@ -176,6 +179,23 @@ impl Store {
         self.tidy_logged(head);
         order.completed = covered;
         Ok(())
+    }
+
+    /// Flushes a disk and stops its writers; the caller holds the order. What comes between is flushed as well, such as what the
+    /// background unmaps; only where it does not end there are changes when this returns.
+    ///
+    /// # Errors
+    /// As [`Store::flush`].
+    pub fn flush_and_stop<'a>(&self, head: &'a Head, order: &mut Order) -> Result<RwLockWriteGuard<'a, ()>> {
+        for _ in 1..STOPS_MAX {
+            self.flush_ordered(head, order)?;
+            let gate = head.gate.write();
+            if head.dirty_chunks() == 0 {
+                return Ok(gate);
+            }
+        }
+        self.flush_ordered(head, order)?;
+        Ok(head.gate.write())
     }
 
     /// Returns how many bytes of copies a flush submits at most; 0 where the journal is too small for that.

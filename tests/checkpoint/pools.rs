@@ -134,6 +134,15 @@ fn what_is_read_or_being_based_on_is_not_removed() {
     let writer = Writer::create(&folder, save.plan()).unwrap();
     busy();
     drop(writer);
+    // What is based on it is itself being removed, which may yet fail: what it says of its parent cannot be read meanwhile.
+    let save = Save { name: "vm@b", parent: Some("vm@a"), seed: &inherit, ..Save::default() };
+    save.run(&folder).unwrap();
+    let child = media.open("checkpoints/vm/b.ckpt", afterimage::media::Open::Existing).unwrap();
+    assert!(child.try_lock().unwrap());
+    let error = checkpoint::remove(&store, &name("vm@a")).unwrap_err();
+    assert!(error.kind() == Kind::Busy && error.to_string().contains("vm@b"), "{error}");
+    drop(child);
+    checkpoint::remove(&store, &name("vm@b")).unwrap();
     checkpoint::remove(&store, &name("vm@a")).unwrap();
     store.close().unwrap();
 }

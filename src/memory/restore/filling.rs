@@ -248,10 +248,11 @@ impl Filling {
             }
             let all = (0..span.length as u64 / PAGE).all(|page| self.removed.contains(number * self.pages + page));
             // Nothing is left to bring. One that is being brought finds that out itself.
-            if all
-                && (self.change(block, Where::Absent, Where::Present)
-                    || self.change(block, Where::Failed, Where::Present))
-            {
+            let failed = all && self.change(block, Where::Failed, Where::Present);
+            if failed {
+                self.status.forget(block);
+            }
+            if failed || all && self.change(block, Where::Absent, Where::Present) {
                 self.status.present();
                 // A worker that has just seen that something is left waits by now.
                 drop(self.queue.lock());

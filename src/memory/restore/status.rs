@@ -172,10 +172,14 @@ impl Status {
         inner.failures.iter().find(|failure| failure.block == block).map(|failure| failure.error.again())
     }
 
+    /// Drops the failure of a page block of which nothing is left to bring.
+    pub(super) fn forget(&self, block: PageBlock) {
+        self.inner.lock().failures.retain(|failure| failure.block != block);
+    }
+
     pub(super) fn take_failures(&self) -> Vec<Failure> {
         let mut inner = self.inner.lock();
         inner.told.clear();
-        inner.early.clear();
         std::mem::take(&mut inner.failures)
     }
 
