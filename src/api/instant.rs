@@ -131,7 +131,8 @@ impl Asked {
         let body = move || {
             let taken = take(&told);
             let mut wanted = theirs.lock();
-            if matches!(*wanted, Wanted::No) && taken.is_ok() {
+            // Also after a failure: some may be there, and it removes nothing else.
+            if matches!(*wanted, Wanted::No) {
                 no_more();
             }
             *wanted = Wanted::Done;
@@ -157,7 +158,9 @@ impl Taking for Asked {
 
     fn durable(mut self: Box<Self>) -> Result<Vec<Taken>> {
         let thread = self.thread.take().expect("it is waited for once");
-        thread.join().unwrap_or_else(|_| Err(Error::failed("a mistake in this program")))
+        let taken = thread.join().unwrap_or_else(|_| Err(Error::failed("a mistake in this program")));
+        // They may have been taken, and only the answer not be had.
+        taken.inspect_err(|_| (self.forget)())
     }
 }
 

@@ -29,16 +29,14 @@ pub(super) fn execute(store: &Arc<Store>, request: Request, progress: &dyn Progr
         Request::Diff { summary: true, output: Some(_), .. } => {
             Err(Error::usage("the sums alone have no extents to write").hint("leave out 'summary' or 'output'"))
         }
-        Request::Diff { from, to, output: Some(output), .. } => {
-            super::transfer::write_lines(&output, progress, |out| {
-                let cannot = |e: io::Error| Error::io(format!("cannot write {output}"), e);
-                diff_answer(store, from, to, &mut |_, extent| {
-                    serde_json::to_writer(&mut *out, extent).map_err(|e| cannot(e.into()))?;
-                    out.write_all(b"\n").map_err(cannot)
-                })
+        Request::Diff { from, to, output: Some(output), .. } => super::transfer::write_out(&output, progress, |out| {
+            let cannot = |e: io::Error| Error::io(format!("cannot write {output}"), e);
+            diff_answer(store, from, to, &mut |_, extent| {
+                serde_json::to_writer(&mut *out, extent).map_err(|e| cannot(e.into()))?;
+                out.write_all(b"\n").map_err(cannot)
             })
-            .map(Response::Diff)
-        }
+        })
+        .map(Response::Diff),
         Request::Diff { from, to, summary: true, .. } => diff_sums(store, from, to).map(Response::Diff),
         Request::Diff { from, to, .. } => diff_whole(store, from, to).map(Response::Diff),
         Request::Estimate { disk, from } => estimate(store, disk, from),

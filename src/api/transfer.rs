@@ -74,12 +74,12 @@ fn what(snapshot: Option<&str>, from: Option<&str>, resume: Option<&str>) -> Res
 }
 
 fn send(store: &Arc<Store>, options: &SendOptions, output: &str, progress: &dyn Progress) -> Result<Response> {
-    let report = write_lines(output, progress, |out| stream::send(store, options, out, progress))?;
+    let report = write_out(output, progress, |out| stream::send(store, options, out, progress))?;
     Ok(Response::Sent(report))
 }
 
 /// Opens `output` as a stream is written to, lets `write` write into it, and sees that it arrives.
-pub(super) fn write_lines<T>(
+pub(super) fn write_out<T>(
     output: &str,
     progress: &dyn Progress,
     write: impl FnOnce(&mut dyn Write) -> Result<T>,

@@ -37,7 +37,7 @@ use super::names::RenameHow;
 use super::node::{FILE_NAME_MAX, Node, Sort};
 use super::stale;
 use super::state::{Attr, Tree};
-use super::waits::{Ask, Asker, Halt, Waits};
+use super::waits::{self, Ask, Asker, Halt, Waits};
 use crate::units::BLOCK_SIZE;
 
 /// How long the kernel may keep what it is told to forget when it changes.
@@ -391,7 +391,7 @@ impl Filesystem for Mount {
             None => {
                 stale::enter_handler(self.number);
                 let attempt = || self.tree.write(handle.0, data, offset, flags.0);
-                match catch_unwind(AssertUnwindSafe(attempt)).unwrap_or(Err(Halt::Failed(Errno::EIO))) {
+                match waits::guarded(attempt) {
                     Err(Halt::Waits(disk, need)) => (disk, need),
                     Err(Halt::Failed(errno)) => return written(Err(errno), reply),
                     Ok(length) => return written(Ok(length as u64), reply),

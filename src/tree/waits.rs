@@ -16,6 +16,7 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -124,6 +125,14 @@ where
     }
 }
 
+/// Runs it; a panic is EIO.
+pub(super) fn guarded<T>(work: impl FnOnce() -> Result<T, Halt>) -> Result<T, Halt> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
+        tracing::error!("the operation failed on a mistake in this program; it was answered with EIO");
+        Err(Halt::Failed(Errno::EIO))
+    })
+}
+
 /// A request that is not answered.
 struct Asked {
     cancel: Arc<Cancel>,
@@ -204,12 +213,7 @@ impl Waits {
     }
 
     fn attempt<E: Errand>(self: &Arc<Self>, unique: u64, cancel: Arc<Cancel>, mut errand: E, had_turn: bool) {
-        let attempted = catch_unwind(AssertUnwindSafe(|| errand.attempt(&self.tree, had_turn)));
-        let attempted = attempted.unwrap_or_else(|_| {
-            tracing::error!("the operation failed on a mistake in this program; it was answered with EIO");
-            Err(Halt::Failed(Errno::EIO))
-        });
-        match attempted {
+        match guarded(|| errand.attempt(&self.tree, had_turn)) {
             Ok(done) => self.answer(unique, errand, Ok(done)),
             Err(Halt::Failed(errno)) => self.answer(unique, errand, Err(errno)),
             Err(Halt::Waits(disk, need)) => self.wait(unique, cancel, errand, &disk, need),
@@ -260,8 +264,18 @@ impl Waits {
 
 /// Tells whether a process is ending, all of it: nobody is left to whom the answer matters.
 fn given_up(process: u64) -> bool {
-    let Ok(threads) = fs::read_dir(format!("/proc/{process}/task")) else { return true };
-    threads.flatten().all(|thread| is_ending(&thread.path()))
+    match fs::read_dir(format!("/proc/{process}/task")) {
+        Ok(mut threads) => {
+            threads.all(|thread| thread.map_or_else(|error| is_gone(&error), |thread| is_ending(&thread.path())))
+        }
+        Err(error) => is_gone(&error),
+    }
+}
+
+/// Tells whether an error says that the process or thread is not there: one that cannot be looked at, for want of a
+/// descriptor for instance, may live.
+fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
 }
 
 /// Returns the number of the process a thread belongs to; `None` for one that has ended or cannot be seen from here.
@@ -271,15 +285,20 @@ fn process_of(thread: u32) -> Option<u64> {
 }
 
 fn is_ending(thread: &Path) -> bool {
-    // One that has ended meanwhile is none any more.
-    let Ok(stat) = fs::read_to_string(thread.join("stat")) else { return true };
+    let stat = match fs::read_to_string(thread.join("stat")) {
+        Ok(stat) => stat,
+        Err(error) => return is_gone(&error),
+    };
     // The name may contain anything; the ninth field is the seventh behind it.
     let flags = stat.rsplit_once(')').and_then(|(_, fields)| fields.split_whitespace().nth(6));
     if flags.and_then(|flags| flags.parse::<u64>().ok()).is_some_and(|flags| flags & EXITING != 0) {
         return true;
     }
     // A thread that waits for us takes no signal before it has its answer.
-    let Ok(status) = fs::read_to_string(thread.join("status")) else { return true };
+    let status = match fs::read_to_string(thread.join("status")) {
+        Ok(status) => status,
+        Err(error) => return is_gone(&error),
+    };
     let pending = status.lines().find_map(|line| line.strip_prefix("SigPnd:"));
     pending.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).is_some_and(|mask| mask & KILL != 0)
 }

@@ -166,7 +166,7 @@ fn who_waits_for_memory_gets_what_a_queue_only_keeps() {
 }
 
 /// Tells whether a server ends a connection that has said nothing.
-fn is_refused(served: &Served) -> bool {
+pub(super) fn is_refused(served: &Served) -> bool {
     let mut stream = UnixStream::connect(&served.socket).unwrap();
     stream.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
     stream.read(&mut [0]).is_ok_and(|bytes| bytes == 0)

@@ -17,6 +17,7 @@ use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::hostile::front_at;
+use super::limits::is_refused;
 use super::{Ram, Served};
 use crate::real::{require, wait_for};
 
@@ -237,15 +238,10 @@ fn a_file_whose_file_system_never_answers_holds_up_nobody() {
     }
     served = is_served(served);
     // One more of them, and nobody else is taken until the file system is gone.
-    let is_refused = || {
-        let mut stream = UnixStream::connect(&served.socket).unwrap();
-        stream.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
-        stream.read(&mut [0]).is_ok_and(|bytes| bytes == 0)
-    };
     // The first may itself be refused, while the thread that looked at what the last one sent is still ending.
-    wait_for("front ends are taken without end", || !hostile.share(UNWANTED) && is_refused());
+    wait_for("front ends are taken without end", || !hostile.share(UNWANTED) && is_refused(&served));
     hostile.end();
-    wait_for("no front end is taken any more", || !is_refused());
+    wait_for("no front end is taken any more", || !is_refused(&served));
     is_served(served);
 }
 

@@ -98,8 +98,8 @@ impl Exports {
     /// Serves a disk or snapshot to a machine.
     ///
     /// # Errors
-    /// `NotFound`, `Busy` with the name of who has the disk, or while I/O of its old connections is under way; `Denied` when a machine comes back to a disk that was not kept
-    /// for it.
+    /// `NotFound`, `Busy` with the name of who has the disk, or while I/O of its old connections is under way; `Denied` when
+    /// a machine comes back to a disk that was not kept for it.
     pub(in crate::api) fn attach_vm(self: &Arc<Self>, request: &Request) -> Result<VmDisk> {
         let Request::AttachVm { vm, disk, read_only, claim } = request else {
             return Err(Error::failed("this request attaches nothing"));

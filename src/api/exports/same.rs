@@ -87,10 +87,11 @@ impl Exports {
         match self.begin(row, true, false) {
             Ok(running) => {
                 let mut table = self.table.lock();
-                if !table.serves || !table.running.contains_key(&row.id) {
+                let serves = table.serves;
+                if !serves || !table.running.contains_key(&row.id) {
                     drop(table);
                     running.end_within(self.patience);
-                    return Err(not_attached(&row.id.to_string()));
+                    return Err(if serves { not_attached(&row.id.to_string()) } else { super::book::ending() });
                 }
                 let shown = self.show(&running);
                 let failed = table.running.insert(row.id, running);
