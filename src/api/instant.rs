@@ -11,6 +11,7 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use super::exports::machine_holder;
 use super::{Client, Request, Response};
 use crate::error::{Error, Result};
 use crate::progress::{Progress, Silent};
@@ -41,11 +42,17 @@ impl PoolDisks {
         let request = Request::CheckpointDisks { checkpoint: checkpoint.to_owned(), disks: disks.to_vec() };
         let answer = self.client()?.ask(&request, &Told(Mutex::new(told.clone())))?;
         let strange = || Error::failed("the server of the pool gave an answer that makes no sense");
+        let machine = checkpoint.split('@').next().unwrap_or_default();
         let Response::Snapshots { snapshots, .. } = answer else { return Err(strange()) };
         let mut taken = Vec::new();
         for snapshot in snapshots {
             let request = Request::Info { name: snapshot.disk.clone() };
             let Response::Disk(disk) = self.client()?.ask(&request, &Silent)? else { return Err(strange()) };
+            // A machine knows its disks by the names they had: another disk may be called so by now.
+            if disk.holder != Some(machine_holder(machine)) {
+                let what = format!("the disk '{}' is not one of the virtual machine '{machine}' any more", disk.name);
+                return Err(Error::failed(what).hint("was it renamed? start the machine with the new name first"));
+            }
             taken.push(Taken { disk: snapshot.disk, disk_uuid: disk.uuid, name: snapshot.name, uuid: snapshot.uuid });
         }
         Ok(taken)

@@ -105,6 +105,11 @@ impl Printer {
     }
 
     fn finish(mut self, screen: &Screen, diff: answer::Diff) -> Result<()> {
+        let seen = self.printed + self.held.len() as u64;
+        if seen != diff.count {
+            let what = format!("the diff has {} extents, and {seen} of them came through", diff.count);
+            return Err(Error::failed(what));
+        }
         if self.printed == 0 {
             let diff = answer::Diff { extents: Some(self.held), ..diff };
             screen.answer(&Response::Diff(diff), Style::Full);

@@ -151,7 +151,7 @@ fn record_one(store: &Store) -> Result<bool> {
 
 /// Tells whether an error is about what one snapshot has, so that others may have better luck.
 fn is_of_one(error: &Error) -> bool {
-    matches!(error.kind(), Kind::Corrupt | Kind::Io)
+    matches!(error.kind(), Kind::Corrupt | Kind::Io) && !error.lacks_descriptors()
 }
 
 /// Writes the record of a retired snapshot and lets its data go, unless it was deleted meanwhile.

@@ -115,9 +115,11 @@ fn take_all(
         return Err(Error::usage(format!("the same disk is named twice ('{}' and '{}')", pair[0].name, pair[1].name)));
     }
     refuse_taken(store, &targets)?;
-    if let Way::Unhindered = way {
-        for target in &targets {
-            store.flush(&target.head)?;
+    for target in &targets {
+        match way {
+            Way::Unhindered => store.flush(&target.head)?,
+            // What a killed process left has to be synced all the same, and cannot be once the epochs are switched.
+            Way::AtOnce(_) => store.sync_earlier(&target.head)?,
         }
     }
     // The orders keep flushes of the new epochs behind the frame of the snapshot.

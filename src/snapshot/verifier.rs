@@ -129,6 +129,7 @@ impl Verifier {
     /// Takes in the records of one segment for a chunk.
     fn load(&mut self, segment: SegmentId, chunk: ChunkIndex) -> Result<()> {
         let Some(mut cursors) = self.seals.remove(&segment) else { return Ok(()) };
+        let mut failed = None;
         for cursor in &mut cursors {
             if cursor.last.replace(chunk).is_some_and(|last| chunk <= last) && cursor.go_back(chunk) {
                 self.open -= 1;
@@ -139,6 +140,13 @@ impl Verifier {
             self.turn += 1;
             cursor.used = self.turn;
             if let Err(error) = self.walk(segment, cursor, chunk) {
+                if error.lacks_descriptors() {
+                    // Nothing is wrong with the seal: it is asked again.
+                    cursor.last = None;
+                    self.loaded.remove(&segment);
+                    failed = Some(error);
+                    break;
+                }
                 tracing::warn!("a seal cannot be used, what it covers is not verified: {error}");
                 (cursor.ended, cursor.damaged) = (true, true);
             }
@@ -148,7 +156,7 @@ impl Verifier {
         }
         self.seals.insert(segment, cursors);
         self.close_some();
-        Ok(())
+        failed.map_or(Ok(()), Err)
     }
 
     /// Walks a seal up to the end of its records for a chunk.

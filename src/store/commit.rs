@@ -240,7 +240,7 @@ impl Store {
     ///
     /// # Errors
     /// Any error of the host; the pool refuses writes then, except after want of a descriptor.
-    fn sync_earlier(&self, head: &Head) -> Result<()> {
+    pub fn sync_earlier(&self, head: &Head) -> Result<()> {
         let mut earlier = head.earlier.lock();
         while let Some(id) = earlier.last() {
             // One that was removed since had nothing mapped; it may go at this very moment.

@@ -23,7 +23,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use super::catalog::{Catalog, View};
 use super::journal::{Journal, encode_row};
-use super::outdated::Outdated;
 use super::rows::{Key, KeyParts, Row, Table};
 use crate::codec::Writer;
 use crate::error::{Error, Kind, Result};
@@ -84,7 +83,6 @@ pub struct Ledger {
     pub(super) layers: Mutex<Layers>,
     writer: Mutex<Writing>,
     catalog: Mutex<Option<Catalog>>,
-    outdated: Outdated,
     poison: RwLock<Option<String>>,
     settle: RwLock<Option<Settle>>,
     when_full: RwLock<Option<WhenFull>>,
@@ -140,7 +138,6 @@ impl Ledger {
             layers: Mutex::new(layers),
             writer: Mutex::new(Writing { journal, durable: Ticket(0) }),
             catalog: Mutex::new(Some(catalog)),
-            outdated: Outdated::default(),
             poison: RwLock::new(None),
             settle: RwLock::new(None),
             when_full: RwLock::new(None),
@@ -277,7 +274,6 @@ impl Ledger {
             if folded == FOLDS_MAX {
                 return Err(Error::failed("the journal has no room even after a fold"));
             }
-            self.outdated.let_go()?;
             folded += 1;
             self.fold()?;
         }
@@ -343,7 +339,7 @@ impl Ledger {
         let (folding, mark) = {
             let writer = self.writer.lock();
             let mut layers = self.layers.lock();
-            if layers.journaled.is_empty() || self.outdated.are_read() {
+            if layers.journaled.is_empty() {
                 return Ok(false);
             }
             layers.folding = std::mem::take(&mut layers.journaled);
@@ -412,8 +408,8 @@ impl Ledger {
     fn reopen(&self, catalog: &mut Catalog) -> Result<()> {
         catalog.reopen()?;
         let fresh = Arc::new(catalog.view()?);
-        let old = std::mem::replace(&mut self.layers.lock().view, fresh);
-        self.outdated.note(&old);
+        // Who still has the view before cannot read from it any more: its database is closed. See `lookups`.
+        self.layers.lock().view = fresh;
         Ok(())
     }
 

@@ -24,7 +24,7 @@
 //! | those of `Tenancy` (its `taking_over` and `announcement`: until the kernel was told, with no other lock) | who writes | no |
 //! | that of `Head::unflushed` | the log of a disk | a write to the page cache |
 //! | `Head::earlier` | what an earlier process may have left unsynced | yes |
-//! | that of the waiting room, with no other | who waits on purpose | no, but asks the host for its room |
+//! | that of the waiting room, with none above but `tidying` | who waits on purpose | no, but asks the host for its room |
 //! | leaves: `Head::line`, `dirty`, `frozen`, `slabs`, `owed`, `crcs` | single fields | no |
 //!
 //! A thread that has begun writes and not ended them (`disk::begin`) holds gates and claims, and takes none by waiting:
@@ -54,7 +54,6 @@ mod logged;
 mod lookups;
 mod open;
 pub mod origin;
-mod outdated;
 mod past;
 mod punch;
 mod rebuild;

@@ -579,6 +579,15 @@ pub(super) fn checked_size(size: u64) -> Result<u64> {
     }
 }
 
+/// Refuses a time that no file can have: stamps go on from the last one, and must not come to their end.
+pub(super) fn checked_stamp(stamp: u64) -> Result<u64> {
+    if i64::try_from(stamp).is_ok() {
+        Ok(stamp)
+    } else {
+        Err(Error::corrupt(format!("{stamp} seconds since 1970 is no time of a snapshot")))
+    }
+}
+
 /// Takes 16 bytes as a uuid.
 pub(super) fn read_uuid(from: &mut Reader<'_>) -> Result<Uuid> {
     Ok(Uuid::from_slice(from.raw(16)?).expect("16 bytes"))

@@ -2,7 +2,7 @@
 
 use uuid::Uuid;
 
-use super::rows::{checked_size, read_uuid};
+use super::rows::{checked_size, checked_stamp, read_uuid};
 use super::settings::Settings;
 use crate::codec::{Reader, Writer, unseal};
 use crate::error::{Error, Result};
@@ -239,7 +239,7 @@ impl StateRow {
             size: checked_size(from.u64()?)?,
             trim: from.flag()?,
             created: from.u64()?,
-            stamp: from.u64()?,
+            stamp: checked_stamp(from.u64()?)?,
             referenced: from.u64()?,
             written: from.u64()?,
             floor: from.u64()?,

@@ -160,11 +160,14 @@ impl Runner {
         };
         saver.settle().inspect_err(|_| go_on())?;
         let begun = clock::now();
-        let taken = self.pause_and_take(machine, saver, runs, disks, name);
+        let mut taking = None;
+        let taken = self.pause_and_take(machine, saver, runs, (disks, name), &mut taking);
         let pause = if runs { begun.elapsed() } else { Duration::ZERO };
         go_on();
         drop(now);
-        Ok((taken?, pause))
+        // Should it have failed, what was taken of the disks is forgotten now: the guest does not wait for that.
+        let (state, created) = taken?;
+        Ok((Instant { state, disks: taking, created }, pause))
     }
 
     fn pause_and_take(
@@ -172,20 +175,20 @@ impl Runner {
         machine: &Machine,
         saver: &mut Saver,
         runs: bool,
-        disks: &[String],
-        name: &Name,
-    ) -> Result<Instant> {
+        (disks, name): (&[String], &Name),
+        taking: &mut Option<Box<dyn Taking>>,
+    ) -> Result<(MachineState, u64)> {
         if runs {
             machine.pause_unless_stuck().map_err(|stuck| self.cannot_be_had(&stuck))?;
         }
         // On its way while the rest is done.
-        let mut taking = (!disks.is_empty()).then(|| self.disks.snapshot(disks, &name.to_string())).transpose()?;
+        *taking = (!disks.is_empty()).then(|| self.disks.snapshot(disks, &name.to_string())).transpose()?;
         saver.cut()?;
         let (state, created) = (machine.state()?, clock::wall_seconds());
-        if let Some(taking) = &mut taking {
+        if let Some(taking) = taking {
             taking.instant()?;
         }
-        Ok(Instant { state, disks: taking, created })
+        Ok((state, created))
     }
 
     fn commit(&self, saver: Saver, state: MachineState, created: u64, taken: &[Taken]) -> Result<SaveFigures> {

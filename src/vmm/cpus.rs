@@ -99,8 +99,15 @@ impl Cpus {
         Ok(started)
     }
 
-    /// Lets them run; one that was stuck tries again.
+    /// Lets them run, unless the guest is stuck: that it stays, or the page would never be asked for again.
     pub(super) fn run(&self) {
+        if self.stuck().is_none() {
+            self.shared.want(Wanted::Run);
+        }
+    }
+
+    /// Lets them run; one that was stuck tries again.
+    pub(super) fn retry(&self) {
         self.shared.state.lock().stuck = None;
         self.shared.want(Wanted::Run);
     }

@@ -239,11 +239,29 @@ impl Machine {
     }
 
     /// Lets the guest run, at first or after a pause.
-    pub fn resume(&self) {
+    pub fn resume(self: &Arc<Self>) {
+        self.let_run(Cpus::run);
+    }
+
+    /// As [`Machine::resume`]; a guest that is stuck for want of memory tries again.
+    pub fn retry(self: &Arc<Self>) {
+        self.let_run(Cpus::retry);
+    }
+
+    fn let_run(self: &Arc<Self>, run: impl FnOnce(&Cpus)) {
         *self.runs.lock() = true;
         // The guest first: what it asks of a device before that works waits in its queue.
-        self.cpus.run();
-        self.bus.virtio.iter().for_each(|device| device.lock().resume());
+        run(&self.cpus);
+        if self.is_drained() {
+            self.bus.virtio.iter().for_each(|device| device.lock().resume());
+        } else if let Err(error) = self.work_on() {
+            // One that has not ended what it took may wait for the very memory that somebody is about to bring.
+            tracing::error!("{error}");
+        }
+    }
+
+    fn is_drained(&self) -> bool {
+        self.bus.virtio.iter().all(|device| device.lock().can_work())
     }
 
     /// Stops the guest and its devices. When this returns, nothing is half done; the guest may have ended meanwhile.

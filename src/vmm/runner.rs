@@ -443,7 +443,7 @@ impl Runner {
             }
             // In this order: what fails again at once makes the guest stand still again, and that is not to be undone.
             if let Some(machine) = &now.machine {
-                machine.resume();
+                machine.retry();
             }
             if let Some(filling) = &*self.filling.lock() {
                 filling.restorer.retry();

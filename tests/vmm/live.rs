@@ -36,7 +36,7 @@ impl Place {
     }
 
     /// Saves a guest that runs, and returns what it was at the instant.
-    fn save(&self, machine: &Machine, watch: &Watch, name: &str, parent: Option<&str>) -> (Twin, SaveFigures) {
+    fn save(&self, machine: &Arc<Machine>, watch: &Watch, name: &str, parent: Option<&str>) -> (Twin, SaveFigures) {
         let full = |name: &str| Name::new("toy", name).unwrap();
         let mut plan = Plan::new(full(name), "test", watch.geometry().clone());
         plan.parent = parent.map(full);
@@ -183,7 +183,7 @@ fn a_guest_that_is_not_there_yet_is_saved_again() {
         restorer = Some(Restorer::begin(watch, reader, options)?);
         Ok(())
     };
-    let machine = Machine::restore(&settings, &state, fill).unwrap();
+    let machine = Arc::new(Machine::restore(&settings, &state, fill).unwrap());
     machine.resume();
     std::thread::sleep(Duration::from_millis(20));
     let (watch, restorer) = (watch.unwrap(), restorer.unwrap());

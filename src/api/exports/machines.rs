@@ -48,7 +48,7 @@ pub(super) const LOOK: Duration = Duration::from_millis(10);
 const HOLDER: &str = "VM ";
 
 /// Returns the name under which a machine takes leases.
-pub(super) fn holder(vm: &str) -> String {
+pub(in crate::api) fn holder(vm: &str) -> String {
     format!("{HOLDER}{vm}")
 }
 

@@ -54,6 +54,7 @@ use crate::vhost_blk;
 use book::Book;
 use leaving::{Leaving, end_all};
 use machines::Tenant;
+pub(super) use machines::holder as machine_holder;
 use served::{Served, Writer};
 use wish::What;
 
@@ -421,7 +422,7 @@ fn named(rows: &[(u64, Vec<String>)], name: &str) -> Result<Vec<u64>> {
 impl Running {
     /// The name under which it takes leases.
     fn holder(&self) -> String {
-        self.machine.as_ref().map_or_else(|| holder(&self.row), |machine| machines::holder(&machine.name))
+        self.machine.as_ref().map_or_else(|| holder(&self.row), |machine| machine_holder(&machine.name))
     }
 
     fn clients(&self) -> usize {

@@ -175,7 +175,7 @@ fn open(shared: &Shared, place: &Place) -> Result<Session> {
         | transmission::SEND_TRIM
         | transmission::SEND_WRITE_ZEROES;
     if (session.terms().flags ^ shared.flags) & used != 0 {
-        return Err(Error::failed("the disk came back with other abilities"));
+        return Err(Error::unsupported("the disk came back with other abilities"));
     }
     Ok(session)
 }

@@ -159,7 +159,7 @@ impl Unflushed {
         let mut inner = self.inner.lock();
         let closed = inner.generation;
         inner.generation += 1;
-        // What a flush left that failed stays: the pool refuses writes since.
+        // What a flush left that failed stays, until the frame of its changes is durable: the next flush waits for that.
         if inner.closing.is_none() && inner.end > LOG_HEADER_LEN as u64 {
             inner.closing = Some(inner.current);
             inner.current = 1 - inner.current;

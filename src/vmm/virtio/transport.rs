@@ -345,11 +345,16 @@ impl Transport {
 
     /// Lets the threads work again if what was to be drained is; tells whether they do, or have all along.
     pub(in crate::vmm) fn work_on(&mut self) -> bool {
-        let can = !self.held || self.is_drained();
+        let can = self.can_work();
         if can {
             self.resume();
         }
         can
+    }
+
+    /// Tells whether [`Self::resume`] would wait for nothing.
+    pub(in crate::vmm) fn can_work(&self) -> bool {
+        !self.held || self.is_drained()
     }
 
     /// Lets the threads work, if the driver is ready; those that were to end and have not are waited for.
