@@ -186,6 +186,24 @@ fn disks_go_back_with_the_memory_and_are_cloned_for_others() {
     assert_eq!(names, ["one", "after"]);
 }
 
+/// A machine knows its disks by the names that they had when it began.
+#[test]
+fn a_checkpoint_takes_no_other_disk_that_has_the_name_now() {
+    let Some(place) = Place::new() else { return };
+    place.0.json(&["create", "web", "-s", "1M"]);
+    place.start("toy", "say=ready echo off", &["--disk", "web"]);
+    place.hear("toy", "ready");
+    place.0.json(&["rename", "web", "www"]);
+    place.0.json(&["create", "web", "-s", "1M"]);
+    let (_, error) = place.0.error(&["vm", "checkpoint", "toy", "--as", "one"]);
+    assert!(error["message"].as_str().unwrap().contains("'web' is not one of the virtual machine 'toy'"), "{error}");
+    for disk in ["web", "www"] {
+        assert_eq!(place.0.json(&["ls", disk])["snapshots"], serde_json::json!([]), "none stays");
+    }
+    assert_eq!(place.info("toy")["state"], "running", "{}", place.log("toy"));
+    place.kill("toy");
+}
+
 /// Where a page block of a checkpoint lies in its file, by the guest address that it has.
 fn place_of(place: &Place, name: &str, address: u64) -> (u64, u64) {
     let media: Arc<dyn Media> = Arc::new(HostMedia::new(&place.0.pool()).unwrap());
