@@ -300,7 +300,8 @@ fn snapshot_can_be_mounted(place: &Place, name: &str) {
     let device = Loop::attach(&path, &["-r"]);
     let at = place.cli.path("at");
     let mounted = FileSystem::mount(&device, &at, "ro,noload");
-    for load in LOADS {
+    // A directory that is in the journal alone is not to be seen yet.
+    for load in LOADS.iter().filter(|load| at.join(load).exists()) {
         for file in fs::read_dir(at.join(load)).unwrap() {
             fs::read(file.unwrap().path()).unwrap();
         }

@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-use super::{Place, Server, command, require_loop, require_programs, scratch};
+use super::{Place, Server, command, require_loop, require_programs, scratch, unmount};
 use crate::tree::noise;
 
 const SIZE: &str = "160M";
@@ -388,7 +388,7 @@ impl Mounted {
 
     fn close(mut self) -> Outcome {
         call("sync", ["-f".as_ref(), self.at.as_os_str()])?;
-        call("umount", [&self.at])?;
+        unmount(&self.at)?;
         self.open = false;
         Ok(())
     }

@@ -1,28 +1,9 @@
 //! Making a pool where none can be: on host file systems that are too small, too full, or read-only.
 
 use std::fs;
-use std::path::Path;
 
-use super::{require, run};
+use super::{FileSystem, require};
 use crate::cli::Afterimage;
-
-/// A file system in memory, unmounted when this is dropped.
-struct Memory<'a>(&'a Path);
-
-impl<'a> Memory<'a> {
-    fn mount(at: &'a Path, options: &str) -> Self {
-        fs::create_dir(at).unwrap();
-        let words = ["-t", "tmpfs", "-o", options, "tmpfs", at.to_str().unwrap()];
-        run("mount", words);
-        Self(at)
-    }
-}
-
-impl Drop for Memory<'_> {
-    fn drop(&mut self) {
-        run("umount", [self.0]);
-    }
-}
 
 #[test]
 fn a_host_on_which_no_block_could_be_written_gets_no_pool() {
@@ -38,7 +19,7 @@ fn a_host_on_which_no_block_could_be_written_gets_no_pool() {
         (code, error["message"].as_str().unwrap().to_owned())
     };
     {
-        let _host = Memory::mount(&at, "size=200m");
+        let _host = FileSystem::in_memory(&at, "size=200m");
         for dir in ["host", "host/pool", "host/deep/pool"] {
             let (code, message) = refused(dir);
             assert_eq!(code, 6, "{message}");
@@ -48,7 +29,7 @@ fn a_host_on_which_no_block_could_be_written_gets_no_pool() {
     }
     fs::remove_dir(&at).unwrap();
     {
-        let _host = Memory::mount(&at, "size=400m");
+        let _host = FileSystem::in_memory(&at, "size=400m");
         let filler = fs::File::create(at.join("filler")).unwrap();
         rustix::fs::fallocate(&filler, rustix::fs::FallocateFlags::empty(), 0, 100 << 20).unwrap();
         drop(filler);
@@ -60,7 +41,7 @@ fn a_host_on_which_no_block_could_be_written_gets_no_pool() {
         it.json(&["init", at.join("pool").to_str().unwrap()]);
     }
     fs::remove_dir(&at).unwrap();
-    let _host = Memory::mount(&at, "size=1g,ro");
+    let _host = FileSystem::in_memory(&at, "size=1g,ro");
     for dir in ["host", "host/pool"] {
         let (code, message) = refused(dir);
         assert_eq!(code, 1, "{message}");

@@ -222,20 +222,39 @@ impl FileSystem {
         run("mount", [OsStr::new("-o"), options.as_ref(), device.0.as_ref(), at.as_os_str()]);
         Self(at.to_path_buf())
     }
+
+    /// One that lies in memory.
+    pub(crate) fn in_memory(at: &Path, options: &str) -> Self {
+        fs::create_dir_all(at).unwrap();
+        run("mount", ["-t", "tmpfs", "-o", options, "tmpfs", at.to_str().unwrap()]);
+        Self(at.to_path_buf())
+    }
 }
 
 impl Drop for FileSystem {
     fn drop(&mut self) {
-        // A process that another test is just starting may still have our files open, until it becomes its program.
-        for _ in 0..100 {
-            if command("umount", [&self.0]).output().unwrap().status.success() {
-                return;
-            }
-            std::thread::sleep(Duration::from_millis(50));
-        }
+        let Err(said) = unmount(&self.0) else { return };
         command("umount", [OsStr::new("-l"), self.0.as_os_str()]).output().ok();
-        assert!(std::thread::panicking(), "{} stays busy", self.0.display());
+        assert!(std::thread::panicking(), "{said}");
     }
+}
+
+/// Unmounts; `Err` is what `umount` said.
+pub(crate) fn unmount(at: &Path) -> Result<(), String> {
+    let mut said = String::new();
+    // A process that another test is just starting may still have our files open, until it becomes its program.
+    for _ in 0..100 {
+        let output = command("umount", [at]).output().unwrap();
+        if output.status.success() {
+            return Ok(());
+        }
+        said = text(&output.stderr).to_owned();
+        if !said.contains("busy") {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Err(said)
 }
 
 pub(crate) fn command<S: AsRef<OsStr>>(program: &str, words: impl IntoIterator<Item = S>) -> Command {

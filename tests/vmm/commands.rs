@@ -263,7 +263,8 @@ fn the_socket_speaks_http_and_json() {
     assert_eq!(curl(&["http://vm/v1/vm"])["state"], "running");
     assert_eq!(curl(&["-X", "POST", "http://vm/v1/vm/pause"])["state"], "paused");
     assert_eq!(curl(&["-X", "POST", "http://vm/v1/vm/dance"])["error"]["kind"], "not-found");
-    assert_eq!(curl(&["-X", "POST", "http://vm/v1/vm/kill"])["state"], "stopping");
+    let state = curl(&["-X", "POST", "http://vm/v1/vm/kill"])["state"].clone();
+    assert!(state == "stopping" || state == "ended", "{state}");
     place.wait_for_end("toy");
 }
 
