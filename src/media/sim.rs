@@ -30,7 +30,7 @@ use std::sync::Arc;
 
 use self::world::World;
 use super::{File, Media, Open, Space};
-use crate::sync::Mutex;
+use crate::sync::{Mutex, MutexGuard};
 
 /// An error that [`SimMedia::fail_after`] lets an I/O fail with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,6 +45,8 @@ pub enum Fault {
 #[derive(Clone)]
 pub struct SimMedia {
     world: Arc<Mutex<World>>,
+    /// The end that a process does not outlive, see [`SimMedia::process`].
+    generation: Option<u64>,
 }
 
 impl fmt::Debug for SimMedia {
@@ -62,7 +64,21 @@ impl SimMedia {
     }
 
     fn of(world: World) -> Self {
-        Self { world: Arc::new(Mutex::new(world)) }
+        Self { world: Arc::new(Mutex::new(world)), generation: None }
+    }
+
+    /// The tree as one process has it: after the next crash or kill nothing that it still does gets here, as its threads would
+    /// be gone with it.
+    #[must_use]
+    pub fn process(&self) -> Self {
+        Self { world: Arc::clone(&self.world), generation: Some(self.world.lock().generation()) }
+    }
+
+    /// The tree, for what is asked of it as a medium.
+    fn reach(&self) -> io::Result<MutexGuard<'_, World>> {
+        let world = self.world.lock();
+        self.generation.map_or(Ok(()), |generation| world.fresh(generation))?;
+        Ok(world)
     }
 
     /// Copies everything, volatile and durable, into a tree of its own with its own seed.
@@ -162,7 +178,7 @@ impl SimMedia {
 
 impl Media for SimMedia {
     fn open(&self, path: &str, how: Open) -> io::Result<Arc<dyn File>> {
-        let mut world = self.world.lock();
+        let mut world = self.reach()?;
         let inode = if how == Open::New {
             world.step(|world| world.add_file(path))?
         } else {
@@ -180,35 +196,35 @@ impl Media for SimMedia {
     }
 
     fn make_dir(&self, path: &str) -> io::Result<()> {
-        self.world.lock().step(|world| world.tree.add_dir(path))
+        self.reach()?.step(|world| world.tree.add_dir(path))
     }
 
     fn remove(&self, path: &str) -> io::Result<()> {
-        self.world.lock().step(|world| world.remove(path))
+        self.reach()?.step(|world| world.remove(path))
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
-        self.world.lock().step(|world| world.rename(from, to))
+        self.reach()?.step(|world| world.rename(from, to))
     }
 
     fn list(&self, path: &str) -> io::Result<Vec<String>> {
-        let world = self.world.lock();
+        let world = self.reach()?;
         world.alive()?;
         world.tree.list(path)
     }
 
     fn sync_dir(&self, path: &str) -> io::Result<()> {
-        self.world.lock().sync_dir(path)
+        self.reach()?.sync_dir(path)
     }
 
     fn space(&self) -> io::Result<Space> {
-        let world = self.world.lock();
+        let world = self.reach()?;
         world.alive()?;
         Ok(world.space())
     }
 
     fn boot(&self) -> io::Result<u128> {
-        let world = self.world.lock();
+        let world = self.reach()?;
         world.alive()?;
         Ok(world.boot())
     }

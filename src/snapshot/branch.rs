@@ -99,11 +99,11 @@ pub fn clone_into(store: &Arc<Store>, disk: &str, snapshot: Option<&str>, target
     if source == target {
         return Err(Error::failed("a disk cannot become a clone of itself"));
     }
+    let head = store.head(target)?;
     let hidden = match snapshot {
         Some(_) => None,
         None => Some(super::take::take_hidden(store, source)?),
     };
-    let head = store.head(target)?;
     let order = head.order();
     let gate = head.gate.write();
     let result = (|| {

@@ -72,7 +72,7 @@ impl Store {
             // Those of branches on the way down to the node keep what they have.
             let above = private.iter().position(|stretch| stretch.branch == branch).map_or(0, |at| at + 1);
             private.drain(..above);
-            (private, tables.neighbours(node, |_| false))
+            (private, tables.neighbours(node))
         };
         for stretch in private {
             let chunks: Vec<ChunkIndex> = self.indexed_chunks(&[stretch])?.into_iter().collect();

@@ -215,6 +215,11 @@ impl Store {
         out.gauge("snapshot_stop_ns_max", "The longest such stop.", load(&c.snapshot_stop_ns_max));
         out.counter("punched_blocks_total", "Blocks given back to the host.", load(&c.punched_blocks));
         out.counter("punches_total", "Hole punching calls.", load(&c.punches));
+        out.counter(
+            "looks_around_total",
+            "States asked whether they have blocks that another one lost.",
+            load(&c.looks_around),
+        );
         out.gauge("map_cache_bytes", "Bytes of the map cache.", self.cache.used() as u64);
         out.gauge("pool_poisoned", "1 when the pool refuses writes.", u64::from(self.health().is_some()));
         out.gauge("segments_missing", "Segment files that are not there.", self.missing_segments().len() as u64);

@@ -230,6 +230,8 @@ pub struct Counters {
     pub punched_blocks: AtomicU64,
     /// Hole punching calls.
     pub punches: AtomicU64,
+    /// States that were asked for their entry of a chunk, to find out whether blocks that another one lost are free.
+    pub looks_around: AtomicU64,
     /// Snapshots taken.
     pub snapshots: AtomicU64,
     /// Nanoseconds the last snapshot kept writers out.

@@ -26,9 +26,11 @@ use uuid::Uuid;
 use super::catalog::Catalog;
 use super::journal::{JOURNAL_MIN, Journal};
 use super::ledger::Ledger;
+use super::listing::is_hidden;
 use super::rows::{Key, Meta, Row};
 use super::space::{BALLAST_SIZE, make_ballast};
 use super::state_file::STATES_DIR;
+use super::states::Status;
 use super::tables::{Edit, Tables};
 use super::{Counters, Store, keeper, space};
 use crate::error::{Error, Kind, Result};
@@ -306,6 +308,7 @@ impl Store {
             for id in touched {
                 edit.change_segment(id, |row| row.swept = false)?;
             }
+            let_go_of_hidden(&mut edit)?;
             logged.extend(edit.finish());
             // Nothing is written to the segments before the last of these is durable.
             for part in logged.chunks(1024) {
@@ -425,4 +428,17 @@ fn fresh(media: &dyn Media, name: &str) -> Result<Arc<dyn crate::media::File>> {
         _ => {}
     }
     media.open(name, Open::New).map_err(fail)
+}
+
+/// Deletes the snapshots that the program had taken for itself when it was killed: to look at a live disk, or to clone one.
+/// Nobody else knows of them. Those that a stream goes on upon stay with the hidden disk that it is made in.
+fn let_go_of_hidden(edit: &mut Edit<'_>) -> Result<()> {
+    let needed = |key| edit.tables.disks().any(|(_, row)| row.base == Some(key) && is_hidden(&row.name));
+    let hidden = edit.tables.states().filter(|(_, row)| row.status == Status::Hidden);
+    let left: Vec<_> = hidden.filter(|(key, _)| !needed(*key)).map(|(key, row)| (key, row.snapshot)).collect();
+    for (key, snapshot) in left {
+        edit.pass_on_written(snapshot)?;
+        edit.change_state(key, |row| row.status = Status::Dying);
+    }
+    Ok(())
 }

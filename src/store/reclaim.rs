@@ -8,12 +8,15 @@
 //! 1. A decision and the submit of its rows happen under `Store::reclaim`, one after the other.
 //! 2. A state that goes away does so chunk by chunk. For chunks below the cursor it counts as a ghost, for the others it
 //!    still holds what it held; a head that overwrites meanwhile asks with the same cursor.
-//! 3. A row that no state resolves to is dropped in the frame that queues its last addresses.
+//! 3. Who is asked is asked one after the other, until somebody has what was lost: below a ghost there may be thousands, and
+//!    the first is mostly answer enough. What was born in the epoch of a state is with those below it or with nobody.
+//! 4. A row that no state resolves to is dropped in the frame that queues its last addresses.
 //!
 //! # After a crash
 //! The row of the state still says `Dying`; the work starts over. Chunks that are done have no rows left to look at.
 
 use std::collections::BTreeSet;
+use std::sync::atomic::Ordering;
 
 use super::Store;
 use super::commit::{Capture, IndexChanges, free_rows};
@@ -22,7 +25,8 @@ use super::head::Line;
 use super::rows::{Key, KeyParts, Row, decode_entry};
 use super::states::{DiskRow, Status};
 use super::tables::{Edit, StateKey, Tables};
-use super::tree::Stretch;
+use super::tree::{Around, Stretch};
+use super::view::Resolved;
 use crate::error::Result;
 use crate::map::{Entry, Piece};
 use crate::units::{BranchId, ChunkIndex, Epoch};
@@ -87,20 +91,33 @@ impl Store {
         let Some(row) = capture.row else { return Ok(Lost::default()) };
         let node = (disk.branch, disk.epoch.max(capture.epoch));
         let chunk = capture.chunk;
-        let (near, mine) = {
+        let (mut around, mine) = {
             let tables = self.tables.read();
-            let near = tables.neighbours(node, |n| reclaim.passed(n, chunk));
-            (near, self.stretches_of_holder(&tables, node, reclaim, chunk))
+            let mine = self.stretches_of_holder(&tables, node, reclaim, chunk);
+            (Around::below(node).and_beyond(&tables), mine)
         };
+        // A row of its own, or of somebody above that has it still, is needed whoever else resolves to it.
+        let needed = row == (disk.branch, capture.epoch) || !within(&mine, row);
         let mut shared = false;
-        for other in near {
-            let theirs = self.resolve(other, chunk)?;
+        while !(old.is_empty() && (needed || shared)) {
+            let Some(theirs) = self.look_around(&mut around, chunk, |n| reclaim.passed(n, chunk))? else { break };
             shared |= theirs.row == Some(row);
             subtract(&mut old, &theirs.entry);
         }
-        let own = row == (disk.branch, capture.epoch);
-        let stale = (!own && !shared && within(&mine, row)).then_some(row);
-        Ok(Lost { free: old, stale })
+        Ok(Lost { free: old, stale: (!needed && !shared).then_some(row) })
+    }
+
+    /// Returns what the next node of a walk resolves to.
+    fn look_around(
+        &self,
+        around: &mut Around,
+        chunk: ChunkIndex,
+        through: impl Fn(StateKey) -> bool,
+    ) -> Result<Option<Resolved>> {
+        let next = around.next(&self.tables.read(), through);
+        let Some(other) = next else { return Ok(None) };
+        self.counters.looks_around.fetch_add(1, Ordering::Relaxed);
+        self.resolve(other, chunk).map(Some)
     }
 
     /// As [`Tables::stretches_to_holder`], with the state that is going away counted as a ghost where it is done.
@@ -188,12 +205,11 @@ impl Store {
 
     /// Frees what `node` holds alone in some chunks. The caller holds the reclaim lock.
     fn reclaim_chunks(&self, node: StateKey, stretches: &[Stretch], chunks: &[ChunkIndex]) -> Result<()> {
-        let near = self.tables.read().neighbours(node, |_| false);
         let mut free = Vec::new();
         let mut index = IndexChanges::default();
         let mut rows = Vec::new();
         for chunk in chunks {
-            let (pieces, stale) = self.held_alone(node, stretches, &near, *chunk)?;
+            let (pieces, stale) = self.held_alone(node, stretches, *chunk)?;
             free.extend(pieces);
             for (branch, epoch) in stale {
                 rows.push(Row::delete(Key::map(branch, *chunk, epoch)));
@@ -227,34 +243,44 @@ impl Store {
     ///
     /// # Errors
     /// `Corrupt` when a row is damaged.
-    pub fn held_alone(
+    fn held_alone(
         &self,
         node: StateKey,
         stretches: &[Stretch],
-        near: &[StateKey],
         chunk: ChunkIndex,
     ) -> Result<(Vec<Piece>, Vec<StateKey>)> {
         let mine = self.resolve(node, chunk)?;
-        let mut theirs = Vec::with_capacity(near.len());
-        for other in near {
-            theirs.push(self.resolve(*other, chunk)?);
-        }
-        let mut free = Vec::new();
-        let mut stale = Vec::new();
         // Its own entry, and entries of its stretches that are hidden below it.
+        let mut rows = Vec::new();
+        let mut free: Vec<Piece> = mine.entry.pieces();
         for (row, entry) in self.rows_in(stretches, chunk)? {
-            if theirs.iter().any(|other| other.row == Some(row)) {
-                continue;
-            }
-            if mine.row == Some(row) || self.hidden_from_all(row, stretches, chunk)? {
-                stale.push(row);
+            if mine.row == Some(row) {
+                rows.push(row);
+            } else if self.hidden_from_all(row, stretches, chunk)? {
+                rows.push(row);
                 free.extend(entry.pieces());
             }
         }
-        if mine.row.is_some_and(|row| !stale.contains(&row)) {
-            free.extend(mine.entry.pieces());
+        let mut below = Around::below(node);
+        while let Some(theirs) = self.look_around(&mut below, chunk, |_| false)? {
+            rows.retain(|row| theirs.row != Some(*row));
+            subtract(&mut free, &theirs.entry);
         }
-        theirs.iter().for_each(|other| subtract(&mut free, &other.entry));
+        // Beyond its parent nobody has what was born in its epoch, or resolves to a row between the parent and it.
+        let (mut beyond, own, floor) = {
+            let tables = self.tables.read();
+            (Around::beyond(node, &tables), tables.stretches(node), tables.floor_of(node))
+        };
+        let (mut stale, mut rows): (Vec<_>, Vec<_>) = rows.into_iter().partition(|row| within(&own, *row));
+        let (mut born, mut old): (Vec<_>, Vec<_>) = free.into_iter().partition(|piece| piece.base.raw() >= floor);
+        while !(rows.is_empty() && old.is_empty()) {
+            let Some(theirs) = self.look_around(&mut beyond, chunk, |_| false)? else { break };
+            rows.retain(|row| theirs.row != Some(*row));
+            subtract(&mut old, &theirs.entry);
+        }
+        stale.extend(rows);
+        born.extend(old);
+        let mut free = born;
         free.sort_by_key(|piece| piece.base);
         free.dedup_by(|b, a| {
             let same = a.base == b.base;
@@ -294,13 +320,10 @@ impl Store {
     /// # Errors
     /// `Corrupt` when rows are damaged.
     pub fn unique_bytes(&self, node: StateKey) -> Result<u64> {
-        let (stretches, near) = {
-            let tables = self.tables.read();
-            (tables.stretches_to_holder(node), tables.neighbours(node, |_| false))
-        };
+        let stretches = self.tables.read().stretches_to_holder(node);
         let mut blocks = 0;
         for chunk in self.indexed_chunks(&stretches)? {
-            let (free, _) = self.held_alone(node, &stretches, &near, chunk)?;
+            let (free, _) = self.held_alone(node, &stretches, chunk)?;
             blocks += free.iter().map(|piece| u64::from(piece.set.count())).sum::<u64>();
         }
         Ok(blocks * crate::units::BLOCK_SIZE)

@@ -67,37 +67,36 @@ impl Tables {
     pub fn children(&self, node: StateKey) -> Vec<StateKey> {
         let mut out = Vec::new();
         let mut todo = vec![node];
-        while let Some((branch, epoch)) = todo.pop() {
-            let head = self.head_of(branch).map(|(_, disk)| (branch, disk.epoch)).filter(|head| head.1 > epoch);
-            let next = self.next_state(branch, epoch).or(head);
+        while let Some(point) = todo.pop() {
+            let (next, branches) = self.right_below(point);
             out.extend(next);
-            // Branches that began here, or at an epoch that has no row any more, before the next node.
-            let near = self.offspring(branch, epoch).take_while(|(at, _)| next.is_none_or(|next| *at < next.1));
-            todo.extend(near.map(|(_, child)| (child, Epoch(0))));
+            todo.extend(branches.map(|child| (child, Epoch(0))));
         }
         out
+    }
+
+    /// Returns what comes next in the branch of a point, and the branches that began at the point, or at an epoch that has no row
+    /// any more, before that.
+    fn right_below(&self, (branch, epoch): StateKey) -> (Option<StateKey>, impl Iterator<Item = BranchId> + '_) {
+        let head = self.head_of(branch).map(|(_, disk)| (branch, disk.epoch)).filter(|head| head.1 > epoch);
+        let next = self.next_state(branch, epoch).or(head);
+        let near = self.offspring(branch, epoch).take_while(move |(at, _)| next.is_none_or(|next| *at < next.1));
+        (next, near.map(|(_, child)| child))
+    }
+
+    /// Returns the address below which nothing was born in the epoch of a node; `u64::MAX` when that is not known.
+    pub fn floor_of(&self, node: StateKey) -> u64 {
+        self.state(node).map_or(u64::MAX, |row| row.floor)
     }
 
     fn is_ghost(&self, node: StateKey) -> bool {
         self.state(node).is_some_and(|row| row.status == Status::Ghost)
     }
 
-    /// Returns the nodes next to a node, where every ghost (and every node for which `through` says so) is walked
-    /// through instead of returned.
-    pub fn neighbours(&self, node: StateKey, through: impl Fn(StateKey) -> bool) -> Vec<StateKey> {
-        let mut found = Vec::new();
-        let mut todo = vec![(node, node)];
-        while let Some((at, from)) = todo.pop() {
-            let next = self.children(at).into_iter().chain(self.parent(at)).filter(|n| *n != from);
-            for n in next {
-                if self.is_ghost(n) || through(n) {
-                    todo.push((n, at));
-                } else {
-                    found.push(n);
-                }
-            }
-        }
-        found
+    /// Returns the nodes next to a node, where every ghost is walked through instead of returned.
+    pub fn neighbours(&self, node: StateKey) -> Vec<StateKey> {
+        let mut around = Around::below(node).and_beyond(self);
+        std::iter::from_fn(|| around.next(self, |_| false)).collect()
     }
 
     /// Returns the stretches whose entries a node may resolve to and that no other readable ancestor shares: its own,
@@ -126,5 +125,90 @@ impl Tables {
             at = parent.0;
         }
         path
+    }
+}
+
+/// A walk over the nodes next to a node that looks no further than it is asked to: below a ghost there may be thousands, and
+/// the first of them is mostly answer enough.
+///
+/// It may go on after the tree has changed, as long as no ghost goes.
+#[derive(Debug)]
+pub(super) struct Around {
+    node: StateKey,
+    todo: Vec<Step>,
+    /// The order among the children of a ghost is another one for each node: so that those who change the same chunk one after
+    /// the other do not all look first at those who have changed it already.
+    turn: Turn,
+}
+
+/// What a walk has still to look at.
+#[derive(Debug)]
+enum Step {
+    /// A node, and the one the walk came from.
+    Node(StateKey, StateKey),
+    /// What comes below a point of the stretch of the node that is second, but for the node that is third.
+    Below(StateKey, StateKey, StateKey),
+}
+
+/// An order that looks like none, and is the same each time (SplitMix64).
+#[derive(Debug)]
+struct Turn(u64);
+
+impl Turn {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        mixed ^ (mixed >> 31)
+    }
+
+    fn shuffle<T>(&mut self, list: &mut [T]) {
+        for last in (1..list.len()).rev() {
+            let with = self.next() % (last as u64 + 1);
+            list.swap(last, usize::try_from(with).unwrap_or(last));
+        }
+    }
+}
+
+impl Around {
+    /// The nodes below: nobody else has what was born in the epoch of the node, or resolves to entries of its stretches.
+    pub(super) fn below(node: StateKey) -> Self {
+        let turn = Turn(node.0.0 ^ node.1.0.rotate_left(32));
+        Self { node, todo: vec![Step::Below(node, node, node)], turn }
+    }
+
+    /// The nodes that are reached through the parent.
+    pub(super) fn beyond(node: StateKey, tables: &Tables) -> Self {
+        Self { todo: Vec::new(), ..Self::below(node) }.and_beyond(tables)
+    }
+
+    /// Adds those that are reached through the parent.
+    pub(super) fn and_beyond(mut self, tables: &Tables) -> Self {
+        // Last in, first out: what is below comes first.
+        self.todo.splice(0..0, tables.parent(self.node).map(|parent| Step::Node(parent, self.node)));
+        self
+    }
+
+    /// Goes on to the next node. Ghosts, and nodes for which `through` says so, are walked through.
+    pub(super) fn next(&mut self, tables: &Tables, through: impl Fn(StateKey) -> bool) -> Option<StateKey> {
+        loop {
+            match self.todo.pop()? {
+                Step::Node(at, from) => {
+                    if !tables.is_ghost(at) && !through(at) {
+                        return Some(at);
+                    }
+                    let parent = tables.parent(at).filter(|parent| *parent != from);
+                    self.todo.extend(parent.map(|parent| Step::Node(parent, at)));
+                    self.todo.push(Step::Below(at, at, from));
+                }
+                Step::Below(point, of, except) => {
+                    let (next, branches) = tables.right_below(point);
+                    let first = self.todo.len();
+                    self.todo.extend(branches.map(|child| Step::Below((child, Epoch(0)), of, except)));
+                    self.todo.extend(next.filter(|next| *next != except).map(|next| Step::Node(next, of)));
+                    self.turn.shuffle(&mut self.todo[first..]);
+                }
+            }
+        }
     }
 }

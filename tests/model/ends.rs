@@ -127,7 +127,7 @@ impl Run {
             // Again, while recovering.
             let n = 1 + self.next(60);
             self.media.crash_after(n);
-            let opened = open(Arc::new(self.media.clone()), self.in_background);
+            let opened = open(Arc::new(self.media.process()), self.in_background);
             let reclaimed = opened.and_then(|store| store.reclaim_wait(&Silent));
             self.say(|| format!("  the end again while recovering: {reclaimed:?}"));
             let again = if self.next(2) == 0 { End::Power } else { End::Kill };
@@ -207,7 +207,7 @@ impl Run {
     /// Opens, checks and compares; `end` is `None` after a close, and `how` says what may be lost. Returns the disks that lack
     /// something which a guest was told is done.
     fn open_and_compare(&mut self, or: Option<Twin>, end: Option<End>, how: End) -> Vec<String> {
-        let store = open(Arc::new(self.media.clone()), self.in_background).expect("the pool opens after a crash");
+        let store = open(Arc::new(self.media.process()), self.in_background).expect("the pool opens after a crash");
         let report = snapshot::check(&store, false, &Silent).expect("check runs");
         if self.verbose && !report.problems.is_empty() {
             super::run::show_tree(&store);

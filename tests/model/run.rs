@@ -63,7 +63,7 @@ impl Run {
     /// As [`Run::new`]; with the threads in the background, so that no two runs of a seed are the same.
     pub fn of(seed: u64, in_background: bool) -> Self {
         let media = SimMedia::new(seed);
-        let shared: Arc<dyn Media> = Arc::new(media.clone());
+        let shared: Arc<dyn Media> = Arc::new(media.process());
         let init = InitOptions { journal: 320 << 10, ballast: 4096, probe: false };
         Store::init(&shared, init).unwrap();
         let store = open(shared, in_background).unwrap();

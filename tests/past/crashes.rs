@@ -1,9 +1,10 @@
 //! A power cut at every I/O of a retire, and a retire on a full host.
 
-use afterimage::disk::BlockDevice;
+use afterimage::disk::{self, BlockDevice};
 use afterimage::error::Kind;
 use afterimage::progress::Silent;
 use afterimage::snapshot;
+use afterimage::snapshot::diff::{self, StateName};
 use afterimage::store::SnapshotState;
 
 use super::{BLOCK, MIB, Pool, data, fill};
@@ -50,6 +51,53 @@ fn crash_between_record_and_free() {
         }
     }
     panic!("400 operations were not enough to retire a snapshot");
+}
+
+/// What is taken of a live disk for a moment, to look at it or to clone it, holds no data after a crash.
+#[test]
+fn a_crash_leaves_no_snapshot_that_nobody_asked_for() {
+    let verify = |pool: &Pool| {
+        let names = ["d@a", "d"].map(StateName::parse);
+        diff::verify(&pool.store, &names[0], &names[1], &Silent).is_ok()
+    };
+    let clone = |pool: &Pool| {
+        let target = disk::open(&pool.store, "e").unwrap().id();
+        snapshot::clone_into(&pool.store, "d", None, target).is_ok()
+    };
+    for (what, work) in [("verify", &verify as &dyn Fn(&Pool) -> bool), ("clone", &clone)] {
+        let mut countdown = 0;
+        loop {
+            countdown += 1;
+            let mut pool = Pool::seeded(countdown);
+            let disk = pool.disk("d", 2 * MIB);
+            fill(&disk, 0, 2 * MIB, 1);
+            pool.take("d", "a");
+            fill(&disk, 0, MIB, 2);
+            disk.flush().unwrap();
+            drop(disk);
+            drop(pool.disk("e", 2 * MIB));
+            pool.media.crash_after(countdown);
+            let done = work(&pool) && !pool.media.is_down();
+            pool.media.crash();
+            pool.store = Pool::open(&pool.media);
+            pool.sound();
+            let id = disk::open(&pool.store, "d").unwrap().id();
+            let written = pool.store.tables.read().written_since(id).unwrap() * BLOCK;
+            assert!(written >= MIB, "{what} {countdown}: what was written since counts: {written}");
+            disk::remove(&pool.store, "e", true).unwrap();
+            snapshot::remove(&pool.store, "d", "a").unwrap();
+            fill(&disk::open(&pool.store, "d").unwrap(), 0, 2 * MIB, 3);
+            pool.store.flush_all().unwrap();
+            pool.store.reclaim_wait(&Silent).unwrap();
+            pool.sound();
+            let blocks = pool.allocated();
+            assert!(blocks <= 2 * MIB / BLOCK + 16, "{what}, crash after {countdown}: {blocks} blocks");
+            if done {
+                break;
+            }
+        }
+        assert!(countdown > 4, "{what} has a beginning and an end");
+    }
 }
 
 /// longhorn#2777: freeing itself needed room. Nothing but the ballast is free here.

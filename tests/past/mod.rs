@@ -5,6 +5,7 @@
 mod bases;
 mod bugs;
 mod crashes;
+mod crowds;
 mod faults;
 mod figures;
 mod lost;

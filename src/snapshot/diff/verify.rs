@@ -74,7 +74,9 @@ fn side(store: &Arc<Store>, name: &StateName) -> Result<Data> {
         StateName::Disk(disk) => {
             let id = store.tables.read().disk_id(disk)?;
             let hidden = crate::snapshot::take::take_hidden(store, id)?;
-            let device = crate::snapshot::open_by_id(store, hidden)?;
+            let opened = crate::snapshot::open_by_id(store, hidden);
+            let device =
+                opened.or_else(|error| crate::snapshot::remove::remove_hidden(store, hidden).and(Err(error)))?;
             Ok(Data { name: StateName::Hidden(hidden), device: Some(device), hidden: Some(hidden) })
         }
         StateName::Hidden(_) => Err(Error::usage("only named states are verified")),
