@@ -1,5 +1,6 @@
 //! When what arrived of a stream is made safe: after so many bytes or so much time, whatever comes first, so that neither a
-//! fast nor a slow line loses much to a crash.
+//! fast nor a slow line loses much to a crash. It is asked when something arrives: a crash while a line stands still may cost the
+//! last so many bytes.
 
 use std::time::{Duration, Instant};
 

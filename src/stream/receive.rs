@@ -119,9 +119,10 @@ pub fn receive(
     let holder = format!("a receive ({})", &Uuid::new_v4().simple().to_string()[..8]);
     let lease = lease_existing(store, &options.disk, &holder)?;
     let plan = plan(store, options, &header, &name)?;
-    let hidden = enter(store, &plan, &header)?;
+    let taken = |error| come_in_already(error, &options.disk);
+    let hidden = enter(store, &plan, &header).map_err(taken)?;
     let arriving = disk::open_by_id(store, hidden)?;
-    let own = arriving.lease(&holder)?;
+    let own = arriving.lease(&holder).map_err(taken)?;
     progress.total(header.data);
     progress.message("receiving");
     if let Err(error) = fill(store, &arriving, plan.mode, &mut reader, progress) {
@@ -336,14 +337,22 @@ pub(super) fn with_token(error: Error, token: &Token, drop_it: &str) -> Error {
     ))
 }
 
+/// Nobody but a stream has a hidden disk open: says so of the disk that people know.
+fn come_in_already(error: Error, disk: &str) -> Error {
+    if error.kind() != Kind::Busy {
+        return error;
+    }
+    Error::busy(format!("another stream for disk '{disk}' comes in")).hint("wait until it has ended")
+}
+
+/// Finds what is kept of a stream for a disk, or for one of that name that was not there when it came.
 fn hidden_of(store: &Store, disk: &str) -> Result<(DiskId, String)> {
     check_disk_name(disk)?;
     let tables = store.tables.read();
-    let name = match tables.disk_id(disk) {
-        Ok(id) => format!("{PREFIX}{}", tables.disk(id)?.uuid),
-        Err(_) => format!("{PREFIX}new-{disk}"),
-    };
-    find_hidden(&tables, &name)
+    let there = tables.disk_id(disk).and_then(|id| tables.disk(id)).ok();
+    let name = there.map(|row| format!("{PREFIX}{}", row.uuid));
+    name.and_then(|name| find_hidden(&tables, &name))
+        .or_else(|| find_hidden(&tables, &format!("{PREFIX}new-{disk}")))
         .ok_or_else(|| Error::not_found(format!("no stream for disk '{disk}' was interrupted: nothing is kept of one")))
 }
 
@@ -353,10 +362,16 @@ fn hidden_of(store: &Store, disk: &str) -> Result<(DiskId, String)> {
 /// `NotFound` when there is none.
 pub fn token(store: &Store, disk: &str) -> Result<Token> {
     let (_, note) = hidden_of(store, disk)?;
-    read_note(&note).map(|(_, token)| token).ok_or_else(|| {
+    let (mode, token) = read_note(&note).ok_or_else(|| {
         Error::corrupt(format!("what is kept of the stream for disk '{disk}' makes no sense"))
             .hint("drop it with `afterimage receive --abort`")
-    })
+    })?;
+    if mode == Mode::New && store.tables.read().disk_id(disk).is_ok() {
+        let error =
+            Error::exists(format!("what is kept of a stream was to become disk '{disk}', and there is one now"));
+        return Err(error.hint("rename that one to go on, or drop what arrived with `afterimage receive --abort`"));
+    }
+    Ok(token)
 }
 
 /// Drops what arrived of an interrupted stream.
@@ -366,7 +381,7 @@ pub fn token(store: &Store, disk: &str) -> Result<Token> {
 pub fn abort(store: &Arc<Store>, disk: &str) -> Result<()> {
     remove_orphans(store);
     let (hidden, _) = hidden_of(store, disk)?;
-    incoming::abandon(store, hidden)
+    incoming::abandon(store, hidden).map_err(|error| come_in_already(error, disk))
 }
 
 /// Removes what arrived for disks that are gone.

@@ -265,7 +265,7 @@ impl Tree {
     fn retire(&self, id: DiskId, from: &OsStr, to: &OsStr) -> Answer<()> {
         let info = self.snapshot_named(id, from)?;
         if node::record_named(to) != Some(&info.name) {
-            tracing::warn!("{}@{} is retired as {}", info.disk, info.name, node::record_name(&info.name));
+            tracing::warn!("{}@{} can only be retired as {}", info.disk, info.name, node::record_name(&info.name));
             return Err(Errno::EPERM);
         }
         snapshot::retire(&self.store, &[(info.disk, info.name)])?;

@@ -191,6 +191,24 @@ fn a_stream_cut_anywhere_changes_nothing_and_goes_on() {
     same("at last", &to.live("copy"), &from.snapshot("web", "b"));
 }
 
+/// What arrived for a disk that was to be made is not lost sight of when somebody else makes one of that name.
+#[test]
+fn what_arrived_for_a_name_that_is_taken_since_can_be_dropped() {
+    let (from, to) = pair();
+    let whole = from.send(None, "web@a");
+    to.receive("new", &whole[..whole.len() / 2]).unwrap_err();
+    let token = stream::token(to.store(), "new").unwrap();
+    disk::create(to.store(), "new", 4 << 20).unwrap();
+    let error = stream::token(to.store(), "new").unwrap_err();
+    assert_eq!(error.kind(), Kind::Exists, "{error}");
+    disk::rename(to.store(), "new", "other").unwrap();
+    assert_eq!(stream::token(to.store(), "new").unwrap(), token);
+    disk::rename(to.store(), "other", "new").unwrap();
+    stream::abort(to.store(), "new").unwrap();
+    assert_eq!(stream::token(to.store(), "new").unwrap_err().kind(), Kind::NotFound);
+    to.check();
+}
+
 /// Power cuts of the receiver at every I/O: the old state or the new one, and it can be gone on with.
 #[test]
 fn a_receiver_that_crashes_has_all_or_nothing() {
