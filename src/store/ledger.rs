@@ -223,6 +223,11 @@ impl Ledger {
         Ok(pending.last)
     }
 
+    /// Tells whether all that was submitted is durable.
+    pub fn is_durable(&self) -> bool {
+        self.durable.load(Ordering::Acquire) >= self.latest().0
+    }
+
     /// Returns the ticket of the latest submit.
     pub fn latest(&self) -> Ticket {
         self.layers.lock().pending.last

@@ -319,13 +319,19 @@ impl Store {
         self.ledger.wait(ticket)?;
         // So that the catalog itself says "not closed in order" before anything is acknowledged: if the disk then loses
         // the first frames, the next opening looks for later ones.
-        self.fold()?;
+        match self.fold() {
+            // The frame says it as well, and deleting, which gives room, needs an open pool.
+            Err(error) if error.kind() == Kind::NoSpace => {
+                tracing::warn!("the journal is folded when there is room again: {error}");
+            }
+            other => drop(other?),
+        }
         self.remove_logs();
         Ok(())
     }
 
     /// Makes everything durable, folds the journal, and marks the pool as closed in order. Later changes are refused.
-    /// A pool that refuses writes is only let go of. Whoever still writes is refused before the last flush: what came
+    /// A pool that refuses writes is only let go of, and one on a host without room for the fold opens by replay. Whoever still writes is refused before the last flush: what came
     /// after it would be blocks that no entry names, in segments that count as swept.
     ///
     /// # Errors
@@ -354,13 +360,18 @@ impl Store {
             edit.meta(|meta| meta.clean = true);
             let _ticket = self.ledger.submit(edit.finish())?;
         }
-        let result = self.ledger.wait(self.ledger.latest()).and_then(|()| self.fold().map(drop));
-        let closed = self.ledger.close();
+        let durable = self.ledger.wait(self.ledger.latest());
+        let folded = durable.and_then(|()| self.fold().map(drop)).and_then(|()| self.ledger.close());
         self.ledger.shut();
-        if result.is_ok() && closed.is_ok() {
-            self.remove_logs();
+        match folded {
+            Ok(()) => self.remove_logs(),
+            // All of it is in the journal.
+            Err(error) if error.kind() == Kind::NoSpace && self.ledger.is_durable() => {
+                tracing::warn!("the next opening folds the journal: {error}");
+            }
+            Err(error) => return Err(error),
         }
-        result.and(closed)
+        Ok(())
     }
 
     /// Opens every disk after an unclean opening, so that the last flush syncs what an earlier process left: who opens the

@@ -114,7 +114,7 @@ impl Store {
     pub fn drop_stamps(&self) -> Result<bool> {
         let (stamps, states) = {
             let tables = self.tables.read();
-            (tables.stamps().count(), tables.states().count() + tables.all_retired().count())
+            (tables.stamp_count(), tables.state_count() + tables.retired_count())
         };
         if stamps < 2 * states.max(self.stamps_needed.load(std::sync::atomic::Ordering::Relaxed)) + STAMPS_SPARE {
             return Ok(false);

@@ -275,8 +275,10 @@ impl Store {
                 return Err(Error::failed("reclaiming was cancelled; it goes on in the background"));
             }
             let turn = self.tidying.lock();
-            let more = self.trim_one()? | self.record_one()? | self.reclaim_one()? | self.sweep()?;
+            let mut more = self.trim_one()? | self.reclaim_one()? | self.sweep()?;
             let blocks = self.punch_step(false)?;
+            // After all that gives room: a record on a full host may need it.
+            more |= (!more && blocks == 0) && self.record_one()?;
             drop(turn);
             freed += blocks * BLOCK_SIZE;
             progress.advance(blocks * BLOCK_SIZE);

@@ -19,6 +19,7 @@
 //! Which files there are is read off the directory. What is missing is written again, what nothing needs is removed.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::Store;
 use super::state_file::{STATES_DIR, StateSeal, parse_name, state_path};
@@ -42,9 +43,14 @@ struct Known {
     len: u64,
 }
 
-/// The files there are; `None` until they were looked at.
+/// The files there are.
 #[derive(Debug, Default)]
-pub(super) struct StateFiles(Mutex<Option<BTreeMap<Epoch, Known>>>);
+pub(super) struct StateFiles {
+    /// `None` until they were looked at.
+    files: Mutex<Option<BTreeMap<Epoch, Known>>>,
+    /// One more than the [`Tables::readable_news`] at which no state lacked its seal; 0 when that is not known.
+    complete: AtomicU64,
+}
 
 /// Where a seal is to be based, and the stretches of epochs that lie between.
 struct Place {
@@ -91,7 +97,7 @@ impl StateFiles {
 
     /// Runs `with` on what is known, looking first if need be.
     fn with<T>(&self, media: &dyn Media, with: impl FnOnce(&mut BTreeMap<Epoch, Known>) -> T) -> Result<T> {
-        let mut known = self.0.lock();
+        let mut known = self.files.lock();
         if known.is_none() {
             *known = Some(Self::look(media)?);
         }
@@ -158,9 +164,15 @@ impl Store {
     pub(super) fn seal_one_state(&self) -> Result<bool> {
         let missing = self.state_files.with(&*self.media, |known| {
             let tables = self.tables.read();
-            let mut open = tables.states().filter(|(key, row)| row.status.readable() && !known.contains_key(&key.1));
+            let (news, complete) = (tables.readable_news() + 1, &self.state_files.complete);
+            if complete.load(Ordering::Relaxed) == news {
+                return None;
+            }
+            let open = tables.states().filter(|(key, row)| row.status.readable() && !known.contains_key(&key.1));
             // The oldest first, so that later ones can be based on it.
-            open.by_ref().min_by_key(|(key, _)| key.1).map(|(key, row)| (key, row.clone()))
+            let oldest = open.min_by_key(|(key, _)| key.1).map(|(key, row)| (key, row.clone()));
+            complete.store(if oldest.is_none() { news } else { 0 }, Ordering::Relaxed);
+            oldest
         })?;
         let Some((key, row)) = missing else { return Ok(false) };
         let known = self.write_state_seal(key, row)?;
@@ -250,14 +262,16 @@ impl Store {
             remove(&*self.media, &state_path(*epoch, true))?;
             remove(&*self.media, &state_path(*epoch, false))?;
         }
-        self.state_files.with(&*self.media, |known| known.retain(|epoch, _| !faulty.contains(epoch)))?;
+        self.state_files.with(&*self.media, |known| {
+            known.retain(|epoch, _| !faulty.contains(epoch));
+            self.state_files.complete.store(0, Ordering::Relaxed);
+        })?;
         while self.seal_one_state()? {}
         Ok(())
     }
 
     fn write_state_seal(&self, key: StateKey, row: StateRow) -> Result<Known> {
-        let seals = self.state_files.with(&*self.media, |known| known.clone())?;
-        let (place, seal) = {
+        let (place, seal) = self.state_files.with(&*self.media, |seals| -> Result<_> {
             let tables = self.tables.read();
             let usable = |node: StateKey| {
                 seals.get(&node.1).is_some_and(|known| !known.gone)
@@ -279,8 +293,8 @@ impl Store {
                 row: StateRow { holds: Vec::new(), ..row },
                 branches,
             };
-            (place, seal)
-        };
+            Ok((place, seal))
+        })??;
         let chunks = self.indexed_chunks(&place.stretches)?;
         let entries = chunks.into_iter().map(|chunk| {
             if self.keeper.stopping() {
@@ -346,34 +360,39 @@ impl Store {
     /// # Errors
     /// As [`Store::seal_one_state`].
     pub(super) fn tend_state_files(&self) -> Result<bool> {
-        if self.seal_one_state()? {
+        if self.seal_one_state()? || self.let_one_seal_go()? {
             return Ok(true);
         }
         // A state that left the tree is gone, whatever kept its seal from being renamed.
         let lost = self.state_files.with(&*self.media, |known| {
             let tables = self.tables.read();
-            let there: std::collections::BTreeSet<Epoch> =
+            let there: BTreeSet<Epoch> =
                 tables.states().filter(|(_, row)| row.status != Status::Ghost).map(|(key, _)| key.1).collect();
             known.iter().find(|(epoch, file)| !file.gone && !there.contains(*epoch)).map(|(epoch, _)| *epoch)
         })?;
-        if let Some(epoch) = lost {
-            self.mark_gone(epoch)?;
-            return Ok(true);
-        }
+        lost.map_or(Ok(false), |epoch| self.mark_gone(epoch).map(|()| true))
+    }
+
+    /// Does away with one seal that is gone, or merges it into its only follower. Returns false when there is none.
+    fn let_one_seal_go(&self) -> Result<bool> {
         let next = self.state_files.with(&*self.media, |known| {
-            let mut followers: BTreeMap<Epoch, Vec<Epoch>> = BTreeMap::new();
+            let gone = known.iter().filter(|(_, file)| file.gone).map(|(epoch, _)| (*epoch, Vec::new()));
+            let mut followers: BTreeMap<Epoch, Vec<Epoch>> = gone.collect();
+            if followers.is_empty() {
+                return None;
+            }
             for (epoch, file) in &*known {
-                if let Some(base) = file.base {
-                    followers.entry(base).or_default().push(*epoch);
+                if let Some(list) = file.base.and_then(|base| followers.get_mut(&base)) {
+                    list.push(*epoch);
                 }
             }
-            known.iter().filter(|(_, file)| file.gone).find_map(|(epoch, file)| match followers.get(epoch) {
-                None => Some((*epoch, None)),
-                Some(list) if list.len() == 1 => {
-                    let follower = known[&list[0]];
-                    (file.len <= SMALL.max(2 * follower.len)).then_some((*epoch, Some((list[0], follower))))
+            followers.into_iter().find_map(|(epoch, list)| match list[..] {
+                [] => Some((epoch, None)),
+                [only] => {
+                    let follower = known[&only];
+                    (known[&epoch].len <= SMALL.max(2 * follower.len)).then_some((epoch, Some((only, follower))))
                 }
-                Some(_) => None,
+                _ => None,
             })
         })?;
         let Some((epoch, follower)) = next else { return Ok(false) };

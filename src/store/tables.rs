@@ -31,6 +31,10 @@ pub struct Tables {
     branches: BTreeMap<BranchId, BranchRow>,
     offspring: HashMap<BranchId, BTreeSet<(Epoch, BranchId)>>,
     states: BTreeMap<StateKey, StateRow>,
+    /// The states of each status, so that who looks for work of the background does not go over all snapshots.
+    by_status: HashMap<Status, BTreeSet<StateKey>>,
+    /// How often a state has become one that can be read.
+    readable_news: u64,
     snapshot_ids: HashMap<SnapshotId, StateKey>,
     snapshot_names: BTreeMap<(DiskId, String), SnapshotId>,
     by_disk: HashMap<DiskId, BTreeSet<(Epoch, BranchId)>>,
@@ -142,6 +146,8 @@ impl Tables {
     fn set_state(&mut self, key: StateKey, row: StateRow) {
         self.last_stamp = self.last_stamp.max(row.stamp);
         self.unset_state(key);
+        self.by_status.entry(row.status).or_default().insert(key);
+        self.readable_news += u64::from(row.status.readable());
         self.snapshot_ids.insert(row.snapshot, key);
         self.enter_name(&row);
         self.by_disk.entry(row.disk).or_default().insert((key.1, key.0));
@@ -150,6 +156,9 @@ impl Tables {
 
     fn unset_state(&mut self, key: StateKey) {
         let Some(old) = self.states.remove(&key) else { return };
+        if let Some(list) = self.by_status.get_mut(&old.status) {
+            list.remove(&key);
+        }
         self.snapshot_ids.remove(&old.snapshot);
         self.strike_name(&old);
         if let Some(list) = self.by_disk.get_mut(&old.disk) {
@@ -283,6 +292,23 @@ impl Tables {
         self.states.iter().map(|(key, row)| (*key, row))
     }
 
+    /// Returns the ended epochs of a status.
+    pub fn states_with(&self, status: Status) -> impl Iterator<Item = (StateKey, &StateRow)> {
+        self.by_status.get(&status).into_iter().flatten().map(|key| (*key, &self.states[key]))
+    }
+
+    /// Returns how many ended epochs there are.
+    #[must_use]
+    pub fn state_count(&self) -> usize {
+        self.states.len()
+    }
+
+    /// Returns a number that grows whenever there is a state to read that was not there before.
+    #[must_use]
+    pub fn readable_news(&self) -> u64 {
+        self.readable_news
+    }
+
     /// Returns the last ended epoch of a branch at or before `epoch`.
     #[must_use]
     pub fn last_state(&self, branch: BranchId, epoch: Epoch) -> Option<StateKey> {
@@ -363,6 +389,12 @@ impl Tables {
         self.retired_by_branch.range(range).map(|(_, _, id)| (*id, &self.retired[id]))
     }
 
+    /// Returns how many retired snapshots have records that are files.
+    #[must_use]
+    pub fn retired_count(&self) -> usize {
+        self.retired.len()
+    }
+
     /// Returns all retired snapshots whose records are files.
     pub fn all_retired(&self) -> impl Iterator<Item = (SnapshotId, &RetiredRow)> {
         self.retired.iter().map(|(id, row)| (*id, row))
@@ -372,6 +404,12 @@ impl Tables {
     #[must_use]
     pub fn stamp(&self, epoch: Epoch) -> u64 {
         self.stamps.get(&epoch).copied().unwrap_or(epoch.0)
+    }
+
+    /// Returns how many stamps there are.
+    #[must_use]
+    pub fn stamp_count(&self) -> usize {
+        self.stamps.len()
     }
 
     /// Returns all stamps.

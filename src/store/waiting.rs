@@ -14,7 +14,8 @@
 //!    since the host tells nobody that it has room.
 //! 5. A request that waits holds nothing: no lock, gate, claim or thread. So nobody waits for it, either.
 //! 6. A [`Cancel`] once given holds for good: who comes with it later does not wait.
-//! 7. A panic on the thread that attends fails those who wait; it leaves none waiting for a thread that is gone.
+//! 7. A panic on the thread that attends fails those who wait; it leaves none waiting for a thread that is gone, also none
+//!    whose waiting was just over.
 //!
 //! # After a crash
 //! Nothing of it was acknowledged.
@@ -217,8 +218,11 @@ impl Queues {
     /// Takes out those who were called back.
     fn call_back(&mut self, ask: bool, over: &mut Over) {
         for (queue, is_turn) in [(&mut self.turn, true), (&mut self.room, false)] {
+            // Asked while they are all in the queue: what is asked is not ours, and may panic.
+            let holds: Vec<bool> = queue.iter().map(|waiter| waiter.cancel.holds(ask)).collect();
+            let mut holds = holds.into_iter();
             let (gone, left): (VecDeque<_>, VecDeque<_>) =
-                std::mem::take(queue).into_iter().partition(|waiter| waiter.cancel.holds(ask));
+                std::mem::take(queue).into_iter().partition(|_| holds.next() == Some(true));
             *queue = left;
             for waiter in gone {
                 waiter.leave(is_turn, Err(Error::new(Kind::Cancelled, "the request was called back")), over);
@@ -280,9 +284,8 @@ impl Waiter {
 
 impl State {
     /// Looks who can go; returns until when nothing will change by itself.
-    fn step(&mut self, store: &Store) -> (Over, Option<Instant>) {
+    fn step(&mut self, store: &Store, over: &mut Over) -> Option<Instant> {
         let now = clock::now();
-        let mut over = Vec::new();
         let ask = self.asked.is_none_or(|asked| now >= asked + LOOK_EVERY);
         if ask {
             self.asked = Some(now);
@@ -290,11 +293,11 @@ impl State {
         let mut next = now + LOOK_EVERY;
         let mut wants_room = false;
         for (id, queues) in &mut self.disks {
-            queues.call_back(ask, &mut over);
-            if let Some(when) = queues.take_turns(store, &mut over) {
+            queues.call_back(ask, over);
+            if let Some(when) = queues.take_turns(store, over) {
                 next = next.min(when);
             }
-            queues.take_room(store, &mut over);
+            queues.take_room(store, over);
             wants_room |= !queues.room.is_empty();
             if queues.room.is_empty() && std::mem::take(&mut queues.told) {
                 let name = store.tables.read().disk(*id).map(|row| row.name.clone()).unwrap_or_default();
@@ -306,7 +309,7 @@ impl State {
             self.woken = Some(now);
             store.keeper.wake();
         }
-        (over, (!self.disks.is_empty()).then_some(next))
+        (!self.disks.is_empty()).then_some(next)
     }
 
     fn end_all(&mut self) -> Over {
@@ -328,29 +331,34 @@ fn tell(over: Over) {
     }
 }
 
-/// Attends until nobody waits; whoever still waits after a panic is told that it failed.
+/// Attends until nobody waits. After a panic those whose waiting was over are told so, and all others that they failed.
 fn attend_all(shared: &Shared, store: &Weak<Store>) {
-    if catch_unwind(AssertUnwindSafe(|| attend(shared, store))).is_err() {
+    let mut over = Over::new();
+    if catch_unwind(AssertUnwindSafe(|| attend(shared, store, &mut over))).is_err() {
         tracing::error!("those who wait failed on a mistake in this program");
+        tell(over);
         shared.fail_all(&|| Error::failed("the request waited, and failed on a mistake in this program"));
     }
 }
 
-/// Lets go who can, until nobody waits.
-fn attend(shared: &Shared, store: &Weak<Store>) {
+/// Lets go who can, until nobody waits. `over` has those who are taken out and not told yet.
+fn attend(shared: &Shared, store: &Weak<Store>, over: &mut Over) {
     loop {
         let store = store.upgrade();
-        let (over, next) = {
+        let next = {
             let mut state = shared.state.lock();
             state.look = false;
-            let (over, next) = match &store {
-                Some(store) => state.step(store),
-                None => (state.end_all(), None),
+            let next = match &store {
+                Some(store) => state.step(store, over),
+                None => {
+                    over.extend(state.end_all());
+                    None
+                }
             };
             state.attended = next.is_some();
-            (over, next)
+            next
         };
-        tell(over);
+        tell(std::mem::take(over));
         // Not while anything is locked: it may be the last one.
         drop(store);
         let Some(next) = next else { return };
@@ -403,5 +411,55 @@ impl Store {
             tracing::error!("the host has no thread for requests that wait: {error}");
             shared.fail_all(&|| Error::failed("the host has no thread for requests that wait"));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::states::DiskRow;
+    use super::super::tables::Edit;
+    use super::super::{InitOptions, OpenOptions};
+    use super::*;
+    use crate::media::{Media, SimMedia};
+
+    fn store() -> Arc<Store> {
+        let media: Arc<dyn Media> = Arc::new(SimMedia::new(1));
+        Store::init(&media, InitOptions { journal: 1 << 20, ballast: 4096, probe: false }).unwrap();
+        let options = OpenOptions { background: false, low_water: Some(0), ballast: 4096, ..OpenOptions::default() };
+        Store::open(media, options).unwrap()
+    }
+
+    fn head(store: &Arc<Store>, id: DiskId) -> Arc<Head> {
+        let row = DiskRow {
+            branch: crate::units::BranchId(id.0),
+            ..DiskRow::fresh(id.to_string(), uuid::Uuid::nil(), 4096, 0)
+        };
+        Edit::new(&mut store.tables.write()).put_disk(id, row);
+        store.head(id).unwrap()
+    }
+
+    /// Those whose waiting was over when it came to the panic, and those beside the one it came over, were never called.
+    #[test]
+    fn a_panic_while_it_is_looked_who_can_go_leaves_nobody_uncalled() {
+        let store = store();
+        let shared = Shared::default();
+        let told = Arc::new(Mutex::new(Vec::new()));
+        let cancels = [Cancel::default(), Cancel::default(), Cancel::when(|| panic!("a mistake")), Cancel::default()];
+        for (number, cancel) in cancels.into_iter().enumerate() {
+            // The first one can go, and does so before the others are looked at.
+            let id = DiskId(if number == 0 { 1 } else { 2 });
+            let into = Arc::clone(&told);
+            let go: Go = Box::new(move |result| into.lock().push((number, result.map_err(|error| error.kind()))));
+            let waiter = Waiter { head: head(&store, id), bytes: 4096, cancel: Arc::new(cancel), go };
+            waiter.counter(false).fetch_add(1, Ordering::AcqRel);
+            shared.state.lock().disks.entry(id).or_default().room.push_back(waiter);
+        }
+        attend_all(&shared, &Arc::downgrade(&store));
+        let failed = Err(Kind::Failed);
+        assert_eq!(*told.lock(), [(0, Ok(())), (1, failed), (2, failed), (3, failed)]);
+        for id in [1, 2] {
+            assert_eq!(store.head(DiskId(id)).unwrap().waiters.for_room(), 0);
+        }
+        assert!(!shared.state.lock().attended, "the next who waits begins a thread");
     }
 }

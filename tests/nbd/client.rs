@@ -334,6 +334,45 @@ fn a_server_that_makes_no_sense_is_given_up_and_nothing_it_says_is_taken() {
     }
 }
 
+/// It was asked for ever, and whoever waited for the disk did, too.
+#[test]
+fn a_server_whose_handshake_makes_no_sense_is_given_up_unless_it_recovers() {
+    let dir = tempfile::tempdir().unwrap();
+    for (bad, recovers) in [(3, true), (1000, false)] {
+        let socket = dir.path().join(bad.to_string());
+        let listener = UnixListener::bind(&socket).unwrap();
+        let sessions = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&sessions);
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let number = count.fetch_add(1, Ordering::SeqCst);
+                let mut stream = stream.unwrap();
+                match number {
+                    // It parts at the first request.
+                    0 => {
+                        let parting = stream.try_clone().unwrap();
+                        speak(stream, &|_| parting.shutdown(std::net::Shutdown::Both).map_or(vec![1], |()| vec![]))
+                    }
+                    number if number <= bad => stream.write_all(&[0xa5; 64]),
+                    _ => speak(stream, &|r| data(r, chunk::DONE, r.offset, 512)),
+                }
+                .ok();
+            }
+        });
+        let client = open(&socket, 1);
+        let mut back = [1; 512];
+        let read = patiently(&client, || client.read(&mut back, 4096));
+        if recovers {
+            assert_eq!((read.map_err(|e| e.to_string()), back), (Ok(()), [7; 512]));
+            continue;
+        }
+        let error = read.unwrap_err();
+        assert_eq!((error.kind(), sessions.load(Ordering::SeqCst)), (Kind::Corrupt, 6), "{error}");
+        assert!(error.to_string().contains("makes no sense"), "{error}");
+        assert_eq!(client.flush().unwrap_err().kind(), Kind::Corrupt, "for good");
+    }
+}
+
 #[test]
 fn pieces_in_any_order_and_errors_are_understood() {
     let dir = tempfile::tempdir().unwrap();

@@ -124,6 +124,55 @@ fn a_full_host_refuses_new_data_and_loses_none() {
     place.check();
 }
 
+/// The ballast was given up once, and somebody else has taken its room. Opening folds, for which there is none: it failed, and
+/// with it every command that would have made some.
+#[test]
+fn a_pool_opens_without_a_free_byte_and_makes_room() {
+    let Some(host) = Host::new() else { return };
+    let place = &host.place;
+    let server = place.serve();
+    place.cli.json(&["create", "a", "--size", "1G"]);
+    let file = disk(&place.disk("a"));
+    for (version, name) in [(0, "a@q"), (16, "a@r"), (32, "a@s"), (48, "a@t")] {
+        for number in 0..16 {
+            file.write_all_at(&noise(PIECE, version + number), number * PIECE as u64).unwrap();
+        }
+        place.cli.json(&["snapshot", name]);
+    }
+    for number in 0..16 {
+        file.write_all_at(&noise(PIECE, number), number * PIECE as u64).unwrap();
+    }
+    file.sync_all().unwrap();
+    drop(file);
+    server.kill();
+    fs::remove_file(place.cli.pool().join("ballast")).unwrap();
+    host.fill();
+    // Each opens the pool by itself, and closes it; none may need what the one before has freed.
+    for words in [&["ls"][..], &["info", "a"], &["check"], &["retire", "a@q"], &["ls", "a"]] {
+        place.cli.json(words);
+        host.fill();
+    }
+    place.serve().kill();
+    host.fill();
+    let server = place.serve();
+    let file = disk(&place.disk("a"));
+    holds(&file, 16);
+    file.sync_all().unwrap();
+    place.cli.json(&["retire", "a@r"]);
+    server.kill();
+    host.fill();
+    place.cli.json(&["rm", "a@s"]);
+    let server = place.serve();
+    // What was deleted gives room to the records.
+    place.cli.json(&["retire", "--wait", "a@q", "a@r", "a@t"]);
+    let free = rustix::fs::statvfs(&host.filler).map(|room| room.f_bavail * room.f_frsize).unwrap();
+    assert!(free >= 60 * PIECE as u64, "{free} bytes are free");
+    holds(&disk(&place.disk("a")), 16);
+    assert_eq!(place.number(&["diff", "a@t", "a"], "data"), 16 * PIECE as u64);
+    server.stop();
+    place.check();
+}
+
 /// A server in the background, which dies with the test at the latest.
 struct Background<'a>(&'a Place, rustix::process::Pid);
 

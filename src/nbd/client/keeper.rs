@@ -2,7 +2,9 @@
 //!
 //! # Rules
 //! 1. It looks again and again, at longer and longer intervals up to [`REST_MAX`], for as long as the client lives.
-//! 2. The log tells that the server has gone, unless it is back at once, again each minute, and that it is back.
+//! 2. One that is there and makes no sense [`SENSELESS_MAX`] times one after the other, in its answers or in the handshake, is
+//!    not asked any more.
+//! 3. The log tells that the server has gone, unless it is back at once, again each minute, and that it is back.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -24,7 +26,7 @@ const REST_MAX: Duration = Duration::from_millis(500);
 const SHORT: Duration = Duration::from_millis(50);
 /// After so long without a server the log tells of it again.
 const LONG: Duration = Duration::from_secs(60);
-/// Sessions one after the other that end on what makes no sense, at most.
+/// Sessions and handshakes one after the other that end on what makes no sense, at most.
 const SENSELESS_MAX: u32 = 5;
 
 /// Keeps the client connected until it ends.
@@ -58,7 +60,7 @@ pub(super) fn keep(shared: &Shared) {
             tracing::error!("{error}; it is not asked any more");
             return shared.end(error);
         }
-        match find(shared, &why) {
+        match find(shared, &why, &mut senseless) {
             Some(Ok(session)) => {
                 shared.size.store(session.terms().size, Ordering::Release);
                 let mut now = shared.now.lock();
@@ -115,8 +117,8 @@ fn quiet(shared: &Shared) {
     rustix::io::read(&shared.bell, &mut [0_u8; 8]).ok();
 }
 
-/// Finds the server again, which has gone, and why; `None` when the client has ended.
-fn find(shared: &Shared, why: &str) -> Option<Result<Session>> {
+/// Finds the server again, which has gone, and why; `None` when the client has ended. `senseless` counts on.
+fn find(shared: &Shared, why: &str, senseless: &mut u32) -> Option<Result<Session>> {
     let (begun, mut time) = (clock::now(), REST);
     let mut told: Option<Instant> = None;
     loop {
@@ -126,14 +128,16 @@ fn find(shared: &Shared, why: &str) -> Option<Result<Session>> {
             return None;
         }
         let failed = match (shared.seek)(true) {
-            Sought::At(place) => open(shared, &place),
+            Sought::At(place) => open(shared, &place).inspect_err(|error| {
+                *senseless = if error.kind() == Kind::Corrupt { *senseless + 1 } else { 0 };
+            }),
             Sought::Later(error) => Err(error),
             Sought::Never(error) => return Some(Err(error)),
         };
         shared.seeking.store(false, Ordering::SeqCst);
         let failed = match failed {
-            Err(error) if error.kind() != Kind::Unsupported => error,
-            // What it is like is another thing than that it cannot be reached.
+            Err(error) if error.kind() != Kind::Unsupported && *senseless < SENSELESS_MAX => error,
+            // What it is like, or that it makes no sense, is another thing than that it cannot be reached.
             found => {
                 if told.is_some() {
                     tracing::info!("{}: the server is back", shared.title);
