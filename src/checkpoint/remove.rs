@@ -15,15 +15,33 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::folder::{Folder, Name};
 use super::header::DiskSnapshot;
 use super::list;
+use crate::clock;
 use crate::error::{Error, Kind, Result};
-use crate::media::Open;
+use crate::media::{File, Open};
 use crate::snapshot::{self, CHECKPOINT_HOLD};
 use crate::store::{Edit, SnapshotInfo, Store, Tables};
 use crate::units::SnapshotId;
+
+/// How long a removal waits for who reads: of a file that was closed the kernel tells its mount a moment later.
+const LET_GO: Duration = Duration::from_secs(1);
+const POLL: Duration = Duration::from_millis(5);
+
+/// Locks a file that nobody may begin to read from then on; false when somebody still reads it.
+fn lock(file: &dyn File) -> std::io::Result<bool> {
+    let until = clock::now() + LET_GO;
+    while !file.try_lock()? {
+        if clock::now() >= until {
+            return Ok(false);
+        }
+        clock::sleep(POLL);
+    }
+    Ok(true)
+}
 
 /// Removes a checkpoint; what it needed can be removed after that.
 ///
@@ -38,9 +56,11 @@ pub fn remove(store: &Arc<Store>, name: &Name) -> Result<()> {
         Err(e) => return Err(fail(e)),
     };
     // While it is locked nobody begins to read it, or to base another one on it.
-    if !file.try_lock().map_err(fail)? {
-        return Err(Error::busy(format!("the checkpoint {name} is being read"))
-            .hint("a machine that was restored from it has not read all of its memory yet, or it is being verified"));
+    if !lock(&*file).map_err(fail)? {
+        return Err(Error::busy(format!("the checkpoint {name} is being read")).hint(
+            "a machine that was restored from it has not read all of its memory yet, it is being verified, \
+             or a file of it is open in a mount (`fuser` says by whom)",
+        ));
     }
     let children = list::children_for_sure(&folder, name)?;
     if !children.is_empty() {
