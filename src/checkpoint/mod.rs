@@ -9,6 +9,7 @@
 //! ```text
 //! save      Writer::create; each thread has a Staging: push page blocks, write when it is full; set those of zeros;
 //!           write what is left; commit
+//! pack      what another program has saved, in one call
 //! restore   Reader::open; place, read_block, expand for a page block; contents for what else is in the storage block; hot
 //! ```
 //!
@@ -25,12 +26,14 @@
 //!
 #![doc = include_str!("FORMAT.md")]
 
+mod flat;
 mod flatten;
 mod folder;
 mod geometry;
 pub mod header;
 mod layer;
 mod list;
+mod pack;
 mod place;
 mod reader;
 mod remove;
@@ -45,6 +48,7 @@ pub use geometry::{Geometry, PAGE, PAGE_BLOCKS_MAX, PageBlock, REGIONS_MAX, Regi
 pub use header::{DiskSnapshot, Footer, Header, Layout, Parent};
 pub use layer::{Layer, Source};
 pub use list::{Checkpoint, DiskInfo, RegionInfo, info, list};
+pub use pack::{ANOTHER_PROGRAM, Packing, pack};
 pub use place::{Codec, Place, Stored, is_zero};
 pub use reader::{CHAIN_MAX, Found, Reader};
 pub use remove::{attend, forget, hold, let_go, remove, snapshot};
