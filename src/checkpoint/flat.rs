@@ -1,206 +1,128 @@
-//! The memory of a checkpoint as one flat file: its regions one behind the other, expanded as they are read.
-//!
-//! It is exactly as long as the memory. What a VMM maps that wants its guest's memory as a file is this; where in it an
-//! address of the guest is, the regions say (a machine without a gap has one, and then they are the same).
+//! A memory that another program has written to a file: flat, with holes where it wrote nothing.
 //!
 //! # Rules
-//! 1. What is handed out was compared with its checksum when it was expanded. What cannot be had is an error that names
-//!    page block, file and offset, and never zeros.
-//! 2. A page block of zeros is a hole, and nothing else is; of a chain that is true of what the newest one has.
-//! 3. What is kept of it is within the budget of [`Lately`]; nothing is as large as a file says.
+//! 1. It is opened once, and only a regular file or a block device: a pipe would be waited for.
+//! 2. Holes are not read. A file system that does not tell them has none.
+//! 3. What is read was there all the time: a file that has another length, or was written to, when all is read is an error. A write
+//!    through a mapping is seen when the host notes the time of it, which it does for files on a disk and not for those in memory:
+//!    whoever has the memory mapped must have stopped.
 
-use std::sync::Arc;
+use std::fs::{File, Metadata, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
 
-use super::geometry::{Geometry, PageBlock};
-use super::lately::{Lately, Piece};
-use super::layer::Layer;
-use super::place::{Place, Stored};
-use super::reader::{Found, Reader};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
+use crate::sys::hole;
 use crate::units::to_usize;
 
-/// The memory of a checkpoint that is open.
+/// What changes when a file is written to.
+type Stamp = (u64, i64, i64, i64, i64);
+
+/// The open file.
 #[derive(Debug)]
-pub struct Flat {
-    reader: Reader,
-    /// Where each region begins in the file, and its first page block.
-    regions: Vec<(u64, u64)>,
-    size: u64,
-    lately: Arc<Lately>,
-    /// Its number among those who share what was read lately.
-    number: u64,
-}
-
-impl Drop for Flat {
-    fn drop(&mut self) {
-        self.lately.leave(self.number);
-    }
-}
-
-/// Returns where each region begins in the file, and its first page block.
-fn regions(geometry: &Geometry) -> Vec<(u64, u64)> {
-    let (mut start, mut first) = (0, 0);
-    let place = |region: super::Region| {
-        let here = (start, first);
-        start += region.length;
-        first += region.length.div_ceil(u64::from(geometry.sizes().page_block));
-        here
-    };
-    geometry.regions().map(place).collect()
+pub(super) struct Flat {
+    what: String,
+    file: File,
+    len: u64,
+    /// Seconds since 1970 when it was last written to.
+    written: u64,
+    stamp: Stamp,
 }
 
 impl Flat {
-    /// Makes one of an open checkpoint.
-    #[must_use]
-    pub fn new(reader: Reader, lately: &Arc<Lately>) -> Self {
-        let geometry = reader.geometry();
-        let (regions, size) = (regions(geometry), geometry.memory());
-        Self { reader, regions, size, lately: Arc::clone(lately), number: lately.enter() }
-    }
-
-    /// Returns the checkpoint.
-    #[must_use]
-    pub fn reader(&self) -> &Reader {
-        &self.reader
-    }
-
-    /// Returns the bytes of the file.
-    #[must_use]
-    pub fn size(&self) -> u64 {
-        self.size
-    }
-
-    /// Returns the page block that has a byte of the file, and where in it that byte is.
-    fn at(&self, offset: u64) -> (PageBlock, usize) {
-        let index = self.regions.partition_point(|(start, _)| *start <= offset) - 1;
-        let (start, first) = self.regions[index];
-        let size = self.reader.geometry().page_block() as u64;
-        (PageBlock(first + (offset - start) / size), to_usize((offset - start) % size))
-    }
-
-    /// Returns the first byte of a page block in the file.
-    fn start(&self, number: PageBlock) -> u64 {
-        let index = self.regions.partition_point(|(_, first)| *first <= number.0) - 1;
-        let (start, first) = self.regions[index];
-        start + (number.0 - first) * self.reader.geometry().page_block() as u64
-    }
-
-    fn length(&self, number: PageBlock) -> usize {
-        self.reader.geometry().length(number).expect("it was found in the file")
-    }
-
-    /// Reads `buf.len()` bytes at `offset`.
-    ///
-    /// # Errors
-    /// `Usage` beyond the end; `Corrupt` for what is damaged, naming it; any error of the host.
-    pub fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        if offset.checked_add(buf.len() as u64).is_none_or(|end| end > self.size) {
-            return Err(Error::usage(format!("{} bytes at {offset} lie beyond the end ({})", buf.len(), self.size)));
-        }
-        let (mut at, mut rest) = (offset, buf);
-        while !rest.is_empty() {
-            let (number, within) = self.at(at);
-            let here = rest.len().min(self.length(number) - within);
-            let (now, later) = rest.split_at_mut(here);
-            self.read_part(number, within, now)?;
-            at += here as u64;
-            rest = later;
-        }
-        Ok(())
-    }
-
-    /// Reads a part of a page block.
-    fn read_part(&self, number: PageBlock, within: usize, out: &mut [u8]) -> Result<()> {
-        let (layer, stored) = match self.reader.place(number)? {
-            Found::Zero => {
-                out.fill(0);
-                return Ok(());
+    /// Opens a file; `what` says what it is to be.
+    pub(super) fn open(path: &Path, what: &str) -> Result<Self> {
+        let what = format!("{what} {}", path.display());
+        let fail = |error| {
+            let user = rustix::process::geteuid().as_raw();
+            let error = Error::io(format!("cannot read {what}"), error);
+            match error.kind() {
+                Kind::Denied => error.hint(format!(
+                    "it is read by the process that has the pool open, which is user {user}: let that user read it"
+                )),
+                _ => error,
             }
-            Found::Stored { layer, stored } => (layer, stored),
         };
-        let (key, length) = ((self.number, Piece::Page(number)), self.length(number));
-        if let Some(kept) = self.lately.find(key)
-            && let Some(Ok(page)) = kept.get()
-        {
-            out.copy_from_slice(&page[within..within + out.len()]);
-            return Ok(());
+        let how = libc::O_NONBLOCK | libc::O_NOCTTY;
+        let file = OpenOptions::new().read(true).custom_flags(how).open(path).map_err(fail)?;
+        let meta = file.metadata().map_err(fail)?;
+        let len = match meta.file_type() {
+            kind if kind.is_file() => meta.len(),
+            kind if kind.is_block_device() => {
+                rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0)).map_err(|e| fail(e.into()))?
+            }
+            _ => return Err(Error::failed(format!("{what} is neither a regular file nor a block device"))),
+        };
+        let written = u64::try_from(meta.mtime()).unwrap_or(0);
+        Ok(Self { what, file, len, written, stamp: stamp(&meta) })
+    }
+
+    /// Returns what it is called in errors.
+    pub(super) fn what(&self) -> &str {
+        &self.what
+    }
+
+    /// Returns its length when it was opened.
+    pub(super) fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Returns the time of the last write, in seconds since 1970.
+    pub(super) fn written(&self) -> u64 {
+        self.written
+    }
+
+    /// Says that it is read from the beginning to the end. Better so on most hosts, and never needed.
+    pub(super) fn will_be_read_in_order(&self) {
+        if let Err(error) = rustix::fs::fadvise(&self.file, 0, None, rustix::fs::Advice::Sequential) {
+            tracing::debug!("{} is read like any file: {error}", self.what);
         }
-        // A whole one is expanded where it is wanted: who has it will not ask again for a part of it.
-        if out.len() == length {
-            return self.expand(number, layer, &stored, out);
+    }
+
+    /// Returns the first extent of data at or after `offset` as `(start, end)`, or `None` when only a hole follows.
+    pub(super) fn next_data(&self, offset: u64) -> Result<Option<(u64, u64)>> {
+        match hole::next_data(&self.file, offset) {
+            Ok(found) => Ok(found),
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP)) => {
+                Ok((offset < self.len).then_some((offset, self.len)))
+            }
+            Err(error) => Err(Error::io(format!("cannot find the data of {}", self.what), error)),
         }
-        let make = |page: &mut [u8]| self.expand(number, layer, &stored, page);
-        self.lately.with(key, length, make, |page| {
-            out.copy_from_slice(&page[within..within + out.len()]);
-            Ok(())
+    }
+
+    /// Fills `out` from `offset` on.
+    pub(super) fn read(&self, out: &mut [u8], offset: u64) -> Result<()> {
+        self.file.read_exact_at(out, offset).map_err(|error| match error.kind() {
+            io::ErrorKind::UnexpectedEof => self.changed("it became shorter"),
+            _ => Error::io(format!("cannot read {} at byte {offset}", self.what), error),
         })
     }
 
-    fn expand(&self, number: PageBlock, layer: usize, stored: &Stored, out: &mut [u8]) -> Result<()> {
-        let key = (self.number, Piece::Block(layer, stored.block));
-        let length = self.reader.layers()[layer].geometry().storage_block();
-        let read = |bytes: &mut [u8]| self.reader.read_block(layer, stored.block, bytes);
-        let expand = |block: &[u8]| self.reader.expand(number, layer, stored, block, out);
-        // What was read of a damaged one is forgotten: the file may be mended when somebody asks again.
-        self.lately.with(key, length, read, expand).inspect_err(|_| self.lately.forget(key))
+    /// Returns all of it.
+    pub(super) fn read_all(&self) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; to_usize(self.len)];
+        self.read(&mut bytes, 0)?;
+        self.require_same()?;
+        Ok(bytes)
     }
 
-    /// Returns the first stretch at or after `offset` that is no hole.
-    ///
-    /// # Errors
-    /// `Corrupt` when the index is damaged, any error of the host.
-    pub fn next_data(&self, offset: u64) -> Result<Option<(u64, u64)>> {
-        if offset >= self.size {
-            return Ok(None);
+    /// Makes sure that what was read is what it has.
+    pub(super) fn require_same(&self) -> Result<()> {
+        let meta = self.file.metadata().map_err(|e| Error::io(format!("cannot look at {}", self.what), e))?;
+        let now = stamp(&meta);
+        if now.0 != self.stamp.0 {
+            return Err(self.changed(&format!("it has {} bytes and had {}", now.0, self.stamp.0)));
         }
-        let (mut number, mut begin) = (self.at(offset).0, None);
-        let end = self.reader.geometry().page_blocks();
-        while number.0 < end {
-            match (self.reader.place(number)?, begin) {
-                (Found::Stored { .. }, None) => begin = Some(self.start(number).max(offset)),
-                (Found::Zero, Some(begin)) => return Ok(Some((begin, self.start(number)))),
-                _ => {}
-            }
-            number.0 += 1;
-        }
-        Ok(begin.map(|begin| (begin, self.size)))
+        if now == self.stamp { Ok(()) } else { Err(self.changed("it was written to")) }
     }
 
+    fn changed(&self, how: &str) -> Error {
+        Error::failed(format!("{} changed while it was read: {how}", self.what))
+            .hint("what it has is of no one instant, so nothing is saved: stop who writes it, and try again")
+    }
 }
 
-/// Returns the bytes of memory that are in page blocks that are not zeros: what a flat file has that is no hole.
-///
-/// # Errors
-/// `Corrupt` when an index is damaged, any error of the host.
-pub fn data(reader: &Reader) -> Result<u64> {
-    let (newest, geometry) = (&reader.layers()[0], reader.geometry());
-    if newest.footer().inherited == 0 {
-        return data_alone(newest);
-    }
-    let mut bytes = 0;
-    newest.places(PageBlock(0), geometry.page_blocks(), |number, place| {
-        let zero = match place {
-            Place::Zero => true,
-            Place::Stored(_) => false,
-            Place::Parent => reader.place(number)? == Found::Zero,
-        };
-        bytes += if zero { 0 } else { geometry.length(number).map_or(0, |length| length as u64) };
-        Ok(())
-    })?;
-    Ok(bytes)
-}
-
-/// The same of one that inherits nothing: its footer knows, but for the page blocks that are shorter than the others.
-fn data_alone(layer: &Layer) -> Result<u64> {
-    let (geometry, size) = (layer.geometry(), layer.geometry().page_block() as u64);
-    let mut bytes = layer.footer().stored * size;
-    let mut next = 0;
-    for region in geometry.regions() {
-        next += region.length.div_ceil(size);
-        let missing = region.length.next_multiple_of(size) - region.length;
-        if missing > 0 && matches!(layer.place(PageBlock(next - 1))?, Place::Stored(_)) {
-            bytes = bytes.saturating_sub(missing);
-        }
-    }
-    Ok(bytes)
+fn stamp(meta: &Metadata) -> Stamp {
+    (meta.len(), meta.mtime(), meta.mtime_nsec(), meta.ctime(), meta.ctime_nsec())
 }

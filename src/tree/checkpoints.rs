@@ -1,7 +1,7 @@
 //! `checkpoints/`: the memory of virtual machines as files, and what goes with it.
 //!
 //! ```text
-//! checkpoints/MACHINE/NAME/memory            guest memory, flat, expanded as it is read ([`crate::checkpoint::Flat`])
+//! checkpoints/MACHINE/NAME/memory            guest memory, flat, expanded as it is read ([`crate::checkpoint::Image`])
 //! checkpoints/MACHINE/NAME/devices           the state of the devices, as it was saved
 //! checkpoints/MACHINE/NAME/state.json        what the checkpoint says of itself
 //! checkpoints/MACHINE/NAME/checkpoint.ckpt   the file it is in
@@ -32,7 +32,7 @@ use super::fixed::Fixed;
 use super::names::Entry;
 use super::node::Node;
 use super::state::{Attr, Tree};
-use crate::checkpoint::{self, Access, Flat, Folder, Lately, Layer, Name, Reader};
+use crate::checkpoint::{self, Access, Folder, Image, Lately, Layer, Name, Reader};
 use crate::codec::crc32;
 use crate::error::{Error, Kind, Result};
 use crate::media::File;
@@ -97,7 +97,7 @@ struct Known {
     uuid: Uuid,
     /// Bytes of memory that are no holes, when they were counted.
     data: Option<u64>,
-    memory: Weak<Flat>,
+    memory: Weak<Image>,
     devices: Weak<Told>,
 }
 
@@ -315,9 +315,8 @@ impl Tree {
                 let mut machines: Vec<String> =
                     self.checkpoint_folder().names()?.iter().map(|name| name.machine().to_owned()).collect();
                 machines.dedup();
-                let entry = |name: String| {
-                    Entry { node: Node::CheckpointsOf(self.checkpoints.number_of_machine(&name)), name }
-                };
+                let entry =
+                    |name: String| Entry { node: Node::CheckpointsOf(self.checkpoints.number_of_machine(&name)), name };
                 Ok((Node::Root, machines.into_iter().map(entry).collect()))
             }
             Node::CheckpointsOf(number) => {
@@ -334,7 +333,8 @@ impl Tree {
             Node::Checkpoint(number) => {
                 let (name, looked) = self.look_again(number)?;
                 let is_there = |part: &Part| looked.layer.is_some() || part.survives_damage();
-                let entry = |part: Part| Entry { node: Node::CheckpointPart { number, part }, name: part.name().into() };
+                let entry =
+                    |part: Part| Entry { node: Node::CheckpointPart { number, part }, name: part.name().into() };
                 let above = Node::CheckpointsOf(self.checkpoints.number_of_machine(name.machine()));
                 Ok((above, Part::ALL.into_iter().filter(is_there).map(entry).collect()))
             }
@@ -367,7 +367,7 @@ impl Tree {
         }
     }
 
-    fn open_memory(&self, number: u64, name: &Name) -> Answer<Arc<Flat>> {
+    fn open_memory(&self, number: u64, name: &Name) -> Answer<Arc<Image>> {
         let reader = Reader::open(&self.checkpoint_folder(), name, Access::Cached).map_err(|error| {
             // It is there, so what is not is what it is based on.
             let is_parent = error.kind() == Kind::NotFound;
@@ -378,9 +378,9 @@ impl Tree {
         self.checkpoints.with(number, |known| {
             // A flattened one has the same memory in another file, and it is the new one that must be held.
             let shared = known.memory.upgrade().filter(|open| *open.reader().layers()[0].footer() == footer);
-            let flat = shared.unwrap_or_else(|| Arc::new(Flat::new(reader, &self.checkpoints.lately)));
-            known.memory = Arc::downgrade(&flat);
-            flat
+            let image = shared.unwrap_or_else(|| Arc::new(Image::new(reader, &self.checkpoints.lately)));
+            known.memory = Arc::downgrade(&image);
+            image
         })
     }
 

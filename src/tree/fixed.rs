@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::checkpoints::Told;
 use super::window::Window;
-use crate::checkpoint::Flat;
+use crate::checkpoint::Image;
 use crate::disk::BlockDevice;
 use crate::error::{Error, Result};
 use crate::media::File;
@@ -24,7 +24,7 @@ pub enum Fixed {
     /// A file of the pool and its length.
     File(Arc<dyn File>, u64),
     /// The memory of a checkpoint.
-    Memory(Arc<Flat>),
+    Memory(Arc<Image>),
     /// What a checkpoint tells.
     Told(Arc<Told>),
     /// A text made by this program.
@@ -57,7 +57,7 @@ impl BlockDevice for Fixed {
         match self {
             Self::Window(window) => window.size(),
             Self::Zeros(length) | Self::File(_, length) => *length,
-            Self::Memory(flat) => flat.size(),
+            Self::Memory(image) => image.size(),
             Self::Told(told) => told.text.len() as u64,
             Self::Text(text) => text.len() as u64,
         }
@@ -74,7 +74,7 @@ impl BlockDevice for Fixed {
             Self::File(file, _) => {
                 file.read_exact_at(buf, offset).map_err(|error| Error::io("cannot read a file of the pool", error))
             }
-            Self::Memory(flat) => flat.read(buf, offset),
+            Self::Memory(image) => image.read(buf, offset),
             Self::Told(told) => copy(&told.text, buf, offset),
             Self::Text(text) => copy(text, buf, offset),
         }
@@ -104,9 +104,10 @@ impl BlockDevice for Fixed {
         match self {
             Self::Window(window) => window.next_data(offset),
             Self::Zeros(_) => Ok(None),
-            Self::Memory(flat) => flat.next_data(offset),
+            Self::Memory(image) => image.next_data(offset),
             Self::File(file, _) => {
-                let found = file.next_data(offset).map_err(|error| Error::io("cannot look at a file of the pool", error))?;
+                let found =
+                    file.next_data(offset).map_err(|error| Error::io("cannot look at a file of the pool", error))?;
                 Ok(found.map(|(start, end)| (start, end.min(size))).filter(|(start, end)| start < end))
             }
             Self::Told(_) | Self::Text(_) => Ok(Some((offset, size))),

@@ -256,7 +256,9 @@ impl Node {
     pub fn sort(self) -> Sort {
         match self {
             Self::Disk(_) | Self::Snapshot(_) | Self::Record(_) | Self::About => Sort::File,
-            Self::Extent { .. } | Self::Untouched { .. } | Self::Member { .. } | Self::CheckpointPart { .. } => Sort::File,
+            Self::Extent { .. } | Self::Untouched { .. } | Self::Member { .. } | Self::CheckpointPart { .. } => {
+                Sort::File
+            }
             Self::Latest(_) => Sort::Link,
             _ => Sort::Dir,
         }
@@ -377,9 +379,16 @@ mod tests {
             assert_eq!(node.ino(), ino, "{node:?}");
             assert_eq!(Node::from_ino(ino), Some(node));
         }
-        for nothing in
-            [4 << 60 | 1 << 24, 4 << 60 | 1 << 26, 5 << 60 | 1 << 31, 6 << 60 | 7, 7 << 60 | 1 << 56, 10 << 60 | 1, 10 << 60 | 7 << 56 | 1, 11 << 60 | 1]
-        {
+        for nothing in [
+            4 << 60 | 1 << 24,
+            4 << 60 | 1 << 26,
+            5 << 60 | 1 << 31,
+            6 << 60 | 7,
+            7 << 60 | 1 << 56,
+            10 << 60 | 1,
+            10 << 60 | 7 << 56 | 1,
+            11 << 60 | 1,
+        ] {
             assert_eq!(Node::from_ino(nothing), None, "{nothing:#x}");
         }
     }
