@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
-use super::{Request, Response};
-use crate::checkpoint::{self, Folder, Name};
+use super::name::absolute;
+use super::{Request, Response, Target};
+use crate::checkpoint::{self, Folder, Name, Packing};
 use crate::disk::check_disk_name;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
@@ -42,6 +43,16 @@ pub(super) fn execute(store: &Arc<Store>, request: Request, progress: &dyn Progr
         Request::CheckpointForget { checkpoint } => {
             checkpoint::forget(store, &Name::parse(&checkpoint)?)?;
             Ok(Response::Removed { name: checkpoint })
+        }
+        Request::CheckpointSave { checkpoint, memory, state, disks, parent } => {
+            let packing = Packing {
+                name: Name::parse(&checkpoint)?,
+                memory: absolute(&memory)?,
+                state: absolute(&state)?,
+                disks: disks.iter().map(|disk| Target::snapshot(disk)).collect::<Result<_>>()?,
+                parent: parent.as_deref().map(Name::parse).transpose()?,
+            };
+            checkpoint::pack(store, &packing, progress).map(|saved| Response::Checkpoint(Box::new(saved)))
         }
         Request::CheckpointFlatten { checkpoint } => {
             let flat = checkpoint::flatten(&folder, &Name::parse(&checkpoint)?, progress)?;

@@ -82,6 +82,7 @@ pub fn execute(store: &Arc<Store>, request: Request, progress: &dyn Progress) ->
         | Request::CheckpointRm { .. }
         | Request::CheckpointDisks { .. }
         | Request::CheckpointForget { .. }
+        | Request::CheckpointSave { .. }
         | Request::CheckpointFlatten { .. } => super::checkpoint::execute(store, request, progress),
         Request::Check { .. }
         | Request::Scrub {}

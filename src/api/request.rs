@@ -359,6 +359,21 @@ pub enum Request {
         /// `MACHINE@CHECKPOINT`.
         checkpoint: String,
     },
+    /// Makes a checkpoint of what another program saved of a virtual machine.
+    CheckpointSave {
+        /// `MACHINE@CHECKPOINT`; there must be none of that name.
+        checkpoint: String,
+        /// Absolute path of the memory: a flat file, whose holes are zeros.
+        memory: String,
+        /// Absolute path of the state of the devices, which is kept as it is.
+        state: String,
+        /// `DISK@SNAPSHOT` of the disks at that instant, in the order in which the machine has them; they are kept for it.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        disks: Vec<String>,
+        /// `MACHINE@CHECKPOINT` it is based on: only what differs is stored.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        parent: Option<String>,
+    },
     /// Makes a checkpoint that is based on others one that is not.
     CheckpointFlatten {
         /// `MACHINE@CHECKPOINT`.

@@ -242,6 +242,17 @@ impl Folder {
         }
     }
 
+    /// Opens the file of a checkpoint to look at it for a moment: nobody is kept from removing it.
+    ///
+    /// # Errors
+    /// `NotFound`, any error of the host.
+    pub fn look(&self, name: &Name) -> Result<Arc<dyn File>> {
+        self.media.open(&self.whole(name), Open::ReadCached).map_err(|e| match e.kind() {
+            ErrorKind::NotFound => self.missing(name),
+            _ => Error::io(format!("cannot open the checkpoint {name}"), e),
+        })
+    }
+
     /// Makes the error that there is no such checkpoint.
     #[expect(clippy::unused_self, reason = "it is of this folder")]
     pub(super) fn missing(&self, name: &Name) -> Error {

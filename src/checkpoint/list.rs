@@ -143,11 +143,13 @@ pub(super) fn open_alone(folder: &Folder, name: &Name) -> Result<Layer> {
     Layer::open(&format!("the checkpoint {name}"), &folder.open(name, Access::Cached)?)
 }
 
-/// Describes what a file says of itself, or what is wrong with it.
-fn describe(folder: &Folder, name: &Name) -> Checkpoint {
+/// Describes what a file says of itself, or what is wrong with it; which others are based on it is left out. Holds nothing.
+#[must_use]
+pub fn describe(folder: &Folder, name: &Name) -> Checkpoint {
     let (machine, own) = (name.machine().to_owned(), name.name().to_owned());
     let named = Checkpoint { machine, name: own, ..Checkpoint::default() };
-    let layer = match open_alone(folder, name) {
+    let file = folder.look(name);
+    let layer = match file.and_then(|file| Layer::open(&format!("the checkpoint {name}"), &file)) {
         Ok(layer) => layer,
         Err(error) => return Checkpoint { damage: Some(error.to_string()), ..named },
     };

@@ -18,14 +18,33 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::folder::{Folder, Name};
 use super::header::DiskSnapshot;
 use super::list;
+use crate::clock;
 use crate::error::{Error, Kind, Result};
+use crate::media::File;
 use crate::snapshot::{self, CHECKPOINT_HOLD};
 use crate::store::{Edit, SnapshotInfo, Store, Tables};
 use crate::units::SnapshotId;
+
+/// How long a removal waits for who reads: of a file that was closed the kernel tells its mount a moment later.
+const LET_GO: Duration = Duration::from_secs(1);
+const POLL: Duration = Duration::from_millis(5);
+
+/// Locks a file that nobody may begin to read from then on; `None` when somebody still reads it.
+fn take_alone(folder: &Folder, path: &str) -> std::io::Result<Option<Arc<dyn File>>> {
+    let until = clock::now() + LET_GO;
+    loop {
+        let taken = folder.take_alone(path)?;
+        if taken.is_some() || clock::now() >= until {
+            return Ok(taken);
+        }
+        clock::sleep(POLL);
+    }
+}
 
 /// Removes a checkpoint; what it needed can be removed after that.
 ///
@@ -34,15 +53,17 @@ use crate::units::SnapshotId;
 pub fn remove(store: &Arc<Store>, name: &Name) -> Result<()> {
     let folder = Folder::of_pool(store.media());
     let fail = |e| Error::io(format!("cannot remove the checkpoint {name}"), e);
-    let taken = match folder.take_alone(&folder.whole(name)) {
+    let taken = match take_alone(&folder, &folder.whole(name)) {
         Ok(taken) => taken,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return remove_rest(store, &folder, name),
         Err(e) => return Err(fail(e)),
     };
     // While it is locked nobody begins to read it, or to base another one on it.
     let Some(_file) = taken else {
-        return Err(Error::busy(format!("the checkpoint {name} is being read"))
-            .hint("a machine that was restored from it has not read all of its memory yet, or it is being verified"));
+        return Err(Error::busy(format!("the checkpoint {name} is being read")).hint(
+            "a machine that was restored from it has not read all of its memory yet, it is being verified, \
+             or a file of it is open in a mount (`fuser` says by whom)",
+        ));
     };
     let children = list::children_for_sure(&folder, name)?;
     if !children.is_empty() {

@@ -1,4 +1,6 @@
-//! Commands about checkpoints: ls, info, verify, rm, flatten.
+//! Commands about checkpoints: ls, info, verify, rm, flatten, save.
+
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 
@@ -8,6 +10,7 @@ use super::table::{Head, Table, sheet};
 use crate::api::Request;
 use crate::checkpoint::{Checkpoint as Info, VerifyReport};
 use crate::clock;
+use crate::error::{Error, Result};
 use crate::units::show_size;
 
 /// Look after the checkpoints of virtual machines
@@ -48,6 +51,52 @@ enum What {
     /// Its file is written anew with everything it needs and then takes the place of the old one. Those that are based on it
     /// stay as they are. The others can be removed then, if nothing else is based on them.
     Flatten(One),
+    /// Make a checkpoint of what another program saved of a virtual machine
+    ///
+    /// The memory is a flat file as Firecracker writes it (mem_file_path), or the file of a shared memory backend of QEMU; the state is
+    /// kept byte for byte and never looked into. Holes and pages of zeros take no room, the rest is compressed. An address that
+    /// is told of such a checkpoint is one in the memory file.
+    ///
+    /// The machine must not run: when the files have changed by the time they were read, nothing is saved. Who writes to memory
+    /// files in RAM (tmpfs) through a mapping is not noticed.
+    Save(Save),
+}
+
+#[derive(Debug, Args)]
+struct Save {
+    /// The memory: a flat file
+    #[arg(long, value_name = "FILE")]
+    memory_file: PathBuf,
+    /// The state of the devices
+    #[arg(long, value_name = "FILE")]
+    state: PathBuf,
+    /// A snapshot that was taken at the same instant, for each disk; it cannot be removed before the checkpoint
+    #[arg(long = "disk", value_name = "DISK@SNAPSHOT")]
+    disks: Vec<String>,
+    /// Name of the checkpoint
+    #[arg(long = "into", value_name = "MACHINE@CHECKPOINT")]
+    checkpoint: String,
+    /// Store only what differs from this checkpoint, which is needed from then on
+    #[arg(long, value_name = "MACHINE@CHECKPOINT")]
+    parent: Option<String>,
+}
+
+impl Save {
+    fn ask(self) -> Result<Ask> {
+        let (memory, state) = (whole(&self.memory_file, "memory")?, whole(&self.state, "state")?);
+        let Self { disks, checkpoint, parent, .. } = self;
+        Ok(Ask::change(Request::CheckpointSave { checkpoint, memory, state, disks, parent }).in_bytes())
+    }
+}
+
+/// Returns the whole path of a file, for who has another working directory.
+fn whole(path: &Path, what: &str) -> Result<String> {
+    let shown = path.display();
+    let cannot = |e| super::host::explain(Error::io(format!("cannot open the {what} file {shown}"), e), path);
+    path.canonicalize().map_err(cannot)?.into_os_string().into_string().map_err(|_| {
+        Error::usage(format!("the path of the {what} file {shown} is not UTF-8"))
+            .hint("rename or link it, and try again")
+    })
 }
 
 #[derive(Debug, Args)]
@@ -58,14 +107,15 @@ struct One {
 }
 
 impl Checkpoint {
-    pub(super) fn ask(self) -> Ask {
-        match self.what {
+    pub(super) fn ask(self) -> Result<Ask> {
+        Ok(match self.what {
             What::Ls { machine } => Ask::question(Request::CheckpointLs { machine }),
             What::Info(One { checkpoint }) => Ask::question(Request::CheckpointInfo { checkpoint }),
             What::Verify(One { checkpoint }) => Ask::question(Request::CheckpointVerify { checkpoint }).in_bytes(),
             What::Rm(One { checkpoint }) => Ask::change(Request::CheckpointRm { checkpoint }),
             What::Flatten(One { checkpoint }) => Ask::change(Request::CheckpointFlatten { checkpoint }).in_bytes(),
-        }
+            What::Save(save) => save.ask()?,
+        })
     }
 }
 

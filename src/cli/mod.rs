@@ -257,7 +257,7 @@ fn run(command: Command, global: &Global, screen: &Screen) -> Result<u8> {
         Command::Scrub(command) => ask(global, screen, command.ask()),
         Command::Reclaim(command) => ask(global, screen, command.ask()),
         Command::Metrics(command) => ask(global, screen, command.ask()),
-        Command::Checkpoint(command) => ask(global, screen, command.ask()),
+        Command::Checkpoint(command) => ask(global, screen, command.ask()?),
     }
 }
 

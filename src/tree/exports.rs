@@ -167,7 +167,7 @@ impl Tree {
     /// Tells whether opening may wait.
     pub fn open_may_wait(&self, ino: u64) -> bool {
         match self.node(ino) {
-            Ok(Node::Record(_) | Node::Member { .. }) => true,
+            Ok(Node::Record(_) | Node::Member { .. } | Node::CheckpointPart { .. }) => true,
             // For a lease that is about to fall.
             Ok(Node::Disk(id)) => self.store.is_leased_by_other(id, HOLDER),
             _ => false,
@@ -189,7 +189,7 @@ impl Tree {
                 loop {
                     if let Some(file) = self.record_file(id).map_err(|error| Errno::from(error).stale())? {
                         let length = file.len().map_err(|error| Error::io("cannot look at a retired record", error))?;
-                        return Ok((Fixed::Record(file, length), false));
+                        return Ok((Fixed::File(file, length), false));
                     }
                     if clock::now() >= until {
                         return Err(Errno::EAGAIN);
@@ -200,6 +200,7 @@ impl Tree {
             }
             Node::Member { increment, index } => Ok((self.open_member(increment, index)?, true)),
             Node::About => Ok((Fixed::Text(self.about_text()?), true)),
+            Node::CheckpointPart { number, part } => self.open_checkpoint(number, part),
             node if node.sort() == Sort::Dir => Err(Errno::EISDIR),
             _ => Err(Errno::ESTALE),
         }

@@ -1,4 +1,4 @@
-//! Open files that never change: extents, records, and what increment directories consist of.
+//! Open files that never change: extents, records, what increment directories consist of, and what checkpoints have.
 //!
 //! # Rules
 //! 1. What an open file is made from is held until it is closed, whatever becomes of the names.
@@ -6,7 +6,9 @@
 
 use std::sync::Arc;
 
+use super::checkpoints::Told;
 use super::window::Window;
+use crate::checkpoint::Image;
 use crate::disk::BlockDevice;
 use crate::error::{Error, Result};
 use crate::media::File;
@@ -19,8 +21,12 @@ pub enum Fixed {
     Window(Window),
     /// So many zeros.
     Zeros(u64),
-    /// A retired record and its length.
-    Record(Arc<dyn File>, u64),
+    /// A file of the pool and its length.
+    File(Arc<dyn File>, u64),
+    /// The memory of a checkpoint.
+    Memory(Arc<Image>),
+    /// What a checkpoint tells.
+    Told(Arc<Told>),
     /// A text made by this program.
     Text(Arc<[u8]>),
 }
@@ -39,11 +45,20 @@ impl Fixed {
     }
 }
 
+/// Copies what lies at `offset` of a text; the caller has checked that it does.
+fn copy(text: &[u8], buf: &mut [u8], offset: u64) -> Result<()> {
+    let start = to_usize(offset);
+    buf.copy_from_slice(&text[start..start + buf.len()]);
+    Ok(())
+}
+
 impl BlockDevice for Fixed {
     fn size(&self) -> u64 {
         match self {
             Self::Window(window) => window.size(),
-            Self::Zeros(length) | Self::Record(_, length) => *length,
+            Self::Zeros(length) | Self::File(_, length) => *length,
+            Self::Memory(image) => image.size(),
+            Self::Told(told) => told.text.len() as u64,
             Self::Text(text) => text.len() as u64,
         }
     }
@@ -56,14 +71,12 @@ impl BlockDevice for Fixed {
                 buf.fill(0);
                 Ok(())
             }
-            Self::Record(file, _) => {
-                file.read_exact_at(buf, offset).map_err(|error| Error::io("cannot read a retired record", error))
+            Self::File(file, _) => {
+                file.read_exact_at(buf, offset).map_err(|error| Error::io("cannot read a file of the pool", error))
             }
-            Self::Text(text) => {
-                let start = to_usize(offset);
-                buf.copy_from_slice(&text[start..start + buf.len()]);
-                Ok(())
-            }
+            Self::Memory(image) => image.read(buf, offset),
+            Self::Told(told) => copy(&told.text, buf, offset),
+            Self::Text(text) => copy(text, buf, offset),
         }
     }
 
@@ -91,7 +104,13 @@ impl BlockDevice for Fixed {
         match self {
             Self::Window(window) => window.next_data(offset),
             Self::Zeros(_) => Ok(None),
-            Self::Record(..) | Self::Text(_) => Ok(Some((offset, size))),
+            Self::Memory(image) => image.next_data(offset),
+            Self::File(file, _) => {
+                let found =
+                    file.next_data(offset).map_err(|error| Error::io("cannot look at a file of the pool", error))?;
+                Ok(found.map(|(start, end)| (start, end.min(size))).filter(|(start, end)| start < end))
+            }
+            Self::Told(_) | Self::Text(_) => Ok(Some((offset, size))),
         }
     }
 

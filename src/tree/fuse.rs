@@ -155,7 +155,7 @@ fn ttl(attr: &Attr) -> Duration {
 /// that one cannot wait until the kernel has forgotten this name: so it is asked for each time.
 fn name_ttl(attr: &Attr) -> Duration {
     match Node::from_ino(attr.ino) {
-        Some(Node::Root | Node::Disks | Node::Snapshots | Node::Retired | Node::Exports) => KEEP,
+        Some(Node::Root | Node::Disks | Node::Snapshots | Node::Retired | Node::Exports | Node::Checkpoints) => KEEP,
         Some(Node::Disk(_) | Node::Extent { .. } | Node::Untouched { .. } | Node::Member { .. }) => KEEP,
         _ => Duration::ZERO,
     }

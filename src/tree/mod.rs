@@ -8,6 +8,7 @@
 //!   exports/NAME/SNAP/OFFSET.img read-only: a snapshot cut into extent files
 //!   exports/NAME/OLD..NEW/       read-only: what leads from one snapshot to another
 //!   exports/NAME/latest          a link to the newest live snapshot
+//!   checkpoints/VM/CP/memory     read-only: the memory of a machine, and beside it what else a checkpoint has
 //! ```
 //!
 //! `truncate` makes, grows and cuts a disk, `touch` in `snapshots/NAME/` takes a snapshot, `rm` and `mv` remove and
@@ -36,12 +37,13 @@
 //! Nothing of its own. A killed server leaves a dead mount, which the next one on the same pool takes away.
 //!
 //! The ways in: [`mount`], and [`mount_extents`] for the extent files of one snapshot alone. The parts: [`node`] (inode
-//! numbers and names), [`state`] (the tree and stat), [`names`] (directories), [`extent`] (extent files), [`mod@file`]
+//! numbers and names), [`state`] (the tree and stat), [`names`] (directories), [`extent`] (extent files), [`checkpoints`], [`mod@file`]
 //! (open files), [`begin`] (their fast way), [`copy`] (copy_file_range), [`stale`] (what the kernel must forget), [`waits`]
 //! (what waits on purpose), [`errno`].
 
 mod about;
 pub mod begin;
+pub mod checkpoints;
 pub mod copy;
 pub mod errno;
 mod exports;

@@ -81,6 +81,7 @@ impl Tree {
                 Ok(self.snapshots_of_attr(&self.store.disk_info(name)?))
             }
             Node::SnapshotsOf(id) => Ok(Self::snapshot_attr(&self.snapshot_named(id, name)?)),
+            node if node.is_of_checkpoints() => self.checkpoint_lookup(node, name),
             node => self.export_lookup(node, name),
         }
     }
@@ -110,6 +111,7 @@ impl Tree {
                 (Node::Snapshots, entries.collect())
             }
             Node::Extents(id) => return Ok(Listing::Extents(self.cut(id)?)),
+            node if node.is_of_checkpoints() => self.checkpoint_list(node)?,
             node => self.export_list(node)?,
         };
         let dots = [Entry { node, name: ".".into() }, Entry { node: parent, name: "..".into() }];
@@ -274,8 +276,13 @@ impl Tree {
 }
 
 /// The directories of the mount point.
-const TOP: [(Node, &str); 4] =
-    [(Node::Disks, "disks"), (Node::Snapshots, "snapshots"), (Node::Retired, "retired"), (Node::Exports, "exports")];
+const TOP: [(Node, &str); 5] = [
+    (Node::Disks, "disks"),
+    (Node::Snapshots, "snapshots"),
+    (Node::Retired, "retired"),
+    (Node::Exports, "exports"),
+    (Node::Checkpoints, "checkpoints"),
+];
 
 /// Why nothing is made or removed in a directory.
 fn refused(node: Node) -> Errno {

@@ -14,19 +14,21 @@
 //! 3. `NAME.raw` is the disk or snapshot `NAME`, also when `NAME` itself ends in `.raw`.
 //!
 //! # Room for more
-//! Kind 0 has the fixed directories (6 and up are free), kinds 10 to 15 are free.
+//! Kind 0 has the fixed directories (8 and up are free), kinds 11 to 15 are free.
 //!
 //! ```text
 //! 4  extent file: epoch (34 bits), size and place (26)      7  of a snapshot: what (4), id (56)
 //! 5  extent that nothing touched: chunk (29), length (31)   8  increment directory: number (60)
 //! 6  of a disk: what (4), id (56)                           9  file of one: number of the directory (32), of the file (28)
+//! 10 of checkpoints: what (4), number (56)
 //! ```
 //!
 //! The extent size is in the number because two disks with blocks in common could be cut differently. Numbers of increment
-//! directories hold for one mount.
+//! directories hold for one mount, those of checkpoints come from what is saved ([`super::checkpoints`]).
 
 use std::ffi::OsStr;
 
+use super::checkpoints::Part;
 use super::errno::{Answer, Errno};
 use super::extent::Slot;
 use crate::units::{CHUNK_SIZE, CHUNKS_MAX, DISK_SIZE_MAX, DiskId, Epoch, SnapshotId};
@@ -43,17 +45,22 @@ const SNAPSHOTS: u64 = 3;
 const RETIRED: u64 = 4;
 const EXPORTS: u64 = 5;
 const ABOUT: u64 = 6;
+const CHECKPOINTS: u64 = 7;
 const KIND_EXTENT: u64 = 4;
 const KIND_UNTOUCHED: u64 = 5;
 const KIND_OF_DISK: u64 = 6;
 const KIND_OF_SNAPSHOT: u64 = 7;
 const KIND_INCREMENT: u64 = 8;
 const KIND_MEMBER: u64 = 9;
+const KIND_CHECKPOINT: u64 = 10;
 const RETIRED_OF: u64 = 1;
 const EXPORTS_OF: u64 = 2;
 const LATEST: u64 = 3;
 const RECORD: u64 = 1;
 const EXTENTS: u64 = 2;
+const CHECKPOINTS_OF: u64 = 1;
+const CHECKPOINT: u64 = 2;
+const PARTS: [(Part, u64); 4] = [(Part::Memory, 3), (Part::Devices, 4), (Part::State, 5), (Part::File, 6)];
 const SLOT_BITS: u32 = 26;
 const LENGTH_BITS: u32 = 31;
 const WHAT_SHIFT: u32 = 56;
@@ -125,6 +132,19 @@ pub enum Node {
         /// Which file.
         index: u32,
     },
+    /// `checkpoints/`
+    Checkpoints,
+    /// `checkpoints/MACHINE/`
+    CheckpointsOf(u64),
+    /// `checkpoints/MACHINE/NAME/`
+    Checkpoint(u64),
+    /// A file in it.
+    CheckpointPart {
+        /// The checkpoint.
+        number: u64,
+        /// Which file.
+        part: Part,
+    },
 }
 
 /// What kind of file a node is.
@@ -152,6 +172,7 @@ impl Node {
             Self::Retired => (KIND_FIXED, RETIRED),
             Self::Exports => (KIND_FIXED, EXPORTS),
             Self::About => (KIND_FIXED, ABOUT),
+            Self::Checkpoints => (KIND_FIXED, CHECKPOINTS),
             Self::RetiredOf(id) => (KIND_OF_DISK, of(RETIRED_OF, id.0)),
             Self::ExportsOf(id) => (KIND_OF_DISK, of(EXPORTS_OF, id.0)),
             Self::Latest(id) => (KIND_OF_DISK, of(LATEST, id.0)),
@@ -164,6 +185,12 @@ impl Node {
             Self::Untouched { chunk, length } => (KIND_UNTOUCHED, u64::from(chunk) << LENGTH_BITS | u64::from(length)),
             Self::Increment(number) => (KIND_INCREMENT, u64::from(number)),
             Self::Member { increment, index } => (KIND_MEMBER, u64::from(increment) << MEMBER_BITS | u64::from(index)),
+            Self::CheckpointsOf(number) => (KIND_CHECKPOINT, of(CHECKPOINTS_OF, number)),
+            Self::Checkpoint(number) => (KIND_CHECKPOINT, of(CHECKPOINT, number)),
+            Self::CheckpointPart { number, part } => {
+                let what = PARTS.iter().find(|(of, _)| *of == part).map(|(_, what)| *what);
+                (KIND_CHECKPOINT, of(what.expect("each part has a number"), number))
+            }
         };
         assert!(id <= ID_MASK, "id {id} does not fit an inode number");
         kind << KIND_SHIFT | id
@@ -180,6 +207,7 @@ impl Node {
             (KIND_FIXED, RETIRED) => Some(Self::Retired),
             (KIND_FIXED, EXPORTS) => Some(Self::Exports),
             (KIND_FIXED, ABOUT) => Some(Self::About),
+            (KIND_FIXED, CHECKPOINTS) => Some(Self::Checkpoints),
             (_, 0) => None,
             (KIND_DISK, id) => Some(Self::Disk(DiskId(id))),
             (KIND_SNAPSHOT, id) => Some(Self::Snapshot(SnapshotId(id))),
@@ -194,7 +222,7 @@ impl Node {
                 let (chunk, length) = (u32::try_from(chunk).ok()?, u32::try_from(length).ok()?);
                 (fits && length <= 1 << 30).then_some(Self::Untouched { chunk, length })
             }
-            (KIND_OF_DISK | KIND_OF_SNAPSHOT, id) => Self::from_what(ino >> KIND_SHIFT, id),
+            (KIND_OF_DISK | KIND_OF_SNAPSHOT | KIND_CHECKPOINT, id) => Self::from_what(ino >> KIND_SHIFT, id),
             (KIND_INCREMENT, id) => Some(Self::Increment(u32::try_from(id).ok()?)),
             (KIND_MEMBER, id) => {
                 let index = u32::try_from(id & ((1 << MEMBER_BITS) - 1)).ok()?;
@@ -213,6 +241,12 @@ impl Node {
             (KIND_OF_DISK, LATEST) => Some(Self::Latest(DiskId(id))),
             (KIND_OF_SNAPSHOT, RECORD) => Some(Self::Record(SnapshotId(id))),
             (KIND_OF_SNAPSHOT, EXTENTS) => Some(Self::Extents(SnapshotId(id))),
+            (KIND_CHECKPOINT, CHECKPOINTS_OF) => Some(Self::CheckpointsOf(id)),
+            (KIND_CHECKPOINT, CHECKPOINT) => Some(Self::Checkpoint(id)),
+            (KIND_CHECKPOINT, what) => {
+                let (part, _) = PARTS.iter().find(|(_, known)| *known == what)?;
+                Some(Self::CheckpointPart { number: id, part: *part })
+            }
             _ => None,
         }
     }
@@ -222,17 +256,26 @@ impl Node {
     pub fn sort(self) -> Sort {
         match self {
             Self::Disk(_) | Self::Snapshot(_) | Self::Record(_) | Self::About => Sort::File,
-            Self::Extent { .. } | Self::Untouched { .. } | Self::Member { .. } => Sort::File,
+            Self::Extent { .. } | Self::Untouched { .. } | Self::Member { .. } | Self::CheckpointPart { .. } => {
+                Sort::File
+            }
             Self::Latest(_) => Sort::Link,
             _ => Sort::Dir,
         }
     }
 
-    /// Tells whether it is in `exports/`, where nothing is made, changed or removed by name.
+    /// Tells whether it is in `checkpoints/`.
+    #[must_use]
+    pub fn is_of_checkpoints(self) -> bool {
+        matches!(self, Self::Checkpoints | Self::CheckpointsOf(_) | Self::Checkpoint(_) | Self::CheckpointPart { .. })
+    }
+
+    /// Tells whether it is in `exports/` or `checkpoints/`, where nothing is made, changed or removed by name.
     #[must_use]
     pub fn is_exported(self) -> bool {
         matches!(self, Self::Exports | Self::ExportsOf(_) | Self::Latest(_) | Self::Extents(_) | Self::Increment(_))
             || matches!(self, Self::Extent { .. } | Self::Untouched { .. } | Self::Member { .. } | Self::About)
+            || self.is_of_checkpoints()
     }
 }
 
@@ -301,7 +344,7 @@ mod tests {
             assert_eq!(node.ino(), ino);
             assert_eq!(Node::from_ino(ino), Some(node));
         }
-        for nothing in [0, 7, 1 << 60, 2 << 60, 3 << 60, (4 << 60) + 1, u64::MAX] {
+        for nothing in [0, 8, 1 << 60, 2 << 60, 3 << 60, (4 << 60) + 1, u64::MAX] {
             assert_eq!(Node::from_ino(nothing), None, "{nothing:#x}");
         }
     }
@@ -324,14 +367,28 @@ mod tests {
             (Node::Extents(SnapshotId(7)), 0x7200_0000_0000_0007),
             (Node::Increment(7), 0x8000_0000_0000_0007),
             (Node::Member { increment: 7, index: 1 }, 0x9000_0000_7000_0001),
+            (Node::Checkpoints, 7),
+            (Node::CheckpointsOf(7), 0xa100_0000_0000_0007),
+            (Node::Checkpoint((1 << 56) - 1), 0xa2ff_ffff_ffff_ffff),
+            (Node::CheckpointPart { number: 7, part: Part::Memory }, 0xa300_0000_0000_0007),
+            (Node::CheckpointPart { number: 7, part: Part::Devices }, 0xa400_0000_0000_0007),
+            (Node::CheckpointPart { number: 7, part: Part::State }, 0xa500_0000_0000_0007),
+            (Node::CheckpointPart { number: 7, part: Part::File }, 0xa600_0000_0000_0007),
         ];
         for (node, ino) in all {
             assert_eq!(node.ino(), ino, "{node:?}");
             assert_eq!(Node::from_ino(ino), Some(node));
         }
-        for nothing in
-            [4 << 60 | 1 << 24, 4 << 60 | 1 << 26, 5 << 60 | 1 << 31, 6 << 60 | 7, 7 << 60 | 1 << 56, 10 << 60 | 1]
-        {
+        for nothing in [
+            4 << 60 | 1 << 24,
+            4 << 60 | 1 << 26,
+            5 << 60 | 1 << 31,
+            6 << 60 | 7,
+            7 << 60 | 1 << 56,
+            10 << 60 | 1,
+            10 << 60 | 7 << 56 | 1,
+            11 << 60 | 1,
+        ] {
             assert_eq!(Node::from_ino(nothing), None, "{nothing:#x}");
         }
     }

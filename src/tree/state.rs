@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use super::about::About;
+use super::checkpoints::Checkpoints;
 use super::errno::{Answer, Errno};
 use super::extent::{Cut, Extents};
 use super::file::{DiskFile, Handle};
@@ -69,7 +70,7 @@ pub struct Tree {
     pub(super) store: Arc<Store>,
     /// Who owns every file.
     pub owner: Owner,
-    started: u64,
+    pub(super) started: u64,
     handles: RwLock<HashMap<u64, Arc<Handle>>>,
     next_handle: AtomicU64,
     disks: Mutex<HashMap<DiskId, Weak<DiskFile>>>,
@@ -79,6 +80,8 @@ pub struct Tree {
     pub(super) extents: Extents,
     /// The increment directories that were looked up.
     pub(super) increments: Increments,
+    /// The checkpoints that were looked up.
+    pub(super) checkpoints: Checkpoints,
     /// The checksums of what is read of exports.
     pub(super) verifiers: Arc<Verifiers>,
     /// The one snapshot whose extent files are the whole tree, if it shows no more.
@@ -102,6 +105,7 @@ impl Tree {
             doubtful: Mutex::default(),
             extents: Extents::default(),
             increments: Increments::default(),
+            checkpoints: Checkpoints::default(),
             verifiers: Arc::default(),
             only: None,
             about: None,
@@ -189,6 +193,7 @@ impl Tree {
                 Err(error) if error.kind() == Kind::NotFound => return self.removed_attr(id),
                 Err(error) => Err(error),
             },
+            node if node.is_of_checkpoints() => return self.checkpoint_attr(node),
             node => return self.export_attr(node),
         };
         answer.map_err(|error| Errno::from(error).stale())

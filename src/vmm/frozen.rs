@@ -50,7 +50,8 @@ impl Frozen {
             return Err(Error::unsupported(format!(
                 "the checkpoint {name} is that of a machine of {}, and only that can run it",
                 header.maker
-            )));
+            ))
+            .hint("its memory is served to Firecracker by 'afterimage checkpoint serve-uffd', see afterimage-checkpoint(1)"));
         }
         let version = checkpoint.state_version();
         if version != VERSION {

@@ -7,6 +7,7 @@ mod chains;
 mod commands;
 mod crashes;
 mod damage;
+mod packed;
 mod pools;
 mod threads;
 

@@ -160,6 +160,19 @@ fn golden() -> Vec<(Request, &'static str)> {
         ),
         (Request::CheckpointRm { checkpoint: "vm@a".into() }, r#"{"command":"checkpoint-rm","checkpoint":"vm@a"}"#),
         (
+            Request::CheckpointSave {
+                checkpoint: "vm@b".into(),
+                memory: "/m".into(),
+                state: "/s".into(),
+                disks: vec![monday()],
+                parent: Some("vm@a".into()),
+            },
+            concat!(
+                r#"{"command":"checkpoint-save","checkpoint":"vm@b","memory":"/m","state":"/s","#,
+                r#""disks":["web@monday"],"parent":"vm@a"}"#
+            ),
+        ),
+        (
             Request::CheckpointFlatten { checkpoint: "vm@a".into() },
             r#"{"command":"checkpoint-flatten","checkpoint":"vm@a"}"#,
         ),

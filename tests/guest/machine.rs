@@ -45,6 +45,68 @@ pub(super) struct Outcome {
 impl Machine {
     /// Boots a guest whose disk these words attach, and waits until its agent answers. `dir` is made for its files.
     pub(super) fn boot(parts: &Parts, dir: &Path, disk: &[String]) -> Self {
+        let mut machine = Self::start(parts, dir, "memory-backend-memfd,share=on", disk);
+        machine.wait_until_ready();
+        machine
+    }
+
+    /// Boots a guest that has its memory in a file of the host, which is made.
+    pub(super) fn boot_in(parts: &Parts, dir: &Path, memory: &Path, disk: &[String]) -> Self {
+        let memory = format!("memory-backend-file,share=on,mem-path={}", memory.display());
+        let mut machine = Self::start(parts, dir, &memory, disk);
+        machine.wait_until_ready();
+        machine
+    }
+
+    /// Starts a machine that goes on from the memory in one file and the devices in another one.
+    pub(super) fn resume(parts: &Parts, dir: &Path, (memory, devices): (&Path, &Path), disk: &[String]) -> Self {
+        let memory = format!("memory-backend-file,share=off,readonly=on,rom=off,mem-path={}", memory.display());
+        let words = [disk, &["-incoming", "defer"].map(str::to_owned)].concat();
+        let mut machine = Self::start(parts, dir, &memory, &words);
+        machine.leave_memory_alone();
+        machine.control("migrate-incoming", &json!({ "uri": format!("file:{}", devices.display()) }));
+        machine.wait_until_moved();
+        machine.control("cont", &json!({}));
+        machine
+    }
+
+    /// Stops the guest, writes the state of its devices to a file, and ends QEMU; `stopped` is called in between.
+    pub(super) fn suspend(mut self, devices: &Path, stopped: impl FnOnce()) {
+        self.leave_memory_alone();
+        self.control("stop", &json!({}));
+        self.control("migrate", &json!({ "uri": format!("file:{}", devices.display()) }));
+        self.wait_until_moved();
+        stopped();
+        self.control("quit", &json!({}));
+        self.child.wait().unwrap();
+    }
+
+    /// Memory that is in a file is not a matter of a migration.
+    fn leave_memory_alone(&mut self) {
+        let capability = json!({ "capability": "x-ignore-shared", "state": true });
+        self.control("migrate-set-capabilities", &json!({ "capabilities": [capability] }));
+    }
+
+    fn wait_until_moved(&mut self) {
+        let begun = Instant::now();
+        loop {
+            let state = self.control("query-migrate", &json!({}));
+            match state["status"].as_str() {
+                Some("completed") => return,
+                Some("failed" | "cancelled") => panic!("{state}{}", self.told()),
+                _ => assert!(begun.elapsed() < PATIENCE, "{state}{}", self.told()),
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Returns the number of the process.
+    pub(super) fn process(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Starts QEMU with this memory and these words, and connects to it.
+    fn start(parts: &Parts, dir: &Path, memory: &str, words: &[String]) -> Self {
         fs::create_dir_all(dir).unwrap();
         let at = |name: &str| dir.join(name).to_str().unwrap().to_owned();
         for name in ["agent", "control", "console"] {
@@ -54,7 +116,7 @@ impl Machine {
         let mut command = Command::new("qemu-system-x86_64");
         command.args(["-nodefaults", "-no-user-config", "-display", "none", "-accel", "tcg,thread=multi"]);
         command.args(["-machine", "q35,memory-backend=memory", "-cpu", "max", "-smp", &PROCESSORS.to_string()]);
-        command.args(["-m", "256M", "-object", "memory-backend-memfd,id=memory,size=256M,share=on"]);
+        command.args(["-m", "256M", "-object", &format!("{memory},id=memory,size=256M")]);
         command.args(["-kernel".as_ref(), parts.kernel.as_os_str(), "-initrd".as_ref(), parts.initrd.as_os_str()]);
         // The check of the timer fails when the host has no time for an emulated processor; as a KVM guest Linux skips it.
         command.args(["-append", "console=ttyS0 quiet panic=0 no_timer_check"]);
@@ -62,13 +124,12 @@ impl Machine {
         let agent = format!("socket,id=agent,path={},server=on,wait=off", at("agent"));
         command.args(["-chardev", &agent, "-serial", "chardev:agent"]);
         command.args(["-qmp", &format!("unix:{},server=on,wait=off", at("control"))]);
-        command.args(disk).stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
+        command.args(words).stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
         let mut child = command.spawn().unwrap();
         let (agent, control) = (connect(&mut child, dir, "agent"), connect(&mut child, dir, "control"));
         let mut machine = Self { child, agent, control, dir: dir.to_owned(), number: 0, boot: String::new() };
         machine.expect("QMP", |it| &mut it.control);
         machine.control("qmp_capabilities", &json!({}));
-        machine.wait_until_ready();
         machine
     }
 

@@ -110,6 +110,11 @@ impl Place {
         lines.lines().skip(last).collect::<Vec<_>>().join("\n")
     }
 
+    /// Returns where it is mounted.
+    pub(crate) fn mnt(&self) -> &Path {
+        &self.mnt
+    }
+
     pub(crate) fn disk(&self, name: &str) -> PathBuf {
         self.mnt.join(format!("disks/{name}.raw"))
     }

@@ -6,6 +6,7 @@
 //! 2. Tests look from outside, through system calls and programs, and reach into the store only to do what the command
 //!    line does.
 
+mod checkpoints;
 mod copying;
 mod direct;
 mod exports;

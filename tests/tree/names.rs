@@ -23,7 +23,7 @@ fn names(dir: &std::path::Path) -> Vec<String> {
 #[test]
 fn disks_are_made_listed_renamed_and_removed_as_files() {
     let Some(mount) = Mount::new() else { return };
-    assert_eq!(names(&mount.dir), ["disks", "exports", "retired", "snapshots"]);
+    assert_eq!(names(&mount.dir), ["checkpoints", "disks", "exports", "retired", "snapshots"]);
     let path = mount.disk("a");
     run("truncate", &[OsStr::new("-s"), OsStr::new("10G"), path.as_os_str()]);
     let meta = fs::metadata(&path).unwrap();
