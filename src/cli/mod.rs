@@ -26,6 +26,7 @@ mod log;
 mod mount;
 mod new_dirs;
 mod pages;
+mod prompt;
 mod screen;
 mod server;
 mod show;

@@ -30,7 +30,7 @@ use crate::error::{Error, Kind, Result};
 use crate::media::socket::ShortPath;
 use crate::units::{parse_size, show_size};
 use crate::vmm::{
-    Begin, Boot, Definition, DiskDefinition, DiskSource, Ending, Home, HomeLock, Info, PATIENCE, Pool, Runner, State,
+    Begin, Boot, Definition, DiskDefinition, DiskSource, Ending, Home, HomeLock, Info, PATIENCE, Pool, Runner, Show, State,
 };
 
 /// Run virtual machines
@@ -315,15 +315,13 @@ pub(super) fn start(home: &Home, life: Life, pool: &Path, global: &Global, scree
     if child {
         screen.bytes(format!("{}\n", value(&runner.info())).as_bytes());
     }
-    let ending = runner.run(|said| {
-        if !child {
-            screen.bytes(said);
-        }
-    });
+    let of_guest = *screen;
+    let show = (!child).then(|| -> Show { Box::new(move |said| of_guest.bytes(said)) });
+    let ending = runner.run(show);
     drop(server);
     drop(disks);
     let ending = ending?;
-    screen.note(&ending.to_string());
+    screen.last_note(&ending.to_string());
     Ok(match ending {
         Ending::PowerOff | Ending::Stopped | Ending::Reboot => 0,
         Ending::Crashed(_) => Kind::Failed.exit_code(),

@@ -15,3 +15,4 @@ mod network;
 mod state;
 mod stuck;
 mod toy;
+mod unread;
