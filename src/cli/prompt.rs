@@ -13,6 +13,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+
+use crate::clock;
 
 /// How long a write waits for room.
 const ROOM_TIME: Duration = Duration::from_secs(1);
@@ -36,10 +39,18 @@ impl<W: Write + AsFd> Prompt<W> {
 
     /// Tells whether there is room, now or soon.
     fn has_room(&self) -> bool {
-        let wait = if FULL.load(Ordering::Relaxed) { Duration::ZERO } else { ROOM_TIME };
-        let wait = Timespec::try_from(wait).expect("a second or less");
-        // Interrupted or refused: what cannot be waited for is written as ever.
-        !matches!(poll(&mut [PollFd::new(&self.to, PollFlags::OUT)], Some(&wait)), Ok(0))
+        let mut wait = if FULL.load(Ordering::Relaxed) { Duration::ZERO } else { ROOM_TIME };
+        let until = clock::now() + wait;
+        loop {
+            let time = Timespec::try_from(wait).expect("a second or less");
+            match poll(&mut [PollFd::new(&self.to, PollFlags::OUT)], Some(&time)) {
+                // The threads of processors are called out of what they do by signals.
+                Err(Errno::INTR) => wait = until.saturating_duration_since(clock::now()),
+                Ok(0) => return false,
+                // What cannot be waited for is written as ever.
+                Ok(_) | Err(_) => return true,
+            }
+        }
     }
 }
 
@@ -70,12 +81,12 @@ mod tests {
         let (reader, writer) = rustix::pipe::pipe().unwrap();
         let (mut reader, mut prompt) = (File::from(reader), Prompt::new(File::from(writer)));
         let mut written = 0;
-        let begun = crate::clock::now();
+        let begun = clock::now();
         while prompt.write_all(&[7; 1000]).is_ok() {
             written += 1000;
         }
         assert!(written > PIECE && begun.elapsed() >= ROOM_TIME);
-        let begun = crate::clock::now();
+        let begun = clock::now();
         for _ in 0..100 {
             prompt.write_all(b"line").unwrap_err();
         }

@@ -37,11 +37,11 @@ fn wait_for_end(child: &mut Child) -> Option<i32> {
 #[test]
 fn a_guest_whose_screen_takes_nothing_is_stopped_and_all_it_said_is_in_the_log() {
     let Some(place) = Place::new() else { return };
-    for stderr in [false, true] {
-        let (reader, mut child) = start(place.command("toy", "say=begun button say=over off", &[]), stderr);
-        let said = || fs::read_to_string(place.file("toy", "console.log")).unwrap_or_default();
+    for (name, stderr) in [("half", false), ("deaf", true)] {
+        let (reader, mut child) = start(place.command(name, "say=begun button say=over off", &[]), stderr);
+        let said = || fs::read_to_string(place.file(name, "console.log")).unwrap_or_default();
         wait_for("it waits for the button", || said().contains("waiting"));
-        assert_eq!(place.vm(&["stop", "toy"])["vm"]["state"], "ended");
+        assert_eq!(place.vm(&["stop", name])["vm"]["state"], "ended");
         assert_eq!(wait_for_end(&mut child), Some(0));
         assert_eq!(said(), "begun\nwaiting\nbutton\nover\n");
         drop(reader);
@@ -51,16 +51,16 @@ fn a_guest_whose_screen_takes_nothing_is_stopped_and_all_it_said_is_in_the_log()
 #[test]
 fn a_guest_whose_screen_takes_nothing_is_ended_by_force_and_by_two_signals() {
     let Some(place) = Place::new() else { return };
-    for stderr in [false, true] {
-        let (_reader, mut child) = start(place.command("toy", "say=begun forever", &[]), stderr);
-        wait_for("it runs", || place.0.run(&["vm", "info", "toy"]).status.success() && place.state("toy") == "running");
-        assert_eq!(place.vm(&["stop", "toy", "--force"])["vm"]["state"], "ended");
-        wait_for_end(&mut child);
+    for (name, stderr) in [("half", false), ("deaf", true)] {
+        let (_reader, mut child) = start(place.command(name, "say=begun forever", &[]), stderr);
+        wait_for("it runs", || place.0.run(&["vm", "info", name]).status.success() && place.state(name) == "running");
+        assert_eq!(place.vm(&["stop", name, "--force"])["vm"]["state"], "ended");
+        assert_eq!(wait_for_end(&mut child), Some(7));
     }
     let (_reader, mut child) = start(place.command("toy", "say=begun forever", &[]), true);
-    wait_for("it runs", || place.state("toy") == "running");
+    wait_for("it runs", || place.0.run(&["vm", "info", "toy"]).status.success() && place.state("toy") == "running");
     kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
     wait_for("the first signal is heard", || place.state("toy") == "stopping");
     kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
-    wait_for_end(&mut child);
+    assert_eq!(wait_for_end(&mut child), Some(7));
 }
