@@ -3,18 +3,21 @@
 //! # Rules
 //! 1. A line that cannot be written is lost, and nothing else is: the log of a server may lie on a file system that is full,
 //!    or be a pipe of which the reader has gone. The next line that can be written is preceded by how many were lost.
-//! 2. A panic is logged like everything else, unless it becomes an ordinary error ([`crate::store::panic_is_guarded`]).
+//! 2. No thread waits for whoever reads the log, but for a moment ([`Prompt`]): a terminal that was told to hold, or a pager
+//!    that was stopped, held a virtual machine that was to end.
+//! 3. A panic is logged like everything else, unless it becomes an ordinary error ([`crate::store::panic_is_guarded`]).
 //!
 //! # Why not stderr itself
 //! When writing fails, `tracing_subscriber` says so with `eprintln!`, which panics when that fails too. A server on a full
 //! host lost one thread after the other to its own warnings.
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal, StderrLock, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use tracing_subscriber::EnvFilter;
 
 use super::Global;
+use super::prompt::Prompt;
 
 /// Environment variable that sets what is logged, in the words of `tracing`.
 const LOG_VARIABLE: &str = "AFTERIMAGE_LOG";
@@ -37,7 +40,7 @@ pub(super) fn begin(global: &Global) {
     let filter = EnvFilter::try_from_env(LOG_VARIABLE).unwrap_or_else(|_| usual());
     tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(|| Lines { to: io::stderr(), lost: &LOST })
+        .with_writer(stderr)
         .log_internal_errors(false)
         .with_ansi(io::stderr().is_terminal())
         .with_target(false)
@@ -47,9 +50,14 @@ pub(super) fn begin(global: &Global) {
             let thread = std::thread::current();
             let trace = std::backtrace::Backtrace::capture();
             let text = format!("thread '{}' {panic}\n{trace}\n", thread.name().unwrap_or("without a name"));
-            Lines { to: io::stderr(), lost: &LOST }.write_all(text.as_bytes()).ok();
+            stderr().write_all(text.as_bytes()).ok();
         }
     }));
+}
+
+/// Returns what writes lines to stderr; they do not mix with those of other threads.
+fn stderr() -> Lines<'static, Prompt<StderrLock<'static>>> {
+    Lines { to: Prompt::new(io::stderr().lock()), lost: &LOST }
 }
 
 /// Writes whole lines; never fails.

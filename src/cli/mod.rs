@@ -26,6 +26,7 @@ mod log;
 mod mount;
 mod new_dirs;
 mod pages;
+mod prompt;
 mod screen;
 mod server;
 mod show;
@@ -63,7 +64,7 @@ const POOL_VARIABLE: &str = "AFTERIMAGE_POOL";
 #[derive(Debug, Parser)]
 #[command(name = "afterimage", version, max_term_width = 100, disable_help_subcommand = true)]
 #[command(after_help = "Exit codes: 0 done, 1 refused or failed, 2 usage, 3 not found, 4 busy or locked, 5 corrupt, \
-                        6 out of space.\nSee afterimage-pool(7) for the concepts.")]
+                        6 out of space, 7 a guest was ended as by a power cut (vm run, start, restore).\nSee afterimage-pool(7) for the concepts.")]
 struct Cli {
     #[command(flatten)]
     global: Global,

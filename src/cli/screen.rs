@@ -8,6 +8,7 @@ use std::io::{self, IsTerminal, Write};
 
 use serde::Serialize;
 
+use super::prompt::Prompt;
 use super::show::{Style, show};
 use crate::api::{Failure, Line, Response};
 use crate::error::Error;
@@ -67,14 +68,22 @@ impl Screen {
     /// Prints bytes as they are.
     #[expect(clippy::unused_self, reason = "printing goes through the screen")]
     pub(super) fn bytes(self, bytes: &[u8]) {
-        // A reader that has gone has what it wanted.
-        io::stdout().write_all(bytes).ok();
+        // A reader that has gone has what it wanted. A guest's prompt is no whole line, and is to be seen all the same.
+        let mut stdout = io::stdout();
+        stdout.write_all(bytes).and_then(|()| stdout.flush()).ok();
     }
 
     /// Tells something beside the result.
     pub(super) fn note(self, text: &str) {
         if !self.quiet {
             write(&mut io::stderr(), &format!("{text}\n"));
+        }
+    }
+
+    /// As [`Self::note`], for the last that a process says: it does not stay for a screen that takes nothing.
+    pub(super) fn last_note(self, text: &str) {
+        if !self.quiet {
+            write(&mut Prompt::new(io::stderr().lock()), &format!("{text}\n"));
         }
     }
 

@@ -2,7 +2,8 @@
 //!
 //! # Rules
 //! 1. `vm run` and `vm start` are that process. In the foreground they show what the guest says, and their exit code tells
-//!    how it ended: 0 when it switched itself off or was stopped, 1 when it crashed, 5 when its memory could not be had.
+//!    how it ended: 0 when it switched itself off, 1 when it crashed, 5 when its memory could not be had, 7 when it was ended as
+//!    by a power cut.
 //! 2. With --detach they start it in the background and return when the guest runs; its log is POOL/vms/NAME/vmm.log.
 //! 3. Disks of the pool come from its server, which is started if there is none; the pool is never opened here.
 //! 4. The first SIGTERM or SIGINT asks the guest to switch itself off, the second ends it; so does the end of its patience.
@@ -30,7 +31,8 @@ use crate::error::{Error, Kind, Result};
 use crate::media::socket::ShortPath;
 use crate::units::{parse_size, show_size};
 use crate::vmm::{
-    Begin, Boot, Definition, DiskDefinition, DiskSource, Ending, Home, HomeLock, Info, PATIENCE, Pool, Runner, State,
+    Begin, Boot, Definition, DiskDefinition, DiskSource, Ending, Home, HomeLock, Info, PATIENCE, Pool, Runner, Show,
+    State,
 };
 
 /// Run virtual machines
@@ -54,6 +56,9 @@ pub(super) struct Vm {
     what: VmCommand,
 }
 
+/// The exit code of a machine whose guest was ended without its consent. No error has it (see [`Kind::exit_code`]).
+const POWER_CUT: u8 = 7;
+
 #[derive(Debug, Subcommand)]
 enum VmCommand {
     Run(Run),
@@ -70,6 +75,9 @@ enum VmCommand {
 }
 
 /// Define a virtual machine and run it
+///
+/// In the foreground the exit code tells how the guest ended: 0 when it switched itself off, also when it was asked to; 7 when it
+/// was ended without its consent, as by a power cut; 1 when it crashed; 5 when its memory could not be had.
 #[derive(Debug, Args)]
 struct Run {
     /// Name of the machine; one of that name is defined anew, unless it runs
@@ -106,6 +114,9 @@ struct Run {
 }
 
 /// Run a virtual machine that is defined
+///
+/// In the foreground the exit code tells how the guest ended: 0 when it switched itself off, also when it was asked to; 7 when it
+/// was ended without its consent, as by a power cut; 1 when it crashed; 5 when its memory could not be had.
 #[derive(Debug, Args)]
 struct Start {
     /// Name of the machine
@@ -315,17 +326,16 @@ pub(super) fn start(home: &Home, life: Life, pool: &Path, global: &Global, scree
     if child {
         screen.bytes(format!("{}\n", value(&runner.info())).as_bytes());
     }
-    let ending = runner.run(|said| {
-        if !child {
-            screen.bytes(said);
-        }
-    });
+    let of_guest = *screen;
+    let show = (!child).then(|| -> Show { Box::new(move |said| of_guest.bytes(said)) });
+    let ending = runner.run(show);
     drop(server);
     drop(disks);
     let ending = ending?;
-    screen.note(&ending.to_string());
+    screen.last_note(&ending.to_string());
     Ok(match ending {
-        Ending::PowerOff | Ending::Stopped | Ending::Reboot => 0,
+        Ending::PowerOff | Ending::Reboot => 0,
+        Ending::Stopped => POWER_CUT,
         Ending::Crashed(_) => Kind::Failed.exit_code(),
         Ending::MemoryError(_) => Kind::Corrupt.exit_code(),
     })

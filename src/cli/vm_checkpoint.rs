@@ -64,6 +64,9 @@ pub(super) struct Checkpoint {
 /// A guest is told that it is another life of itself (VM generation ID), and its clocks are right. Connections that it had are
 /// not its any more; what it keeps beyond that, such as leases of addresses and names, is its own matter. So is the address
 /// of a network card: a guest reads it when its driver begins, and goes on with the one it knows until then.
+///
+/// In the foreground the exit code tells how the guest ended: 0 when it switched itself off, also when it was asked to; 7 when it
+/// was ended without its consent, as by a power cut; 1 when it crashed; 5 when its memory could not be had.
 #[derive(Debug, Args)]
 pub(super) struct Restore {
     /// The checkpoint

@@ -15,6 +15,7 @@ pub mod hole;
 pub mod kvm;
 pub mod lock;
 pub mod notify;
+pub mod open;
 pub mod pages;
 pub mod pipe;
 pub mod process;

@@ -3,6 +3,7 @@
 //! # Rules
 //! 1. It has a bounded length; a guest that says more begins it anew.
 //! 2. A log that cannot be written is told of once, and the guest runs on.
+//! 3. It is written whether or not a screen takes what the guest says (see `audience`).
 //!
 //! # After a crash
 //! What was written is there, as far as the host has it.
@@ -26,11 +27,10 @@ pub(super) fn open(home: &Home) -> Option<File> {
 }
 
 /// Writes what a guest says, until it ends.
-pub(super) fn follow(console: &Log, log: &Mutex<Option<File>>, show: &impl Fn(&[u8])) {
+pub(super) fn follow(console: &Log, log: &Mutex<Option<File>>) {
     let mut next = 0;
     while let Some(part) = console.part(next) {
         next = part.start + part.bytes.len() as u64;
-        show(&part.bytes);
         let mut log = log.lock();
         if let Some(file) = &mut *log
             && let Err(error) = write(file, &part.bytes)

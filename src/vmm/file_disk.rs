@@ -15,7 +15,7 @@ use rustix::fs::FlockOperation;
 
 use crate::disk::BlockDevice;
 use crate::error::{Error, Result};
-use crate::sys::hole;
+use crate::sys::{hole, open};
 
 /// Bytes of zeros that are written at a time.
 const ZEROS: usize = 1 << 16;
@@ -36,7 +36,7 @@ impl FileDisk {
     /// `Busy` when somebody else has it locked, `Usage` when it is neither file nor block device, any error of the host.
     pub fn open(path: &Path, read_only: bool) -> Result<Self> {
         let cannot = |e| Error::io(format!("cannot open the disk {}", path.display()), e);
-        let file = File::options().read(true).write(!read_only).open(path).map_err(cannot)?;
+        let file = open::without_waiting(path, !read_only).map_err(cannot)?;
         let kind = file.metadata().map_err(cannot)?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return Err(Error::usage(format!("{} is neither a file nor a block device", path.display())));

@@ -25,6 +25,7 @@
 //! The guest is as after a power cut. Nothing of it is on the host but its disks, and sockets that the next start removes.
 
 mod acpi;
+mod audience;
 mod boot;
 mod bus;
 mod checkpoint;
@@ -51,6 +52,7 @@ mod serial;
 mod state;
 mod virtio;
 
+pub use audience::Show;
 pub use boot::Boot;
 pub use checkpoint::Saved;
 pub use ending::{Ending, Stuck};

@@ -2,7 +2,7 @@
 //!
 //! # Rules
 //! 1. A reboot is a new machine on the same disks; a pause lasts through it.
-//! 2. What the guest says goes to `console.log` and to whoever started it.
+//! 2. What the guest says goes to `console.log` and to whoever started it, and waits for neither (see `audience`).
 //! 3. Asked to stop, the guest is asked in turn (the power button); asked again, or when it takes longer than whoever asked
 //!    has patience for, it ends as by a power cut.
 //! 4. Everything is opened when it is made. [`Runner::confine`] gives up rights after that, and reboots need none.
@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::audience::{Audience, Show};
 use super::console_log;
 use super::home::{Definition, DiskDefinition, DiskSource, Home, HomeLock};
 use super::instant::Disks;
@@ -291,31 +292,36 @@ impl Runner {
         self.means.confine()
     }
 
-    /// Runs it to its end. `show` gets what the guest says.
+    /// Runs it to its end. `show` gets what the guest says, on a thread of its own; it may take its time, and is not waited
+    /// for when the guest has ended.
     ///
     /// # Errors
-    /// When a socket cannot be made, or the machine not be made again for a reboot.
-    pub fn run(&self, show: impl Fn(&[u8]) + Send + Sync) -> Result<Ending> {
+    /// When a thread or a socket cannot be made, or the machine not be made again for a reboot.
+    pub fn run(&self, show: Option<Show>) -> Result<Ending> {
         if let Err(error) = crate::sys::process::let_go_of_code() {
             tracing::debug!("the code that was needed to begin with stays in memory: {error}");
         }
         std::thread::scope(|scope| {
             let _end = End(self);
+            let audience = show.map(Audience::new).transpose()?;
             scope.spawn(|| self.watch());
             scope.spawn(|| self.attend());
-            let ended = self.live(&show);
+            let ended = self.live(audience.as_ref());
             self.now.lock().ending = ended.as_ref().ok().cloned();
             ended
         })
     }
 
-    fn live(&self, show: &(impl Fn(&[u8]) + Send + Sync)) -> Result<Ending> {
+    fn live(&self, audience: Option<&Audience>) -> Result<Ending> {
         let mut machine = self.now.lock().machine.clone().expect("made by new");
         loop {
             machine.serve_serial(&self.serial)?;
             let console = machine.console();
+            if let Some(audience) = audience {
+                audience.follow(Arc::clone(&console));
+            }
             let ending = std::thread::scope(|scope| {
-                scope.spawn(|| console_log::follow(&console, &self.log, show));
+                scope.spawn(|| console_log::follow(&console, &self.log));
                 {
                     // Under the lock: a pause that came before stays.
                     let now = self.now.lock();
@@ -326,6 +332,9 @@ impl Runner {
                 machine.wait()
             });
             tracing::info!("{ending}");
+            if let Some(audience) = audience {
+                audience.hear_last_words();
+            }
             if ending != Ending::Reboot || self.now.lock().state == State::Stopping {
                 return Ok(ending);
             }

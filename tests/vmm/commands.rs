@@ -164,7 +164,16 @@ fn a_signal_presses_the_button_and_a_second_one_ends_the_guest() {
     kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
     wait_for("the first signal is heard", || place.state("toy") == "stopping");
     kill_process(Pid::from_child(&child), Signal::INT).unwrap();
-    assert_eq!(child.wait().unwrap().code(), Some(0));
+    assert_eq!(child.wait().unwrap().code(), Some(7), "it did not end of itself");
+    // The same from the definition, and when it is asked by another.
+    let mut child = place.command("toy", "say=begun forever", &[]).stdout(Stdio::piped()).spawn().unwrap();
+    hear(&mut child, "begun");
+    place.vm(&["stop", "toy", "--force"]);
+    assert_eq!(child.wait().unwrap().code(), Some(7));
+    let mut child = place.0.command(&["vm", "start", "toy"]).stdout(Stdio::piped()).spawn().unwrap();
+    hear(&mut child, "begun");
+    place.vm(&["stop", "toy", "--patience", "1"]);
+    assert_eq!(child.wait().unwrap().code(), Some(7));
 }
 
 #[test]
@@ -274,6 +283,9 @@ fn what_cannot_run_is_told_before_anything_starts() {
     let disk = place.0.path("disk.raw");
     fs::write(&disk, [0; 4096]).unwrap();
     let shown = disk.to_str().unwrap();
+    let fifo = place.0.path("fifo");
+    assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    let (fifo, fifo_to_read) = (fifo.to_str().unwrap(), format!("{},ro", fifo.display()));
     for (more, code) in [
         (&["--disk", "/no/such/disk"][..], 3),
         (&["--disk", "web"], 3),
@@ -281,6 +293,10 @@ fn what_cannot_run_is_told_before_anything_starts() {
         (&["--cpus", "255"], 2),
         (&["--memory", "1K"], 2),
         (&["--net", "tap=this-name-is-far-too-long"], 1),
+        (&["--net", "tap=nosuch0"], 3),
+        (&["--disk", fifo], 2),
+        (&["--disk", &fifo_to_read], 2),
+        (&["--initrd", fifo], 2),
         (&["--disk", shown, "--disk", shown], 4),
     ] {
         for detach in [&[][..], &["--detach"]] {
@@ -289,6 +305,10 @@ fn what_cannot_run_is_told_before_anything_starts() {
             assert_eq!(text(&output.stdout), "");
         }
     }
+    // A FIFO without a writer was waited for.
+    let output = place.0.run(&["vm", "run", "toy", "--kernel", fifo]);
+    assert_eq!(output.status.code(), Some(2), "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("is no file"), "{}", text(&output.stderr));
     assert_eq!(place.0.error(&["vm", "start", "other"]).0, 3);
     assert_eq!(place.0.error(&["vm", "pause", "other"]).0, 3);
     assert_eq!(place.0.error(&["vm", "info", "a/b"]).0, 2);

@@ -16,3 +16,4 @@ mod network;
 mod state;
 mod stuck;
 mod toy;
+mod unread;

@@ -2,8 +2,10 @@
 
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 
-use afterimage::vmm::{Ending, NetSettings};
+use afterimage::error::Kind;
+use afterimage::vmm::{Ending, Machine, NetSettings};
 
 use super::toy::{require_kvm, run, settings};
 use crate::real::{require, require_programs};
@@ -20,6 +22,9 @@ print(frame[6:12].hex(':'), flush=True)
 peer.send(frame[6:12] + bytes([2, 0, 0, 0, 0, 1]) + frame[12:14] + frame[14:].upper())
 ";
 
+/// So that each has a name of its own.
+static NEXT: AtomicU32 = AtomicU32::new(0);
+
 /// A tap, until it is dropped.
 struct Tap(String);
 
@@ -30,7 +35,7 @@ impl Tap {
         if !programs || !require(able, "root and /dev/net/tun") {
             return None;
         }
-        let tap = Self(format!("aft{}", std::process::id()));
+        let tap = Self(format!("aft{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed)));
         tap.ip(&["tuntap", "add", "dev", &tap.0, "mode", "tap"]);
         tap.ip(&["link", "set", &tap.0, "up"]);
         Some(tap)
@@ -45,6 +50,29 @@ impl Drop for Tap {
     fn drop(&mut self) {
         self.ip(&["link", "del", &self.0]);
     }
+}
+
+/// The kernel makes an interface that is not there.
+#[test]
+fn what_is_no_tap_is_refused_and_none_is_made() {
+    if !require_kvm() {
+        return;
+    }
+    let Some(tap) = Tap::new() else { return };
+    for (name, kind) in [("nosuch0", Kind::NotFound), ("a%d", Kind::Io), ("lo", Kind::Usage)] {
+        let mut settings = settings("off");
+        settings.nets.push(NetSettings { tap: name.into(), mac: [2, 0, 0, 0, 0, 0xfe] });
+        let error = Machine::new(&settings).unwrap_err();
+        assert_eq!(error.kind(), kind, "{error}");
+        assert!(error.message().contains(name), "{error}");
+        if kind != Kind::Io {
+            let hint = error.next_step().unwrap();
+            assert!(hint.contains(&format!("ip tuntap add dev {name} mode tap")), "{hint}");
+        }
+    }
+    let mut settings = settings("off");
+    settings.nets.push(NetSettings { tap: tap.0.clone(), mac: [2, 0, 0, 0, 0, 0xfe] });
+    Machine::new(&settings).unwrap();
 }
 
 #[test]

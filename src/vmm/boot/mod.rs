@@ -25,6 +25,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::layout::{COMMAND_LINE, COMMAND_LINE_MAX, KERNEL, LOW_END};
 use super::memory::Memory;
 use crate::error::{Error, Result};
+use crate::sys;
 use crate::units::{show_size, to_usize};
 pub(super) use registers::{set_up, set_up_waiting};
 
@@ -137,7 +138,7 @@ fn begin(file: &File, path: &Path) -> Result<File> {
 
 fn open(path: &Path, what: &str) -> Result<File> {
     let cannot = |e| Error::io(format!("cannot open the {what} {}", path.display()), e);
-    let file = File::open(path).map_err(cannot)?;
+    let file = sys::open::without_waiting(path, false).map_err(cannot)?;
     if !file.metadata().map_err(cannot)?.is_file() {
         return Err(Error::usage(format!("the {what} {} is no file", path.display())));
     }

@@ -5,6 +5,7 @@
 //! 2. A frame that has no room in the buffer of the guest, or no buffer at all, waits in the tap or is lost, as on a wire.
 
 use std::fs::File;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
@@ -46,10 +47,21 @@ impl Net {
 /// # Errors
 /// What is wrong with it.
 pub(in crate::vmm) fn open_tap(name: &str) -> Result<File> {
+    let cannot = |e| Error::io(format!("cannot open the network interface {name}"), e);
+    let make = format!("make it as root: ip tuntap add dev {name} mode tap user USER && ip link set {name} up");
+    // The kernel would make it, for as long as the guest runs.
+    if !tap::exists(name).map_err(cannot)? {
+        return Err(Error::not_found(format!("this host has no network interface {name}")).hint(make));
+    }
     tap::open(name).map_err(|e| {
-        let error = Error::io(format!("cannot open the network interface {name}"), e);
+        if e.kind() == io::ErrorKind::InvalidInput {
+            return Error::usage(format!("the network interface {name} is no tap with one queue"))
+                .because(e)
+                .hint(make);
+        }
+        let error = cannot(e);
         match error.kind() {
-            Kind::Denied => error.hint(format!("as root: ip tuntap add {name} mode tap user USER")),
+            Kind::Denied => error.hint(format!("as root: ip tuntap add dev {name} mode tap user USER")),
             Kind::Busy => error.hint("another program has it open"),
             Kind::NotFound => error.hint("the host has no /dev/net/tun: modprobe tun"),
             _ => error,
