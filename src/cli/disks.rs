@@ -34,7 +34,8 @@ impl Create {
 /// Make a disk from an image file
 ///
 /// Holes of the image stay holes. The image is only read. Where there is no room it ends, and there is no disk then: a new one
-/// does not wait for room (see afterimage-set(1)).
+/// does not wait for room (see afterimage-set(1)). An import whose process is killed leaves a disk by the name of
+/// DISK~import- and eight more characters: remove it, and import again.
 #[derive(Debug, Args)]
 pub(super) struct Import {
     /// The image

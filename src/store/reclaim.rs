@@ -262,7 +262,8 @@ impl Store {
             }
         }
         let mut below = Around::below(node);
-        while let Some(theirs) = self.look_around(&mut below, chunk, |_| false)? {
+        while !(rows.is_empty() && free.is_empty()) {
+            let Some(theirs) = self.look_around(&mut below, chunk, |_| false)? else { break };
             rows.retain(|row| theirs.row != Some(*row));
             subtract(&mut free, &theirs.entry);
         }

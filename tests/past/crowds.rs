@@ -22,9 +22,10 @@ fn the_clones_of_a_base_that_is_gone_cost_each_other_nothing() {
     for n in 0..CLONES {
         snapshot::clone(&pool.store, "golden", "s", &format!("c{n}")).unwrap();
     }
+    let looks = || pool.store.counters.looks_around.load(Ordering::Relaxed);
     disk::remove(&pool.store, "golden", true).unwrap();
     pool.store.reclaim_wait(&Silent).unwrap();
-    let looks = || pool.store.counters.looks_around.load(Ordering::Relaxed);
+    assert!(looks() <= 8, "{} were asked to remove their base", looks());
     let open = |n: u64| disk::open(&pool.store, &format!("c{n}")).unwrap();
 
     let before = looks();
