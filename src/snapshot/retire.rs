@@ -68,7 +68,7 @@ pub fn retire(store: &Arc<Store>, targets: &[(String, String)]) -> Result<Vec<Sn
 
 /// Records are named after the identity of a snapshot, so only one of several with the same can be retired.
 fn refuse_twin(tables: &Tables, row: &StateRow, disk: &str) -> Result<()> {
-    let states = tables.states_with(Status::Retired).map(|(_, state)| state);
+    let states = tables.states().map(|(_, state)| state).filter(|state| state.status == Status::Retired);
     let all = states.chain(tables.all_retired().map(|(_, retired)| &retired.state));
     let mut twins = all.filter(|other| other.uuid == row.uuid && other.snapshot != row.snapshot);
     let Some(twin) = twins.next() else { return Ok(()) };
@@ -127,7 +127,8 @@ fn record_one(store: &Store) -> Result<bool> {
     let passed_by = store.unrecorded();
     let next = {
         let tables = store.tables.read();
-        let found = tables.states_with(Status::Retired).find(|(_, row)| !passed_by.contains_key(&row.snapshot));
+        let found =
+            tables.states().find(|(_, row)| row.status == Status::Retired && !passed_by.contains_key(&row.snapshot));
         found.map(|(key, row)| (key, row.snapshot, row.name.clone()))
     };
     let Some((key, id, name)) = next else { return Ok(false) };

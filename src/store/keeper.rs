@@ -142,7 +142,10 @@ impl Store {
         if self.ledger.writable().is_err() {
             return Ok(false);
         }
-        let fold = |store: &Self| Ok(store.ledger.journal_percent() >= FOLD_AT && store.fold()?);
+        let fold = |store: &Self| {
+            let due = store.ledger.journal_percent() >= FOLD_AT || store.ledger.is_littered();
+            Ok(due && store.fold()?)
+        };
         let punch = |store: &Self| {
             let punched = store.punch_step(true)? > 0;
             if punched {

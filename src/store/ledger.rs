@@ -43,6 +43,10 @@ pub type WhenFull = Box<dyn Fn(&Error) -> bool + Send + Sync>;
 /// Folds that are tried before the journal counts as too small for what is queued.
 const FOLDS_MAX: usize = 3;
 
+/// Deleted rows of the map and its index at which a fold is worth it. The catalog has them until then, and whoever reads a range
+/// passes them: each of thousands of snapshots that are retired or deleted in one go would pass those of all before it.
+const DELETED_MAX: usize = 1024;
+
 /// A place in the order of all submits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub struct Ticket(u64);
@@ -94,6 +98,8 @@ pub struct Ledger {
     room: AtomicUsize,
     /// A fold dropped copies of blocks, and no frame says so yet.
     untold: AtomicBool,
+    /// Rows of the map and its index that were deleted since the last fold.
+    deleted: AtomicUsize,
     /// Frames written and folds done, for the metrics.
     pub counters: LedgerCounters,
 }
@@ -146,6 +152,7 @@ impl Ledger {
             durable: AtomicU64::new(0),
             room,
             untold: AtomicBool::new(false),
+            deleted: AtomicUsize::new(0),
             counters: LedgerCounters::default(),
         })
     }
@@ -215,6 +222,9 @@ impl Ledger {
         }
         let pending = &mut layers.pending;
         for row in rows {
+            if row.value.is_none() && matches!(row.key.parts(), Ok(KeyParts::Map(..) | KeyParts::Index(..))) {
+                self.deleted.fetch_add(1, Ordering::Relaxed);
+            }
             encode_row(&row, &mut pending.body);
             pending.rows += 1;
             pending.layer.insert(row.key, row.value.map(Arc::from));
@@ -372,6 +382,8 @@ impl Ledger {
                 layers.folding = Layer::new();
                 writer.journal.folded(mark);
                 self.room.store(writer.journal.room(), Ordering::Release);
+                // Those of meanwhile count late: it is about how many there are, not about each.
+                self.deleted.store(0, Ordering::Relaxed);
                 self.counters.folds.fetch_add(1, Ordering::Relaxed);
                 Ok(true)
             }
@@ -421,6 +433,11 @@ impl Ledger {
     /// Returns the catalog as of the last fold.
     pub fn view(&self) -> Arc<View> {
         Arc::clone(&self.layers.lock().view)
+    }
+
+    /// Tells whether so many rows wait to be deleted that those who walk over the map pass them again and again.
+    pub fn is_littered(&self) -> bool {
+        self.deleted.load(Ordering::Relaxed) >= DELETED_MAX
     }
 
     /// Returns how full the journal is, from 0 to 100.

@@ -100,6 +100,20 @@ fn snapshot(tables: &Tables, row: &StateRow) -> SnapshotInfo {
     }
 }
 
+impl Tables {
+    /// Returns a disk as people call it, for a message.
+    #[must_use]
+    pub fn called(&self, id: DiskId) -> String {
+        self.disk(id).map_or_else(|_| "that was removed".to_owned(), |row| format!("'{}'", row.name))
+    }
+
+    /// Returns a snapshot as people call it, for a message.
+    #[must_use]
+    pub fn called_snapshot(&self, row: &StateRow) -> String {
+        self.disk(row.disk).map_or_else(|_| format!("'{}'", row.name), |disk| format!("'{}@{}'", disk.name, row.name))
+    }
+}
+
 impl Store {
     fn disk_of(&self, tables: &Tables, id: DiskId) -> Result<DiskInfo> {
         let row = tables.disk(id)?;

@@ -112,10 +112,7 @@ impl Store {
     /// # Errors
     /// When the catalog cannot be read; `ReadOnly` when the pool refuses writes.
     pub fn drop_stamps(&self) -> Result<bool> {
-        let (stamps, states) = {
-            let tables = self.tables.read();
-            (tables.stamp_count(), tables.state_count() + tables.retired_count())
-        };
+        let (stamps, states) = self.tables.read().stamp_counts();
         if stamps < 2 * states.max(self.stamps_needed.load(std::sync::atomic::Ordering::Relaxed)) + STAMPS_SPARE {
             return Ok(false);
         }

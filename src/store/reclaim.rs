@@ -149,7 +149,7 @@ impl Store {
     pub fn reclaim_one(&self) -> Result<bool> {
         let next = {
             let tables = self.tables.read();
-            let mut dying = tables.states_with(Status::Dying);
+            let mut dying = tables.states().filter(|(_, row)| row.status == Status::Dying);
             dying.find(|(_, row)| !self.is_held_open(row.snapshot)).map(|(key, _)| key)
         };
         let Some(node) = next else { return Ok(false) };

@@ -31,8 +31,6 @@ pub struct Tables {
     branches: BTreeMap<BranchId, BranchRow>,
     offspring: HashMap<BranchId, BTreeSet<(Epoch, BranchId)>>,
     states: BTreeMap<StateKey, StateRow>,
-    /// The states of each status, so that who looks for work of the background does not go over all snapshots.
-    by_status: HashMap<Status, BTreeSet<StateKey>>,
     /// How often a state has become one that can be read.
     readable_news: u64,
     snapshot_ids: HashMap<SnapshotId, StateKey>,
@@ -146,7 +144,6 @@ impl Tables {
     fn set_state(&mut self, key: StateKey, row: StateRow) {
         self.last_stamp = self.last_stamp.max(row.stamp);
         self.unset_state(key);
-        self.by_status.entry(row.status).or_default().insert(key);
         self.readable_news += u64::from(row.status.readable());
         self.snapshot_ids.insert(row.snapshot, key);
         self.enter_name(&row);
@@ -156,9 +153,6 @@ impl Tables {
 
     fn unset_state(&mut self, key: StateKey) {
         let Some(old) = self.states.remove(&key) else { return };
-        if let Some(list) = self.by_status.get_mut(&old.status) {
-            list.remove(&key);
-        }
         self.snapshot_ids.remove(&old.snapshot);
         self.strike_name(&old);
         if let Some(list) = self.by_disk.get_mut(&old.disk) {
@@ -236,20 +230,6 @@ impl Tables {
         self.disks.get(&id).ok_or_else(|| Error::not_found("the disk was removed"))
     }
 
-    /// Returns a disk as people call it, for a message.
-    #[must_use]
-    pub fn called(&self, id: DiskId) -> String {
-        self.disks.get(&id).map_or_else(|| "that was removed".to_owned(), |row| format!("'{}'", row.name))
-    }
-
-    /// Returns a snapshot as people call it, for a message.
-    #[must_use]
-    pub fn called_snapshot(&self, row: &StateRow) -> String {
-        self.disks
-            .get(&row.disk)
-            .map_or_else(|| format!("'{}'", row.name), |disk| format!("'{}@{}'", disk.name, row.name))
-    }
-
     /// Tells whether a disk has that name.
     #[must_use]
     pub fn has_disk(&self, name: &str) -> bool {
@@ -290,17 +270,6 @@ impl Tables {
     /// Returns all ended epochs.
     pub fn states(&self) -> impl Iterator<Item = (StateKey, &StateRow)> {
         self.states.iter().map(|(key, row)| (*key, row))
-    }
-
-    /// Returns the ended epochs of a status.
-    pub fn states_with(&self, status: Status) -> impl Iterator<Item = (StateKey, &StateRow)> {
-        self.by_status.get(&status).into_iter().flatten().map(|key| (*key, &self.states[key]))
-    }
-
-    /// Returns how many ended epochs there are.
-    #[must_use]
-    pub fn state_count(&self) -> usize {
-        self.states.len()
     }
 
     /// Returns a number that grows whenever there is a state to read that was not there before.
@@ -389,12 +358,6 @@ impl Tables {
         self.retired_by_branch.range(range).map(|(_, _, id)| (*id, &self.retired[id]))
     }
 
-    /// Returns how many retired snapshots have records that are files.
-    #[must_use]
-    pub fn retired_count(&self) -> usize {
-        self.retired.len()
-    }
-
     /// Returns all retired snapshots whose records are files.
     pub fn all_retired(&self) -> impl Iterator<Item = (SnapshotId, &RetiredRow)> {
         self.retired.iter().map(|(id, row)| (*id, row))
@@ -406,10 +369,10 @@ impl Tables {
         self.stamps.get(&epoch).copied().unwrap_or(epoch.0)
     }
 
-    /// Returns how many stamps there are.
+    /// Returns how many stamps there are, and how many ended epochs and retired snapshots.
     #[must_use]
-    pub fn stamp_count(&self) -> usize {
-        self.stamps.len()
+    pub fn stamp_counts(&self) -> (usize, usize) {
+        (self.stamps.len(), self.states.len() + self.retired.len())
     }
 
     /// Returns all stamps.
