@@ -7,7 +7,7 @@ use uuid::Uuid;
 use crate::clock;
 use crate::error::{Error, Result};
 use crate::store::rows::BranchRow;
-use crate::store::{Change, DiskInfo, DiskRow, Edit, Settings, Status, Store, record_path};
+use crate::store::{Change, DiskInfo, DiskRow, Edit, Settings, Status, Store};
 use crate::units::{BlockAddress, BranchId, DISK_SIZE_MAX, DiskId, Epoch};
 
 const DISK_NAME_MAX: usize = 128;
@@ -168,7 +168,7 @@ pub fn remove(store: &Arc<Store>, name: &str, recursive: bool) -> Result<()> {
         }
         let mut edit = Edit::new(&mut tables);
         Store::abandon_head(&mut edit, &line, id, &row);
-        let records: Vec<_> = edit.tables.retired_of(id).map(|(_, row)| record_path(row.state.uuid)).collect();
+        let records: Vec<_> = edit.tables.retired_of(id).map(|(_, row)| row.state.uuid).collect();
         end_snapshots(&mut edit, id, &row)?;
         keep_last_stamp(&mut edit, id, &row)?;
         edit.delete_disk(id);
@@ -179,22 +179,15 @@ pub fn remove(store: &Arc<Store>, name: &str, recursive: bool) -> Result<()> {
     drop(order);
     store.ledger.wait(ticket)?;
     store.forget_head(id);
-    remove_records(store, name, &records);
+    for record in records {
+        // One that stays is removed at the next opening: nothing names it.
+        if let Err(error) = store.remove_record(record) {
+            tracing::warn!("a record of the removed disk '{name}' stays for now: {error}");
+        }
+    }
     store.tell(&Change::Disk { id, name: name.to_owned(), was: None, gone: true, resized: false, data: false });
     store.wake_keeper();
     Ok(())
-}
-
-/// Removes the records of a disk that is gone. One that stays is removed at the next opening: nothing names it.
-fn remove_records(store: &Store, disk: &str, paths: &[String]) {
-    for path in paths {
-        match store.media().remove(path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                tracing::warn!("cannot remove {path} of the removed disk '{disk}': {error}");
-            }
-            _ => {}
-        }
-    }
 }
 
 /// Ends every snapshot of a disk that goes, retired ones too.

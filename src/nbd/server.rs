@@ -28,7 +28,7 @@ use super::serve::Session;
 use super::tls::Tls;
 use crate::budget::Budget;
 use crate::clock;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, lacks_descriptors};
 use crate::sync::{Condvar, Mutex};
 
 /// How long the end of the server waits for clients to take their replies, and then for I/O under way.
@@ -199,14 +199,24 @@ impl Drop for Server {
 }
 
 fn accept(shared: &Arc<Shared>) {
+    let mut told = false;
     for number in 0.. {
         let accepted = shared.listener.accept();
         if shared.stopping.load(Ordering::Acquire) {
             return;
         }
         match accepted {
-            Ok(socket) => begin(shared, number, socket),
+            Ok(socket) => {
+                told = false;
+                begin(shared, number, socket);
+            }
             Err(error) => {
+                if lacks_descriptors(&error) && !std::mem::replace(&mut told, true) {
+                    tracing::error!(
+                        "no NBD client can connect now, for this process has no more descriptors: {error}; raise the limit of \
+                         open files: LimitNOFILE=, ulimit -n"
+                    );
+                }
                 tracing::debug!("no NBD connection was accepted: {error}");
                 // Out of descriptors, or the client has gone again.
                 clock::sleep(REST);

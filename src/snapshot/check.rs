@@ -40,13 +40,7 @@ pub fn check(store: &Arc<Store>, repair: bool, progress: &dyn Progress) -> Resul
         let hint = error.next_step().map(|hint| format!("; {hint}")).unwrap_or_default();
         report.wrong(format!("the retired snapshot '{name}' cannot be the base of a diff: {error}{hint}"));
     }
-    for (id, why) in store.unrecorded() {
-        let Ok(info) = store.snapshot_info_by_id(id) else { continue };
-        report.wrong(format!(
-            "the record of the retired snapshot '{}@{}' cannot be written: {why}",
-            info.disk, info.name
-        ));
-    }
+    store.unwritten_records().for_each(|what| report.wrong(what));
     Ok(report)
 }
 

@@ -74,7 +74,7 @@ pub fn remove(store: &Arc<Store>, disk: &str, snapshot: &str) -> Result<()> {
     };
     store.ledger.wait(ticket)?;
     if recorded {
-        super::retire::remove_record(store, old.uuid)?;
+        store.remove_record(old.uuid)?;
     }
     let (disk, disk_name, id) = (old.disk, disk.to_owned(), old.snapshot);
     let retired = old.status == Status::Retired;

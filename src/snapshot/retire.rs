@@ -21,7 +21,7 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-use super::record::{self, Record, RecordIdentity, record_path};
+use super::record::{self, Record, RecordIdentity};
 use crate::error::{Error, Kind, Result};
 use crate::media::File;
 use crate::pool::RETIRED_DIR;
@@ -188,7 +188,7 @@ fn replace_state(store: &Store, key: StateKey, row: RetiredRow) -> Result<()> {
         let now = tables.state(key).filter(|now| now.status == Status::Retired).cloned();
         let Some(now) = now.filter(|now| now.snapshot == row.state.snapshot) else {
             drop(tables);
-            return remove_record(store, row.state.uuid);
+            return store.remove_record(row.state.uuid);
         };
         let mut edit = Edit::new(&mut tables);
         edit.change_state(key, |state| {
@@ -203,14 +203,6 @@ fn replace_state(store: &Store, key: StateKey, row: RetiredRow) -> Result<()> {
     store.ledger.wait(ticket)?;
     store.wake_keeper();
     Ok(())
-}
-
-/// Removes the record of a snapshot that is gone; a file that is gone too is no error.
-pub(super) fn remove_record(store: &Store, snapshot: Uuid) -> Result<()> {
-    match store.media().remove(&record_path(snapshot)) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io("cannot remove a record", e)),
-        _ => Ok(()),
-    }
 }
 
 /// Brings a record that the pool has lost back from a copy. A snapshot that was deleted comes back as a retired one.
@@ -276,7 +268,7 @@ fn forget_copy(store: &Store, tables: &Tables, identity: &RecordIdentity) {
     if tables.all_retired().any(|(_, row)| row.state.uuid == uuid) {
         return;
     }
-    if let Err(error) = remove_record(store, uuid) {
+    if let Err(error) = store.remove_record(uuid) {
         tracing::warn!("the record of a snapshot that was not brought back stays: {error}");
     }
 }

@@ -31,6 +31,18 @@ pub fn record_path(snapshot: Uuid) -> String {
 }
 
 impl Store {
+    /// Removes the record of a snapshot that is gone; a file that is gone too is no error.
+    ///
+    /// # Errors
+    /// Any error of the host; nothing names the file, and the next opening removes it.
+    pub fn remove_record(&self, snapshot: Uuid) -> Result<()> {
+        let path = record_path(snapshot);
+        match self.media.remove(&path) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(format!("cannot remove {path}"), e)),
+            _ => Ok(()),
+        }
+    }
+
     /// Notes what was found about a record; `None` when it was whole.
     pub fn note_record(&self, id: SnapshotId, fault: Option<RecordFault>) {
         let mut faults = self.record_faults.lock();
@@ -88,15 +100,19 @@ impl Store {
         Ok(faults)
     }
 
+    /// Says of each record that could not be written why.
+    pub fn unwritten_records(&self) -> impl Iterator<Item = String> {
+        self.unrecorded().into_iter().filter_map(|(id, why)| {
+            let info = self.snapshot_info_by_id(id).ok()?;
+            Some(format!("the record of the retired snapshot '{}@{}' cannot be written: {why}", info.disk, info.name))
+        })
+    }
+
     /// Says which records are missing, damaged, or could not be written, if any is.
     #[must_use]
     pub fn record_damage(&self) -> Option<String> {
-        if let Some((id, why)) = self.unrecorded().into_iter().next() {
-            let info = self.snapshot_info_by_id(id).ok()?;
-            return Some(format!(
-                "the record of the retired snapshot '{}@{}' cannot be written: {why}",
-                info.disk, info.name
-            ));
+        if let Some(first) = self.unwritten_records().next() {
+            return Some(first);
         }
         let faults = match self.all_record_faults() {
             Ok(faults) => faults,

@@ -11,8 +11,8 @@
 //! 2. The file never shows a byte that was not asked for, except to a snapshot taken through the command line while the
 //!    copy is under way, and after a crash in that time: there the whole source may be seen.
 //! 3. A gap between pieces is a hole: the bytes of the source that were skipped are zeroed.
-//! 4. Work per call is bounded (`COPY_MAX`), since a call cannot be interrupted and holds a thread; callers go on
-//!    after a short answer, as they must.
+//! 4. Work per call is bounded (`COPY_MAX`), since a call that does not wait on purpose cannot be interrupted and holds a
+//!    thread; callers go on after a short answer, as they must.
 
 use std::sync::atomic::Ordering;
 

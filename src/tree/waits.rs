@@ -4,8 +4,9 @@
 //! # Rules
 //! 1. An operation that waits has no thread, and holds nothing that another one needs: it fails, is undone, and is attempted
 //!    again when it is worth it ([`crate::store::Need`]).
-//! 2. The kernel says when a signal has come for whoever asked (INTERRUPT): what waits then is answered with EINTR, also when
-//!    it begins to wait after that. What does not wait is done as if nothing had happened.
+//! 2. The kernel says when a signal has come for whoever asked (INTERRUPT), of reads and writes as of fallocate(2) and
+//!    copy_file_range(2): what waits then is answered with EINTR, also when it begins to wait after that. What does not wait
+//!    is done as if nothing had happened.
 //! 3. Of asynchronous I/O the kernel does not say it, and fuser does not pass it on: a process that is ending is found out
 //!    now and then, a few times a second. Which one it is is noted when the waiting begins, also for what the thread asks
 //!    later: a killed program leaves requests in the kernel that come when their thread has ended. Where a thread has ended

@@ -24,6 +24,7 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use rustix::fs::{AtFlags, FileType, StatxFlags};
 use rustix::net::{AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags};
 
+use crate::error::lacks_descriptors;
 use crate::sys::apart;
 
 /// Threads that wait to close something, of one disk, at most.
@@ -101,7 +102,11 @@ fn local_file(file: BorrowedFd<'_>) -> Result<(), &'static str> {
         let system = rustix::fs::fstatfs(file).map_err(|_| unknown)?;
         return if system.f_type.cast_unsigned() == FUSE { Err("a file of a FUSE mount") } else { Ok(()) };
     }
-    let mounts = fs::read_to_string("/proc/thread-self/mountinfo").map_err(|_| unknown)?;
+    let mounts =
+        fs::read_to_string("/proc/thread-self/mountinfo").map_err(|error| match lacks_descriptors(&error) {
+            true => "not known what, for this process has no more descriptors",
+            false => unknown,
+        })?;
     let named = mounts.lines().find_map(|line| {
         let (id, rest) = line.split_once(' ')?;
         let (_, system) = rest.split_once(" - ")?;
@@ -122,6 +127,8 @@ pub(super) enum Verdict {
     Gone,
     /// It must not be received.
     Refused(String),
+    /// This process has no room for all the descriptors that it brings, which is nobody else's fault.
+    Lacks,
 }
 
 /// Looks at the messages of one connection.
@@ -199,10 +206,10 @@ fn look(stream: BorrowedFd<'_>) -> (Verdict, Vec<OwnedFd>) {
         return (Verdict::Gone, seen);
     }
     let wrong = seen.iter().find_map(|file| Kind::of(file.as_fd()).err());
-    let verdict = if let Some(what) = wrong {
+    let verdict = if message.flags.contains(ReturnFlags::CTRUNC) {
+        Verdict::Lacks
+    } else if let Some(what) = wrong {
         Verdict::Refused(format!("a descriptor that may make others wait: {what}"))
-    } else if message.flags.contains(ReturnFlags::CTRUNC) {
-        Verdict::Refused("more descriptors than this process has room for".into())
     } else if message.bytes < HEAD {
         // What comes with the rest of it was not looked at.
         Verdict::Refused("a message in parts".into())

@@ -29,9 +29,10 @@ use vhost::vhost_user::{BackendReqHandler, Error as ProtocolError};
 use super::bell;
 use super::sent::{HEAD, Inspector, Verdict};
 use super::service::Target;
-use super::session::Session;
+use super::session::{Session, failed};
 use crate::budget::Pot;
 use crate::clock::{self, Instant};
+use crate::error::lacks_descriptors;
 use crate::media::socket::Socket;
 use crate::sync::{Condvar, Mutex};
 
@@ -271,6 +272,7 @@ fn listen(stream: UnixStream, peeked: &UnixStream, inspector: &Inspector, line: 
             Verdict::Fine => {}
             Verdict::Gone => break ProtocolError::Disconnected,
             Verdict::Refused(what) => break ProtocolError::ReqHandlerError(io::Error::other(what)),
+            Verdict::Lacks => break failed(io::Error::from_raw_os_error(libc::EMFILE)),
         }
         if let Some(channel) = peek_channel(peeked) {
             *shared.channel.lock() = Some(channel);
@@ -284,6 +286,8 @@ fn listen(stream: UnixStream, peeked: &UnixStream, inspector: &Inspector, line: 
     match ended {
         ProtocolError::Disconnected | ProtocolError::SocketBroken(_) => tracing::debug!("a front end has gone"),
         error if shared.stops() => tracing::debug!("a front end was disconnected: {error}"),
+        // The log has it already.
+        ProtocolError::ReqHandlerError(error) if lacks_descriptors(&error) => {}
         error => tracing::warn!("a front end was disconnected, for it sent something that cannot be: {error}"),
     }
 }

@@ -24,6 +24,7 @@ use super::sent::Kind;
 use super::server::Line;
 use super::service::Target;
 use crate::budget::{Pot, Share};
+use crate::error::lacks_descriptors;
 use crate::sync::Mutex;
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
@@ -180,9 +181,16 @@ impl State {
     }
 }
 
-/// Says in the log why something is refused.
+/// Says in the log why something is refused, and what to do where it is the host that lacks something.
 pub(super) fn failed(error: io::Error) -> Error {
-    tracing::warn!("a front end asks for something that cannot be: {error}");
+    if lacks_descriptors(&error) {
+        tracing::error!(
+            "a front end was disconnected, for this process has no more descriptors: {error}; raise the limit of open files: \
+             LimitNOFILE=, ulimit -n"
+        );
+    } else {
+        tracing::warn!("a front end asks for something that cannot be: {error}");
+    }
     Error::ReqHandlerError(error)
 }
 

@@ -360,6 +360,39 @@ fn a_program_that_is_killed_ends_and_leaves_no_lease() {
     }
 }
 
+/// Zeroing a part of a block that a snapshot has, and copying, need a block too.
+#[test]
+fn a_program_that_zeroes_or_copies_can_be_killed_as_well() {
+    if !crate::real::require_programs(&["xfs_io"]) {
+        return;
+    }
+    for (work, more) in [("fzero", "100 100"), ("copy_range", "-s 0 -d 1M -l 4096 SNAPSHOT")] {
+        for signal in [rustix::process::Signal::KILL, rustix::process::Signal::INT] {
+            let Some(server) = Server::mounted() else { return };
+            let file = std::fs::OpenOptions::new().write(true).open(server.disk("web")).unwrap();
+            file.write_all_at(&[1; BLOCK], 0).unwrap();
+            drop(file);
+            server.json("snapshot web@s");
+            server.json("set web enospc=wait quota=4K");
+            let snapshot = server.it.path("mnt/snapshots/web/s.raw");
+            let words = format!("{work} {}", more.replace("SNAPSHOT", snapshot.to_str().unwrap()));
+            let disk = server.disk("web");
+            let mut program = crate::real::command("xfs_io", ["-c", &words, disk.to_str().unwrap()])
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .spawn()
+                .unwrap();
+            wait_for("it waits for room", || waiting(&server) > 0);
+            assert!(program.try_wait().unwrap().is_none(), "{work}");
+            rustix::process::kill_process(rustix::process::Pid::from_child(&program), signal).unwrap();
+            assert!(!ends(&mut program).success(), "{work}");
+            wait_for("the lease falls", || server.holder("web").is_none());
+            assert_eq!(waiting(&server), 0);
+            server.json("umount DIR/mnt");
+        }
+    }
+}
+
 #[test]
 fn a_program_with_asynchronous_io_can_be_killed_as_well() {
     if !crate::real::require_programs(&["fio"]) {
