@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use super::exports::machine_holder;
 use super::{Client, Request, Response};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::progress::{Progress, Silent};
 use crate::sync::Mutex;
 use crate::vmm::{Disks, Taken, Taking};
@@ -40,7 +40,12 @@ impl PoolDisks {
     /// Why there are none.
     pub fn take(&self, disks: &[String], checkpoint: &str, told: &Sender<()>) -> Result<Vec<Taken>> {
         let request = Request::CheckpointDisks { checkpoint: checkpoint.to_owned(), disks: disks.to_vec() };
-        let answer = self.client()?.ask(&request, &Told(Mutex::new(told.clone())))?;
+        let renamed = "was it renamed? start the machine with the new name first";
+        let answer =
+            self.client()?.ask(&request, &Told(Mutex::new(told.clone()))).map_err(|error| match error.kind() {
+                Kind::NotFound => error.hint(renamed),
+                _ => error,
+            })?;
         let strange = || Error::failed("the server of the pool gave an answer that makes no sense");
         let machine = checkpoint.split('@').next().unwrap_or_default();
         let Response::Snapshots { snapshots, .. } = answer else { return Err(strange()) };
@@ -51,7 +56,7 @@ impl PoolDisks {
             // A machine knows its disks by the names they had: another disk may be called so by now.
             if disk.holder != Some(machine_holder(machine)) {
                 let what = format!("the disk '{}' is not one of the virtual machine '{machine}' any more", disk.name);
-                return Err(Error::failed(what).hint("was it renamed? start the machine with the new name first"));
+                return Err(Error::failed(what).hint(renamed));
             }
             taken.push(Taken { disk: snapshot.disk, disk_uuid: disk.uuid, name: snapshot.name, uuid: snapshot.uuid });
         }

@@ -108,12 +108,6 @@ impl Layer {
         &self.header.geometry
     }
 
-    /// Returns bytes of the file.
-    #[must_use]
-    pub fn length(&self) -> u64 {
-        self.layout.length
-    }
-
     /// Returns the bytes that the file takes on the host.
     ///
     /// # Errors

@@ -50,6 +50,10 @@ pub(super) struct Checkpoint {
     #[arg(long = "as", value_name = "NAME")]
     checkpoint: String,
     /// Save only what was written since the last checkpoint, which is needed from then on
+    ///
+    /// The last of this life of the machine, that is: the first after it was started or restored is made without this. It is
+    /// noted what a guest writes to from its first checkpoint on, and not before: noting takes time at each first write to a
+    /// part of its memory, and after a restore it would take time before the guest runs.
     #[arg(long)]
     incremental: bool,
 }

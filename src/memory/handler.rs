@@ -1,8 +1,9 @@
 //! The thread that answers faults.
 //!
 //! # Rules
-//! 1. It takes no lock that anybody holds while they wait, allocates nothing, and never touches guest memory: whoever it serves may be
-//!    the thread that holds any lock of the machine. It reads what it captures from the file of the memory.
+//! 1. It takes no lock that anybody holds while they wait for a disk or for the guest, and never touches guest memory: whoever it serves
+//!    may be the thread that holds any lock of the machine. It reads what it captures from the file of the memory. While it serves a
+//!    save it allocates nothing; what is wanted of a restore, and why a save has failed, it notes in memory of its own.
 //! 2. It reads all messages there are, does what removals say first, and then answers faults: the kernel hands a fault out before
 //!    the removal that it follows from.
 //! 3. It waits for nothing but room in the ring of a save, and for the 64 KiB that another thread is copying. A fault that has to wait for

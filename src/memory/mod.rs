@@ -25,7 +25,7 @@
 //! | `faults` | as long as the [`Watch`] | ppoll, read, pread64, ioctl |
 //! | `save-sweep` | during a save | lseek, pread64, pwrite64, ioctl |
 //! | `save-caught` | during a save | pwrite64, ioctl |
-//! | `fill-N` | during a restore | pread64, ioctl |
+//! | `fill-N` | during a restore | pread64, ioctl; the last of them closes the checkpoint |
 //!
 //! Whoever calls: those of opening and committing a checkpoint, `clone` for the threads, eventfd2, ioctl, lseek, fstat and fstatfs. The userfaultfd is
 //! opened ([`Watch::open`]) before rights are given up. Each `fill-N` may wait for the disk, and no other thread waits for one.

@@ -5,7 +5,8 @@
 //!    rights up, and nothing is registered while nobody saves, tracks or restores.
 //! 2. A page block that is not protected is in `open`, or nobody tracks. To protect: out of `open`, then the call. To let writes
 //!    through: the call, then into `open`. So whatever way the two meet, a page block outside `open` is protected.
-//! 3. What is written to is in `changed` before a cut looks at it: the thread of the faults is kept outside meanwhile ([`Gate`]).
+//! 3. What is written to is in `changed` before a cut looks at it: the thread of the faults lets nobody write meanwhile ([`Gate`]). It
+//!    goes on to read messages, and what it hears of removals then makes the cut fail.
 //! 4. Memory that somebody takes away counts as written. If a save has not captured it yet, the save fails.
 //! 5. The kernel tells that memory is about to be taken away, and not when it is gone; protection goes with it. So nothing is protected,
 //!    and there is no cut, between the two: who takes memory away, and who does these, keep each other out ([`Watch::give_back`]).

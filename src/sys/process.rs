@@ -3,6 +3,7 @@
 
 use std::ffi::CString;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::ptr;
 
@@ -47,21 +48,42 @@ pub fn limit_arenas(parts: libc::c_int) {
 
 /// Lets go of the pages of this program and its libraries that are mapped; what runs from here on maps what it needs again.
 /// Most of what a process has executed it needed to begin with.
-pub fn let_go_of_code() -> io::Result<()> {
-    for line in std::fs::read_to_string("/proc/self/maps")?.lines() {
-        let mut words = line.split_ascii_whitespace();
-        let (Some(range), Some("r-xp"), Some(path)) = (words.next(), words.next(), words.nth(3)) else { continue };
-        let ends = range
-            .split_once('-')
-            .map(|(start, end)| (usize::from_str_radix(start, 16), usize::from_str_radix(end, 16)));
-        let Some((Ok(start), Ok(end))) = ends else { continue };
-        if path.starts_with('/') {
-            let at = ptr::without_provenance_mut(start);
-            // SAFETY: code of a file, which nobody writes to: a page that is let go is read from the file again.
-            unsafe { rustix::mm::madvise(at, end - start, rustix::mm::Advice::LinuxDontNeed) }?;
-        }
+pub fn let_go_of_code() {
+    let let_go = |range: Range<usize>| {
+        let at = ptr::without_provenance_mut(range.start);
+        // SAFETY: pages of a file, which nobody writes to: one that is let go is read from the file again.
+        unsafe { rustix::mm::madvise(at, range.end - range.start, rustix::mm::Advice::LinuxDontNeed) }
+    };
+    let maps = std::fs::read_to_string("/proc/self/maps");
+    if let Err(error) = maps.and_then(|maps| Ok(code(&maps).into_iter().try_for_each(let_go)?)) {
+        tracing::debug!("the code that was needed to begin with stays in memory: {error}");
     }
-    Ok(())
+}
+
+/// Finds in a list of mappings (proc_pid_maps(5)) those of code, and of the constants that linkers put right before it. What can
+/// be read alone and lies behind the code was written to when the program began, and is not in its file.
+fn code(maps: &str) -> Vec<Range<usize>> {
+    let mut found: Vec<Range<usize>> = Vec::new();
+    let mut before = None;
+    for line in maps.lines() {
+        let mut words = line.split_ascii_whitespace();
+        let (Some(range), Some(may), path) = (words.next(), words.next(), words.nth(3)) else { continue };
+        let ends = range.split_once('-').map(|(start, end)| (parse(start), parse(end)));
+        let Some((Some(start), Some(end))) = ends else { continue };
+        let path = path.filter(|path| path.starts_with('/'));
+        if let (Some(path), "r-xp") = (path, may) {
+            let constants =
+                before.take().filter(|(of, range): &(&str, Range<usize>)| *of == path && range.end == start);
+            found.extend(constants.map(|(_, range)| range));
+            found.push(start..end);
+        }
+        before = path.filter(|_| may == "r--p").map(|path| (path, start..end));
+    }
+    found
+}
+
+fn parse(address: &str) -> Option<usize> {
+    usize::from_str_radix(address, 16).ok()
 }
 
 /// A user of the host.
@@ -118,6 +140,25 @@ pub fn become_user(user: User) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn of_a_program_code_is_let_go_and_the_constants_before_it() {
+        let maps = "1000-3000 r--p 00000000 08:01 7 /usr/bin/it
+3000-9000 r-xp 00002000 08:01 7 /usr/bin/it
+9000-a000 r--p 00008000 08:01 7 /usr/bin/it
+a000-b000 rw-p 00009000 08:01 7 /usr/bin/it
+c000-d000 r-xp 00000000 08:01 8 /lib/one.so
+d000-e000 r--p 00000000 08:01 9 /lib/two.so
+e000-f000 r--p 00001000 08:01 9 /lib/two.so
+10000-11000 r-xp 00002000 08:01 9 /lib/two.so
+12000-13000 r--p 00000000 00:00 0 [vvar]
+13000-14000 r-xp 00000000 00:00 0 [vdso]
+";
+        assert_eq!(code(maps), [0x1000..0x3000, 0x3000..0x9000, 0xc000..0xd000, 0x10000..0x11000]);
+        // It goes on as before.
+        let_go_of_code();
+        assert!(code(&std::fs::read_to_string("/proc/self/maps").unwrap()).len() > 2);
+    }
 
     #[test]
     fn users_are_found_by_name() {

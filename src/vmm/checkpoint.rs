@@ -17,8 +17,8 @@
 //!    machine.
 //!
 //! # After a crash
-//! The file has its name or has it not ([`crate::checkpoint`]). Snapshots of one that has it not are there; they are like any
-//! other.
+//! The file has its name or has it not ([`crate::checkpoint`]). Snapshots of one that has it not are removed when the pool is
+//! opened the next time, when a checkpoint of that name is made, or with `checkpoint rm`.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -85,8 +85,9 @@ impl Runner {
         if incremental {
             plan.parent.clone_from(&last);
             if plan.parent.is_none() {
-                return Err(Error::failed("there is no checkpoint of this life of the machine to base it on")
-                    .hint("make one without --incremental first"));
+                return Err(Error::failed("there is no checkpoint of this life of the machine to base it on").hint(
+                    "make one without --incremental first; nor was it noted what is written to since a restore",
+                ));
             }
         }
         let parent = plan.parent.as_ref().map(|parent| parent.name().to_owned());

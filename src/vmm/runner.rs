@@ -42,6 +42,9 @@ use crate::sys::userfaultfd::Userfault;
 /// How long a guest that is asked to switch itself off may take.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
+/// How long it takes at most, as a rule, until all threads of a guest do what they do from then on.
+const SETTLED: Duration = Duration::from_millis(250);
+
 /// How often the files that are disks are looked at.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -298,9 +301,7 @@ impl Runner {
     /// # Errors
     /// When a thread or a socket cannot be made, or the machine not be made again for a reboot.
     pub fn run(&self, show: Option<Show>) -> Result<Ending> {
-        if let Err(error) = crate::sys::process::let_go_of_code() {
-            tracing::debug!("the code that was needed to begin with stays in memory: {error}");
-        }
+        process::let_go_of_code();
         std::thread::scope(|scope| {
             let _end = End(self);
             let audience = show.map(Audience::new).transpose()?;
@@ -383,10 +384,15 @@ impl Runner {
     /// Looks after the machine until it has ended: at its disks, and at how long it takes to switch itself off.
     fn watch(&self) {
         let mut now = self.now.lock();
+        let mut settled = Some(crate::clock::now() + SETTLED);
         while now.state != State::Ended {
             let next = crate::clock::now() + LOOK;
-            let next = now.deadline.map_or(next, |deadline| deadline.min(next));
+            let next = [now.deadline, settled].into_iter().flatten().fold(next, Instant::min);
             self.changed.wait_until(&mut now, next);
+            if settled.take_if(|settled| crate::clock::now() >= *settled).is_some() {
+                // Threads and devices have begun meanwhile.
+                MutexGuard::unlocked(&mut now, process::let_go_of_code);
+            }
             if now.deadline.is_some_and(|deadline| crate::clock::now() >= deadline)
                 && let Some(machine) = &now.machine
             {

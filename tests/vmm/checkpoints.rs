@@ -194,6 +194,9 @@ fn a_checkpoint_takes_no_other_disk_that_has_the_name_now() {
     place.start("toy", "say=ready echo off", &["--disk", "web"]);
     place.hear("toy", "ready");
     place.0.json(&["rename", "web", "www"]);
+    let (code, error) = place.0.error(&["vm", "checkpoint", "toy", "--as", "one"]);
+    assert_eq!((code, error["kind"].as_str().unwrap()), (3, "not-found"));
+    assert!(error["hint"].as_str().unwrap().contains("was it renamed?"), "{error}");
     place.0.json(&["create", "web", "-s", "1M"]);
     let (_, error) = place.0.error(&["vm", "checkpoint", "toy", "--as", "one"]);
     assert!(error["message"].as_str().unwrap().contains("'web' is not one of the virtual machine 'toy'"), "{error}");

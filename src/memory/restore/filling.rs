@@ -278,11 +278,6 @@ impl Filling {
         self.change(block, Where::Absent, Where::Loading)
     }
 
-    /// Gives a page block back that was taken and is not brought.
-    pub(super) fn lose(&self, block: PageBlock) {
-        self.set(block, Where::Absent);
-    }
-
     /// Says that a page block could not be had.
     pub(super) fn failed(&self, core: &Core, block: PageBlock, error: Error) {
         self.set(block, Where::Failed);

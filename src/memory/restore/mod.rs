@@ -107,7 +107,7 @@ impl Restorer {
         let filling = Arc::new(Filling::new(reader, Arc::clone(&status), &present, &options));
         core.fill_from(Some(Arc::clone(&filling)));
         let mut restorer = Self { core, filling: Arc::downgrade(&filling), status, workers: Vec::new(), checkpoint };
-        // From here on dropping it undoes everything.
+        // From here on dropping it ends it: what is missing is a SIGBUS for who touches it.
         restorer.core.watch_missing(watched(&restorer.core, &present)).map_err(host)?;
         if options.keep_tracking {
             restorer.core.track().map_err(host)?;

@@ -97,13 +97,20 @@ impl Worker<'_> {
     }
 
     fn demand(&mut self, Demand { block, page }: Demand) {
+        if let Some(key) = self.bring(block, page) {
+            self.rest_of(key, block);
+        }
+    }
+
+    /// Brings a page block, unless somebody else does or has; returns the storage block that it came from.
+    fn bring(&mut self, block: PageBlock, page: Option<(u64, Instant)>) -> Option<Key> {
         if !self.filling.win(block) {
-            return;
+            return None;
         }
         match self.filling.reader.place(block) {
             Ok(Found::Stored { layer, stored }) => {
                 self.load(block, layer, &stored, page);
-                self.rest_of((layer, stored.block), block);
+                return Some((layer, stored.block));
             }
             Ok(Found::Zero) => {
                 // Those are there from the beginning; should one not be, it is what it says.
@@ -113,6 +120,7 @@ impl Worker<'_> {
             }
             Err(error) => self.filling.failed(self.core, block, error),
         }
+        None
     }
 
     /// Brings a page block that was taken.
@@ -166,14 +174,7 @@ impl Worker<'_> {
             }
             let block = rest.blocks[rest.next];
             rest.next += 1;
-            if !self.filling.win(block) {
-                continue;
-            }
-            match self.filling.reader.place(block) {
-                Ok(Found::Stored { layer, stored }) => self.load(block, layer, &stored, None),
-                Ok(Found::Zero) => self.filling.lose(block),
-                Err(error) => self.filling.failed(self.core, block, error),
-            }
+            self.bring(block, None);
         }
     }
 

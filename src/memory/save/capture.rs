@@ -74,7 +74,7 @@ pub(in crate::memory) struct Capture {
     /// As the stage, for those who do not wait.
     stopped: AtomicBool,
     error: Mutex<Option<Error>>,
-    /// Why the thread of the faults could not read memory: it makes no error of its own.
+    /// Why the thread of the faults could not read memory, as a number of the host: it allocates nothing while it captures.
     unreadable: AtomicI32,
     /// Where page blocks come from that were not in memory at the cut.
     pub(super) source: Mutex<Option<Arc<Filling>>>,

@@ -1,6 +1,7 @@
 //! Saving the memory of a machine that is stopped and stays so until it is saved: no faults, no ring.
 
-use crate::checkpoint::{PageBlock, Place, Pushed, Staging, Writer, is_zero};
+use super::work::{Holes, Out};
+use crate::checkpoint::{PageBlock, Place, Writer};
 use crate::error::{Error, Result};
 use crate::memory::watch::Watch;
 use crate::progress::Progress;
@@ -19,10 +20,9 @@ pub fn save_stopped(watch: &Watch, writer: &Writer, progress: &dyn Progress) -> 
     }
     let host = |e| Error::io("the memory of the guest cannot be saved", e);
     let filling = core.filling.read().clone();
-    let mut staging = Staging::new(&plan.geometry).map_err(host)?;
+    let (mut out, mut holes) = (Out::new(writer, false)?, Holes::new(core));
     let mut raw = Pages::new(core.geometry.page_block()).map_err(host)?;
     progress.total(core.geometry.page_blocks());
-    let (mut region, mut data) = (usize::MAX, None);
     for number in 0..core.geometry.page_blocks() {
         if progress.cancelled() {
             return Err(Error::new(crate::error::Kind::Cancelled, "the save was given up"));
@@ -30,32 +30,18 @@ pub fn save_stopped(watch: &Watch, writer: &Writer, progress: &dyn Progress) -> 
         progress.advance(1);
         let block = PageBlock(number);
         let span = core.span(block);
-        if span.region != region {
-            (region, data) = (span.region, Some((0, 0)));
-        }
-        let memory = &core.regions[span.region];
         let bytes = &mut raw[..span.length];
         if let Some(filling) = &filling {
             filling.bring(block)?;
             // What was a hole when somebody last looked may be data by now.
-            data = Some((0, 0));
+            holes.forget();
         }
-        if data.is_some_and(|(_, end)| end <= span.offset) {
-            data = memory.next_data(span.offset).map_err(host)?;
-        }
-        if data.is_none_or(|(start, _)| start >= span.offset + span.length as u64) {
+        if holes.has(&span)? {
             writer.set(block, Place::Zero)?;
             continue;
         }
-        memory.read(bytes, span.offset).map_err(host)?;
-        if is_zero(bytes) {
-            writer.set(block, Place::Zero)?;
-        } else if staging.push(block, bytes) == Pushed::Full {
-            writer.write(&mut staging, false)?;
-        }
+        core.regions[span.region].read(bytes, span.offset).map_err(host)?;
+        out.push(block, bytes)?;
     }
-    while !staging.is_empty() {
-        writer.write(&mut staging, false)?;
-    }
-    Ok(())
+    out.finish()
 }

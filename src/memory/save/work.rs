@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::capture::{Capture, Claim};
-use crate::checkpoint::{PageBlock, Place, Pushed, Staging, Writer, is_zero};
+use crate::checkpoint::{PageBlock, Place, Pushed, Span, Staging, Writer, is_zero};
 use crate::error::{Error, Result};
 use crate::memory::watch::{Core, Phase};
 use crate::sys::pages::Pages;
@@ -27,20 +27,20 @@ pub(super) struct Work {
 }
 
 /// Page blocks on their way into the file.
-struct Out<'a> {
+pub(super) struct Out<'a> {
     writer: &'a Writer,
     staging: Staging,
     hot: bool,
 }
 
 impl<'a> Out<'a> {
-    fn new(writer: &'a Writer, hot: bool) -> Result<Self> {
+    pub(super) fn new(writer: &'a Writer, hot: bool) -> Result<Self> {
         let staging = Staging::new(&writer.plan().geometry);
         let staging = staging.map_err(|e| Error::io("there is no memory for what is saved", e))?;
         Ok(Self { writer, staging, hot })
     }
 
-    fn push(&mut self, block: PageBlock, bytes: &[u8]) -> Result<()> {
+    pub(super) fn push(&mut self, block: PageBlock, bytes: &[u8]) -> Result<()> {
         if is_zero(bytes) {
             return self.writer.set(block, Place::Zero);
         }
@@ -50,11 +50,42 @@ impl<'a> Out<'a> {
         Ok(())
     }
 
-    fn finish(mut self) -> Result<()> {
+    pub(super) fn finish(mut self) -> Result<()> {
         while !self.staging.is_empty() {
             self.writer.write(&mut self.staging, self.hot)?;
         }
         Ok(())
+    }
+}
+
+/// What is known of the holes of a memory that is gone through in order.
+pub(super) struct Holes<'a> {
+    core: &'a Core,
+    region: usize,
+    /// The next pages that are there; `None` when none follow.
+    data: Option<(u64, u64)>,
+}
+
+impl<'a> Holes<'a> {
+    pub(super) fn new(core: &'a Core) -> Self {
+        Self { core, region: usize::MAX, data: None }
+    }
+
+    /// Forgets what it knows: holes may be data by now.
+    pub(super) fn forget(&mut self) {
+        self.region = usize::MAX;
+    }
+
+    /// Tells whether nothing of a page block is there, which is not before those that it was asked about.
+    pub(super) fn has(&mut self, span: &Span) -> Result<bool> {
+        if span.region != self.region {
+            (self.region, self.data) = (span.region, Some((0, 0)));
+        }
+        if self.data.is_some_and(|(_, end)| end <= span.offset) {
+            let data = self.core.regions[span.region].next_data(span.offset);
+            self.data = data.map_err(|e| Error::io("the memory of the guest cannot be read", e))?;
+        }
+        Ok(self.data.is_none_or(|(start, _)| start >= span.offset + span.length as u64))
     }
 }
 
@@ -95,15 +126,11 @@ fn sweep_all(work: &Work, out: &mut Out<'_>) -> Result<()> {
     let Work { core, capture, writer, .. } = work;
     let host = |e| Error::io("the memory of the guest cannot be read", e);
     let mut raw = Pages::new(core.geometry.page_block()).map_err(host)?;
-    let (mut region, mut data) = (usize::MAX, None);
+    let mut holes = Holes::new(core);
     for number in 0..core.geometry.page_blocks() {
         capture.check()?;
         let block = PageBlock(number);
         let span = core.span(block);
-        if span.region != region {
-            (region, data) = (span.region, Some((0, 0)));
-        }
-        let memory = &core.regions[span.region];
         match capture.claim(block) {
             Claim::Saved | Claim::Copying => continue,
             Claim::Parent => {
@@ -117,10 +144,7 @@ fn sweep_all(work: &Work, out: &mut Out<'_>) -> Result<()> {
             }
             Claim::Clean => {}
         }
-        if data.is_some_and(|(_, end)| end <= span.offset) {
-            data = memory.next_data(span.offset).map_err(host)?;
-        }
-        let hole = data.is_none_or(|(start, _)| start >= span.offset + span.length as u64);
+        let hole = holes.has(&span)?;
         if !capture.win(block) {
             continue;
         }
@@ -129,7 +153,7 @@ fn sweep_all(work: &Work, out: &mut Out<'_>) -> Result<()> {
             writer.set(block, Place::Zero)?;
             continue;
         }
-        let read = memory.read(&mut raw[..span.length], span.offset);
+        let read = core.regions[span.region].read(&mut raw[..span.length], span.offset);
         capture.saved(block);
         read.map_err(host)?;
         out.push(block, &raw[..span.length])?;
