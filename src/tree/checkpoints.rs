@@ -18,7 +18,11 @@
 //! 5. A checkpoint that is damaged at its beginning or end has no memory and no devices; the other two files are there.
 //!
 //! # Why memory is not pushed to the kernel
-//! The kernel reads ahead around a fault, up to a MiB ([`super::fuse_session`]), which brings neighbours in one request.
+//! The kernel reads around a fault, up to a MiB (`fuse_session` raises that), which brings the neighbours in one request. To push
+//! the rest of each storage block that was read (notify_store, from a thread of its own) was measured beside that, 512 MiB of
+//! which half is zeros, mapped: 10,000 pages at random took 2.4 s instead of 2.8, 12 of 16 pages of 600 page blocks 2.6 s
+//! instead of 2.2, pages in order 1.4 s instead of 1.2, and the server a third to all of its time more for each. So there is
+//! one way less for pages to come.
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
