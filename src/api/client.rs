@@ -165,7 +165,7 @@ impl Client {
 }
 
 /// Tells whether a process was stopped, by a signal or a debugger.
-fn is_stopped(pid: i32) -> bool {
+pub(super) fn is_stopped(pid: i32) -> bool {
     let text = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     // The name before it may have blanks and brackets of its own.
     let state = text.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());

@@ -15,9 +15,11 @@
 //! # Rules
 //! 1. The socket has mode 0600 and is in a folder of mode 0700: whoever can reach it may use it.
 //! 2. What takes time is done on a thread that may wait.
+//!
+//! Who asks is in `ask`.
 
-use std::io;
-use std::path::Path;
+mod ask;
+
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -27,34 +29,23 @@ use axum::extract::{Path as UrlPath, State};
 use axum::http::{StatusCode, Uri, header};
 use axum::response::Response as HttpResponse;
 use axum::routing::{get, post};
-use http_body_util::{BodyExt, Full, Limited};
-use hyper::Method;
-use hyper::body::Bytes;
-use hyper_util::rt::TokioIo;
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::UnixListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinError;
 
 use super::{Failure, Line};
 use crate::error::{Error, Kind, Result};
-use crate::media::socket::{ShortPath, Socket};
-use crate::vmm::{self, Home, Info, PATIENCE, Runner, Saved};
+use crate::media::socket::Socket;
+use crate::vmm::{Home, PATIENCE, Runner};
+pub use ask::{Act, Listed, ask_machine, checkpoint_machine, kill_machine, list_machines, tell_machine, wait_for_end};
 
 /// File name of the socket in the folder of the machine.
 const NAME: &str = "api.sock";
-/// How often a machine that does not answer is looked at again, and how far apart.
-const LOOKS: u32 = 50;
-const LOOK_INTERVAL: Duration = Duration::from_millis(20);
-/// How long the process of a machine may take to end after its guest has.
-const END_TIME_MAX: Duration = Duration::from_secs(60);
 /// Bytes of an order for a checkpoint at most.
 const ORDER_MAX: usize = 4096;
 /// Connections the kernel keeps before they are accepted.
 const BACKLOG: i32 = 16;
-/// Bytes of an answer at most.
-const ANSWER_MAX: usize = 1 << 20;
 
 /// The socket, until this is dropped.
 #[derive(Debug)]
@@ -193,132 +184,4 @@ fn http(status: StatusCode, body: Body) -> HttpResponse {
     *response.status_mut() = status;
     response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/json"));
     response
-}
-
-/// What can be asked of a machine that runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Act {
-    /// Only tell about it.
-    Tell,
-    /// Stop it where it is.
-    Pause,
-    /// Let it go on.
-    Resume,
-    /// Let it read again what of its memory could not be had.
-    Retry,
-    /// Ask it to switch itself off, and end it after that many seconds.
-    Stop(u32),
-    /// End it.
-    Kill,
-}
-
-/// Asks the process that runs a machine; `None` when none does.
-///
-/// # Errors
-/// What that process says, or that it went away.
-pub fn ask_machine(home: &Home, act: Act) -> Result<Option<Info>> {
-    // One that is being killed takes connections until its memory is given back, and answers none.
-    for _ in 0..LOOKS {
-        match exchange(home, act) {
-            Err(_) if act == Act::Tell => crate::clock::sleep(LOOK_INTERVAL),
-            answer => return answer,
-        }
-    }
-    exchange(home, act)
-}
-
-/// Has the process that runs a machine make a checkpoint, and returns when that is done; `None` when none runs it.
-///
-/// # Errors
-/// What that process says, or that it went away.
-pub fn checkpoint_machine(home: &Home, order: &Order) -> Result<Option<Saved>> {
-    let body = serde_json::to_vec(order).expect("it holds nothing JSON cannot say");
-    send(home, Method::POST, "/v1/vm/checkpoint", body)
-}
-
-fn exchange(home: &Home, act: Act) -> Result<Option<Info>> {
-    let (method, path) = match act {
-        Act::Tell => (Method::GET, "/v1/vm".to_owned()),
-        Act::Pause => (Method::POST, "/v1/vm/pause".to_owned()),
-        Act::Resume => (Method::POST, "/v1/vm/resume".to_owned()),
-        Act::Retry => (Method::POST, "/v1/vm/resume?retry=true".to_owned()),
-        Act::Stop(seconds) => (Method::POST, format!("/v1/vm/stop?patience={seconds}")),
-        Act::Kill => (Method::POST, "/v1/vm/kill".to_owned()),
-    };
-    send(home, method, &path, Vec::new())
-}
-
-/// Sends a request to the process that runs a machine; `None` when none does.
-fn send<T: DeserializeOwned>(home: &Home, method: Method, path: &str, body: Vec<u8>) -> Result<Option<T>> {
-    let gone = || Error::failed(format!("the virtual machine {} ended before it answered", home.name()));
-    let cannot = |e| Error::io(format!("cannot reach the virtual machine {}", home.name()), e);
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(cannot)?;
-    runtime.block_on(async {
-        let socket = match ShortPath::of(&home.path(NAME)) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            socket => socket.map_err(cannot)?,
-        };
-        let stream = match UnixStream::connect(socket.path()).await {
-            Ok(stream) => stream,
-            Err(error) => {
-                return match error.kind() {
-                    io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Ok(None),
-                    _ => Err(cannot(error)),
-                };
-            }
-        };
-        let lost = |e: hyper::Error| gone().because(e);
-        let (mut sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(lost)?;
-        // Its error also reaches whoever waits for the answer.
-        tokio::spawn(async move { drop(connection.await) });
-        let request = hyper::Request::builder()
-            .method(method)
-            .uri(path)
-            .header(hyper::header::HOST, "afterimage")
-            .body(Full::new(Bytes::from(body)))
-            .expect("all parts are constants");
-        let response = sender.send_request(request).await.map_err(lost)?;
-        let good = response.status().is_success();
-        let body = Limited::new(response.into_body(), ANSWER_MAX).collect().await.map_err(|_| gone())?.to_bytes();
-        let strange = |e: serde_json::Error| Error::failed("the virtual machine gave a strange answer").because(e);
-        if good {
-            return serde_json::from_slice(&body).map(Some).map_err(strange);
-        }
-        match serde_json::from_slice(&body).map_err(strange)? {
-            Line::Error(failure) => Err(failure.into()),
-            _ => Err(gone()),
-        }
-    })
-}
-
-/// Waits until nobody runs a machine any more, and tells about it then.
-///
-/// # Errors
-/// Those of [`ask_machine`]; `Busy` when it takes longer than that many seconds and some.
-pub fn wait_for_end(home: &Home, seconds: u32) -> Result<Info> {
-    let until = crate::clock::now() + Duration::from_secs(seconds.into()) + END_TIME_MAX;
-    while ask_machine(home, Act::Tell)?.is_some_and(|info| info.state != vmm::State::Ended) || home.is_locked()? {
-        if crate::clock::now() >= until {
-            return Err(Error::busy(format!("the virtual machine {} does not end", home.name()))
-                .hint("a request to one of its disks may not have been answered; vmm.log in its folder may say more"));
-        }
-        crate::clock::sleep(LOOK_INTERVAL);
-    }
-    Info::of_stopped(home)
-}
-
-/// Tells about every machine of a pool, whether it runs or not.
-///
-/// # Errors
-/// Those of the host; one machine that cannot be told about is an error of all.
-pub fn list_machines(pool: &Path) -> Result<Vec<Info>> {
-    let mut infos = Vec::new();
-    for home in Home::list(pool)? {
-        infos.push(match ask_machine(&home, Act::Tell)? {
-            Some(info) => info,
-            None => Info::of_stopped(&home)?,
-        });
-    }
-    Ok(infos)
 }

@@ -25,14 +25,16 @@ use super::vm_checkpoint::{Checkpoint, Restore};
 use super::vm_disks::Disks;
 use super::vm_parts::{parse_disk, parse_net};
 use super::{Global, daemon, signal};
-use crate::api::machine::{Act, MachineServer, ask_machine, list_machines, wait_for_end};
+use crate::api::machine::{
+    Act, Listed, MachineServer, ask_machine, kill_machine, list_machines, tell_machine, wait_for_end,
+};
 use crate::api::{Failure, Line};
 use crate::error::{Error, Kind, Result};
 use crate::media::socket::ShortPath;
 use crate::units::{parse_size, show_size};
 use crate::vmm::{
-    Begin, Boot, Definition, DiskDefinition, DiskSource, Ending, Home, HomeLock, Info, PATIENCE, Pool, Runner, Show,
-    State,
+    Begin, Boot, Definition, DiskDefinition, DiskSource, Ending, Home, HomeLock, Info, PATIENCE, Pool, Runner,
+    SERIAL_SOCKET, Show, State,
 };
 
 /// Run virtual machines
@@ -133,6 +135,10 @@ struct How {
 }
 
 /// List the virtual machines of the pool
+///
+/// One whose process says nothing, because it was stopped or waits for the host, is listed as not-answering; 'vm stop --force'
+/// ends it. One whose definition cannot be read is listed as damaged, or as unknown where that is for another reason, with
+/// what is wrong with it, and the exit code is that of the error: 5 when it is damaged. The others are listed all the same.
 #[derive(Debug, Args)]
 struct Ls {}
 
@@ -169,7 +175,7 @@ struct Resume {
 struct Stop {
     /// Name of the machine
     name: String,
-    /// End it at once, as by a power cut
+    /// End it at once, as by a power cut; kill its process if that does not answer
     #[arg(long)]
     force: bool,
     /// How long the guest may take
@@ -217,16 +223,13 @@ impl Vm {
             }
             VmCommand::Ls(Ls {}) => {
                 let machines = list_machines(&pool)?;
-                let text: String = machines.iter().map(line).collect();
+                let text: String = machines.iter().map(listed).collect();
                 screen.text(&serde_json::json!({ "answer": "vms", "vms": machines }), &text);
-                Ok(0)
+                Ok(machines.iter().map(exit_code).max().unwrap_or(0))
             }
             VmCommand::Info(wanted) => {
                 let home = Home::of(&pool, &wanted.name)?;
-                let info = match ask_machine(&home, Act::Tell)? {
-                    Some(info) => info,
-                    None => Info::of_stopped(&home)?,
-                };
+                let info = tell_machine(&home)?;
                 screen.text(&value(&info), &sheet(&info));
                 Ok(0)
             }
@@ -436,8 +439,8 @@ fn detached(home: &Home, words: &[OsString], screen: &Screen) -> Result<u8> {
 
 /// Stops a machine, and returns when it has ended.
 fn stop(home: &Home, patience: u32, screen: &Screen) -> Result<u8> {
-    let act = if patience == 0 { Act::Kill } else { Act::Stop(patience) };
-    if ask_machine(home, act)?.is_none() {
+    let ran = if patience == 0 { kill_machine(home)? } else { ask_machine(home, Act::Stop(patience))?.is_some() };
+    if !ran {
         return Err(does_not_run(home)?);
     }
     let info = wait_for_end(home, patience)?;
@@ -476,6 +479,7 @@ fn state(info: &Info) -> &'static str {
         State::MemoryError => "memory-error",
         State::Stopping => "stopping",
         State::Ended => "stopped",
+        State::NotAnswering => "not-answering",
     }
 }
 
@@ -483,6 +487,21 @@ fn line(info: &Info) -> String {
     let Definition { memory, cpus, .. } = info.definition;
     let waits = if info.waits_for_server { " (a disk waits for the server of the pool)" } else { "" };
     format!("{}: {}{waits}, {} of memory, {cpus} processors\n", info.name, state(info), show_size(memory))
+}
+
+fn listed(machine: &Listed) -> String {
+    match machine {
+        Listed::Known(info) => line(info),
+        Listed::Unknown { name, state, error } => format!("{name}: {state}: {}\n", error.message),
+    }
+}
+
+/// What a machine makes of the exit code of a list.
+fn exit_code(machine: &Listed) -> u8 {
+    match machine {
+        Listed::Known(_) => 0,
+        Listed::Unknown { error, .. } => Error::from(error.clone()).kind().exit_code(),
+    }
 }
 
 fn sheet(info: &Info) -> String {
@@ -529,7 +548,7 @@ fn sheet(info: &Info) -> String {
 
 /// Joins a terminal with the serial port.
 fn console(home: &Home, screen: &Screen) -> Result<u8> {
-    let path = home.path("serial.sock");
+    let path = home.path(SERIAL_SOCKET);
     let cannot = |e: std::io::Error| match e.kind() {
         std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused => {
             Error::not_found(format!("the virtual machine {} does not run", home.name()))

@@ -28,12 +28,14 @@ use serde::{Deserialize, Serialize};
 use super::{Boot, NetSettings};
 use crate::checkpoint::CHECKPOINTS_DIR;
 use crate::clock;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::media::{HostMedia, Media, Open};
 use crate::sys;
 
 /// The folder of all machines in a pool.
 const FOLDER: &str = "vms";
+/// File name of the socket of the serial port.
+pub const SERIAL_SOCKET: &str = "serial.sock";
 const DEFINITION: &str = "vm.json";
 const TEMPORARY: &str = "vm.json.new";
 /// The version of `vm.json` that this program writes.
@@ -374,10 +376,24 @@ impl Home {
     }
 }
 
+/// Finds the user as whom a machine is to run.
+///
+/// # Errors
+/// `NotFound` when there is none, `Denied` when this process cannot become another.
+pub(super) fn find_user(name: &str) -> Result<sys::process::User> {
+    let found = sys::process::find_user(name).map_err(|e| Error::io(format!("cannot look for the user {name}"), e))?;
+    let user = found.ok_or_else(|| Error::not_found(format!("this host has no user {name}")))?;
+    if !rustix::process::geteuid().is_root() {
+        return Err(
+            Error::new(Kind::Denied, "only root can run a virtual machine as somebody else").hint("leave --user out")
+        );
+    }
+    Ok(user)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::Kind;
 
     fn definition() -> Definition {
         let boot = Boot { kernel: "/boot/vmlinuz".into(), initrd: None, command_line: "quiet".into() };

@@ -58,7 +58,7 @@ pub use checkpoint::Saved;
 pub use ending::{Ending, Stuck};
 pub use file_disk::FileDisk;
 pub use frozen::Frozen;
-pub use home::{Definition, DiskDefinition, DiskSource, Home, HomeLock};
+pub use home::{Definition, DiskDefinition, DiskSource, Home, HomeLock, SERIAL_SOCKET};
 pub use instant::{Disks, Taken, Taking};
 pub use machine::{DiskSettings, Machine, NetSettings, Settings};
 pub use means::Means;

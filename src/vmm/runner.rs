@@ -23,14 +23,14 @@ use uuid::Uuid;
 
 use super::audience::{Audience, Show};
 use super::console_log;
-use super::home::{Definition, DiskDefinition, DiskSource, Home, HomeLock};
+use super::home::{Definition, DiskDefinition, DiskSource, Home, HomeLock, SERIAL_SOCKET, find_user};
 use super::instant::Disks;
 use super::restore::{Filling, MemoryInfo, Restore};
 use super::serial::BACKLOG;
 use super::{DiskSettings, Ending, FileDisk, Machine, Means, Settings, Stuck};
 use crate::checkpoint::{Folder, Name, Sizes};
 use crate::disk::BlockDevice;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::media::socket::Socket;
 use crate::media::{HostMedia, Media};
 use crate::memory::{SaveFigures, Watch};
@@ -62,6 +62,8 @@ pub enum State {
     Stopping,
     /// It has ended.
     Ended,
+    /// Its process does not answer, and only that tells what it does. It does not say so itself.
+    NotAnswering,
 }
 
 #[derive(Debug)]
@@ -256,7 +258,7 @@ impl Runner {
                 (begun.machine, Some(begun.watch), begun.filling)
             }
         };
-        let serial = Arc::new(Socket::listen(&home.path("serial.sock"), BACKLOG)?);
+        let serial = Arc::new(Socket::listen(&home.path(SERIAL_SOCKET), BACKLOG)?);
         machine.serve_serial(&serial)?;
         let log = Mutex::new(console_log::open(&home));
         let now = Now { machine: Some(machine), watch, state: State::Running, ending: None, deadline: None };
@@ -431,7 +433,7 @@ impl Runner {
         match now.state {
             State::Running | State::Paused | State::MemoryError => {}
             State::Stopping => return Err(Error::busy("the virtual machine is about to end")),
-            State::Ended => return Err(Error::failed("the virtual machine has ended")),
+            State::Ended | State::NotAnswering => return Err(Error::failed("the virtual machine has ended")),
         }
         if let Some(stuck) = now.stuck() {
             return Err(self.cannot_be_had(&stuck));
@@ -590,15 +592,4 @@ fn open_disks(definition: &Definition, open: &OpenDisk<'_>) -> Result<Opened> {
         opened.disks.push(DiskSettings { device, read_only: disk.read_only, serial: disk.serial.clone() });
     }
     Ok(opened)
-}
-
-fn find_user(name: &str) -> Result<User> {
-    let found = process::find_user(name).map_err(|e| Error::io(format!("cannot look for the user {name}"), e))?;
-    let user = found.ok_or_else(|| Error::not_found(format!("this host has no user {name}")))?;
-    if !rustix::process::geteuid().is_root() {
-        return Err(
-            Error::new(Kind::Denied, "only root can run a virtual machine as somebody else").hint("leave --user out")
-        );
-    }
-    Ok(user)
 }

@@ -137,7 +137,7 @@ fn a_guest_writes_to_a_disk_of_the_pool_through_a_server_that_comes_and_goes_wit
 #[test]
 fn a_guest_outlives_its_server_and_loses_nothing() {
     let Some(place) = Place::new() else { return };
-    place.start("toy", "say=begun write=0,1500,5 check=0,1500,5 flush say=done button off", "web");
+    place.start("toy", "say=begun write=0,500,5 check=0,500,5 flush say=done button off", "web");
     place.hear("toy", "begun");
     for _ in 0..3 {
         std::thread::sleep(Duration::from_millis(150));
@@ -159,13 +159,13 @@ fn a_guest_outlives_its_server_and_loses_nothing() {
     place.0.json(&["vm", "stop", "toy"]);
     place.wait_for_end("toy");
     place.wait_for_no_server();
-    assert_eq!(place.guest("check=0,1500,5 off", "web"), "checked\n");
+    assert_eq!(place.guest("check=0,500,5 off", "web"), "checked\n");
 }
 
 #[test]
 fn a_guest_without_a_server_is_paused_goes_on_and_can_be_stopped() {
     let Some(place) = Place::new() else { return };
-    place.start("toy", "say=begun write=0,3000,5 check=0,3000,5 write=0,100000,6", "web");
+    place.start("toy", "say=begun write=0,600,5 check=0,600,5 write=0,100000,6", "web");
     place.hear("toy", "begun");
     assert_eq!(place.info("toy")["waits-for-server"], false);
     place.kill_server();
@@ -188,7 +188,7 @@ fn a_guest_without_a_server_is_paused_goes_on_and_can_be_stopped() {
 fn a_guest_whose_disk_waits_for_room_is_paused_and_goes_on_when_there_is_some() {
     let Some(place) = Place::new() else { return };
     place.0.json(&["set", "web", "quota=64K", "enospc=wait"]);
-    place.start("toy", "say=begun write=0,2000,5 check=0,2000,5 button off", "web");
+    place.start("toy", "say=begun write=0,400,5 check=0,400,5 button off", "web");
     wait_for("it waits", || place.0.json(&["info", "web"])["waiting"] != 0);
     for _ in 0..2 {
         place.0.json(&["vm", "pause", "toy"]);
@@ -220,7 +220,7 @@ fn a_machine_of_another_user_comes_back_to_its_disks_and_to_no_others() {
     }
     let Some(place) = Place::new() else { return };
     let words = ["--disk", "web", "--user", "nobody", "--detach"];
-    let output = place.run("toy", "say=begun write=0,1500,5 check=0,1500,5 flush button off", &words);
+    let output = place.run("toy", "say=begun write=0,500,5 check=0,500,5 flush button off", &words);
     assert!(output.status.success(), "{}", text(&output.stderr));
     for _ in 0..3 {
         place.hear("toy", "begun");
@@ -243,7 +243,7 @@ fn a_machine_of_another_user_comes_back_to_its_disks_and_to_no_others() {
     place.kill_machine("toy");
     place.wait_for_no_server();
     wait_for("its steward has ended", || place.stewards().is_empty());
-    assert_eq!(place.guest("check=0,1500,5 off", "web"), "checked\n");
+    assert_eq!(place.guest("check=0,500,5 off", "web"), "checked\n");
 }
 
 #[test]

@@ -13,6 +13,7 @@ mod live;
 mod moved;
 mod nested;
 mod network;
+mod silent;
 mod state;
 mod stuck;
 mod toy;

@@ -91,6 +91,7 @@ fn a_debian_kernel_lives_on_a_disk_of_a_pool() {
         "the guest switched itself off",
         "web: stopped",
         "written before the reboot\nwritten before the snapshot\nhost: the snapshot is whole\n",
+        "host: what was synced is in the snapshot",
         "written after the snapshot",
         "host: the pool is sound",
     ] {

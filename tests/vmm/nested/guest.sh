@@ -26,8 +26,16 @@ dd if=/dev/urandom of=/mnt/large bs=1M count=4 conv=fsync 2> /dev/null
 md5sum < /mnt/large > /mnt/sum
 sync
 echo "guest: synced"
+# Durable one by one while the host takes a snapshot.
+while [ ! -e /enough ]; do
+    n=$((n + 1))
+    echo "$n" | dd of=/mnt/counts oflag=append conv=notrunc,fsync 2> /dev/null && echo "guest: fsynced $n"
+    sleep 0.2
+done &
 read line
 echo "guest: heard $line"
+touch /enough
+wait
 echo "written after the snapshot" > /mnt/third
 sync
 fstrim /mnt
