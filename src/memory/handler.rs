@@ -17,10 +17,10 @@ use std::sync::atomic::Ordering;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 
 use super::restore::Answer;
-use super::watch::{Core, Phase, page_of};
+use super::watch::{Core, Phase};
 use crate::checkpoint::PageBlock;
 use crate::clock::{self, Instant};
-use crate::sys::guest::PAGE;
+use crate::sys::pages::HUGE_PAGE;
 use crate::sys::userfaultfd::{How, Message, Messages};
 use crate::units::to_usize;
 
@@ -29,7 +29,8 @@ const MESSAGES: usize = 1024;
 /// How long faults that were put off wait for the next try.
 const AGAIN: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000 };
 
-static ZEROS: [u8; to_usize(PAGE)] = [0; to_usize(PAGE)];
+/// The largest page there is.
+static ZEROS: [u8; HUGE_PAGE] = [0; HUGE_PAGE];
 
 /// Calls the thread back.
 #[derive(Debug)]
@@ -120,7 +121,7 @@ fn read_all(core: &Core, messages: &mut Messages, faults: &mut Vec<Fault>) -> io
             };
             let Some((region, offset)) = core.locate(address) else { continue };
             let Some(block) = core.geometry.of_region(region, offset) else { continue };
-            faults.push(Fault { region, offset: page_of(offset), block, protected, since });
+            faults.push(Fault { region, offset: core.page_of(offset), block, protected, since });
         }
         if !any || messages.iter().count() < MESSAGES {
             break;
@@ -171,14 +172,14 @@ fn serve(core: &Core, fault: &Fault) -> bool {
 
 fn missing(core: &Core, fault: &Fault) -> bool {
     let filling = core.filling.read().clone();
-    let answer = filling.map_or(Answer::Zeros, |filling| filling.asked(fault.block, fault.offset, fault.since));
+    let answer = filling.map_or(Answer::Zeros, |filling| filling.asked(core, fault.block, fault.offset, fault.since));
     let region = &core.regions[fault.region];
     let stopped = match answer {
         Answer::Later => return true,
-        Answer::Poison => core.faults.poison(region, fault.offset, PAGE).err(),
+        Answer::Poison => core.faults.poison(region, fault.offset, core.page).err(),
         Answer::Zeros => {
             let how = How { wake: true, protect: core.protect.load(Ordering::SeqCst) };
-            core.faults.copy(region, fault.offset, &ZEROS, how).stopped
+            core.faults.copy(region, fault.offset, &ZEROS[..to_usize(core.page)], how).stopped
         }
     };
     match stopped {
@@ -187,7 +188,7 @@ fn missing(core: &Core, fault: &Fault) -> bool {
         Some(error) => {
             // It is there by now, or not watched any more: who waits looks again.
             tracing::trace!("a page was not put in: {error}");
-            core.wake(fault.region, fault.offset, PAGE);
+            core.wake(fault.region, fault.offset, core.page);
             true
         }
     }

@@ -6,7 +6,8 @@
 //! 2. A page block that is not protected is in `open`, or nobody tracks. To protect: out of `open`, then the call. To let writes
 //!    through: the call, then into `open`. So whatever way the two meet, a page block outside `open` is protected.
 //! 3. What is written to is in `changed` before a cut looks at it: the thread of the faults is kept outside meanwhile ([`Gate`]).
-//! 4. Memory that somebody takes away counts as written. If a save has not captured it yet, the save fails.
+//! 4. Memory of another process is registered by that process, and only unregistered here. Nothing is protected there.
+//! 5. Memory that somebody takes away counts as written. If a save has not captured it yet, the save fails.
 
 use std::io;
 use std::ops::Range;
@@ -79,7 +80,12 @@ struct Saves {
 pub(super) struct Core {
     pub(super) faults: Userfault,
     pub(super) regions: Vec<GuestRegion>,
+    /// How it is cut into what comes at once: page blocks of the checkpoint, or several of them where a page is larger than one.
     pub(super) geometry: Geometry,
+    /// Bytes of a page.
+    pub(super) page: u64,
+    /// It is the memory of another process, which has registered all of it for missing pages.
+    elsewhere: bool,
     /// Page blocks that may be written unseen, while somebody tracks.
     pub(super) open: Bits,
     /// Page blocks written since the last cut, or since tracking began.
@@ -119,6 +125,16 @@ impl Core {
     /// Returns the region and the offset of an address of this process.
     pub(super) fn locate(&self, mapped: u64) -> Option<(usize, u64)> {
         self.regions.iter().enumerate().find_map(|(index, region)| Some((index, region.offset_of(mapped)?)))
+    }
+
+    /// Returns the page of a region that an offset is in.
+    pub(super) fn page_of(&self, offset: u64) -> u64 {
+        offset / self.page * self.page
+    }
+
+    /// Tells whether it is the memory of another process.
+    pub(super) fn is_elsewhere(&self) -> bool {
+        self.elsewhere
     }
 
     /// Returns the page blocks that a range of a region touches.
@@ -244,13 +260,28 @@ impl Core {
         self.faults.register(&self.regions[run.region], run.offset, run.len, watched)
     }
 
-    /// Has missing pages of these runs reported.
+    /// Has missing pages of these runs reported, which are in order.
     pub(super) fn watch_missing(&self, runs: Vec<Run>) -> io::Result<()> {
         let mut registered = self.registered.lock();
-        for run in &runs {
-            self.register(*run, true, false)?;
+        if self.elsewhere {
+            self.whole().try_for_each(|whole| self.leave_out(whole, &runs))?;
+        } else {
+            runs.iter().try_for_each(|run| self.register(*run, true, false))?;
         }
         (registered.missing, registered.restoring) = (runs, true);
+        Ok(())
+    }
+
+    /// Ends watching what is not in any of the runs.
+    fn leave_out(&self, whole: Run, runs: &[Run]) -> io::Result<()> {
+        let mut at = 0;
+        let end = Run { region: whole.region, offset: whole.len, len: 0 };
+        for run in runs.iter().filter(|run| run.region == whole.region).chain([&end]) {
+            if run.offset > at {
+                self.faults.unregister(&self.regions[whole.region], at, run.offset - at)?;
+            }
+            at = run.offset + run.len;
+        }
         Ok(())
     }
 
@@ -296,6 +327,10 @@ impl Core {
 
     /// Ends tracking: nothing is protected when this returns, and nobody waits.
     pub(super) fn release(&self) {
+        if self.elsewhere {
+            // Nothing is ever protected there, and what it is to have when nobody serves it any more was decided before.
+            return;
+        }
         let filling = self.filling.read().clone();
         {
             let _outside = self.gate.close();
@@ -319,6 +354,11 @@ impl Core {
         registered.missing.clear();
         for run in self.whole() {
             if let Err(error) = self.faults.unregister(&self.regions[run.region], 0, run.len) {
+                if self.elsewhere {
+                    // Its process has ended, as a rule.
+                    tracing::debug!("the memory of another process stays watched: {error}");
+                    continue;
+                }
                 tracing::error!("the memory of a guest stays watched, which slows it down: {error}");
             }
             // The kernel itself wakes those who wait for missing pages, and not those who wait to write.
@@ -346,11 +386,38 @@ impl Watch {
         let list: Vec<Region> =
             regions.iter().map(|region| Region { address: region.address(), length: region.len() }).collect();
         let geometry = Geometry::new(sizes, &list)?;
+        Self::start(faults, regions, geometry, PAGE, false)
+    }
+
+    /// Makes one for the memory of another process, which has sent its userfaultfd and has all of it registered for missing pages of
+    /// `page` bytes. It can be restored and not saved.
+    ///
+    /// # Errors
+    /// Errors of the host.
+    pub(super) fn elsewhere(
+        faults: Userfault,
+        regions: Vec<GuestRegion>,
+        geometry: Geometry,
+        page: u64,
+    ) -> Result<Self> {
+        Self::start(faults, regions, geometry, page, true)
+    }
+
+    fn start(
+        faults: Userfault,
+        regions: Vec<GuestRegion>,
+        geometry: Geometry,
+        page: u64,
+        elsewhere: bool,
+    ) -> Result<Self> {
+        assert_eq!(geometry.regions().len(), regions.len(), "a region for each");
         let blocks = geometry.page_blocks();
         let core = Arc::new(Core {
             faults,
             regions,
             geometry,
+            page,
+            elsewhere,
             open: Bits::new(blocks),
             changed: Bits::new(blocks),
             removals: AtomicU64::new(0),
@@ -409,9 +476,4 @@ impl Drop for Watch {
             tracing::error!("the thread that answers faults has ended on a mistake in this program");
         }
     }
-}
-
-/// Returns the page of a region that an offset is in.
-pub(super) fn page_of(offset: u64) -> u64 {
-    offset / PAGE * PAGE
 }

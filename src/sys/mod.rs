@@ -16,6 +16,7 @@ pub mod kvm;
 pub mod lock;
 pub mod notify;
 pub mod pages;
+pub mod peer;
 pub mod pipe;
 pub mod process;
 pub mod ring;
