@@ -40,7 +40,7 @@ pub fn remove(store: &Arc<Store>, name: &Name) -> Result<()> {
     // While it is locked nobody begins to read it, or to base another one on it.
     if !file.try_lock().map_err(fail)? {
         return Err(Error::busy(format!("the checkpoint {name} is being read"))
-            .hint("a machine that was restored from it has not read all of its memory yet, or it is being verified"));
+            .hint("a machine that was restored from it, or is served by serve-uffd, has not all of its memory yet, or it is being verified"));
     }
     let children = list::children_for_sure(&folder, name)?;
     if !children.is_empty() {

@@ -33,6 +33,7 @@ mod signal;
 mod snapshots;
 mod streams;
 mod table;
+mod uffd;
 mod umount;
 mod upkeep;
 mod vm;
@@ -257,7 +258,7 @@ fn run(command: Command, global: &Global, screen: &Screen) -> Result<u8> {
         Command::Scrub(command) => ask(global, screen, command.ask()),
         Command::Reclaim(command) => ask(global, screen, command.ask()),
         Command::Metrics(command) => ask(global, screen, command.ask()),
-        Command::Checkpoint(command) => ask(global, screen, command.ask()?),
+        Command::Checkpoint(command) => command.run(global, screen),
     }
 }
 
