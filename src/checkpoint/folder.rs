@@ -10,16 +10,22 @@
 //! 1. Names are checked before they become paths, those in a file as well: a checkpoint that names `..` as its parent's machine is damaged.
 //! 2. A file that is being saved is locked exclusively, one that is read is locked shared; both by the kernel, so the locks of a
 //!    process that died are gone. What is locked is neither removed nor taken for a leftover.
+//! 3. A lock is of a file and not of its name, and a file has its name before it can be locked: so who has locked one looks whether
+//!    the name is still of that file ([`Folder::take`]), and begins again if it is not.
 
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::sync::Arc;
+use std::time::Duration;
 
+use crate::clock;
 use crate::disk::{check_disk_name, check_snapshot_name};
 use crate::error::{Error, Result};
 use crate::media::{File, Media, Open};
 
 /// The folder of the checkpoints in a pool.
 pub const CHECKPOINTS_DIR: &str = "checkpoints";
+/// How long whoever wants a checkpoint waits for others who only look, or are just done with it.
+pub(super) const LOOK_TIME: Duration = Duration::from_millis(50);
 /// What a checkpoint is called.
 const WHOLE: &str = ".ckpt";
 /// What it is called while it is saved.
@@ -144,6 +150,12 @@ impl Folder {
         self.path(name, FAULTS)
     }
 
+    /// Returns the path of that while it is written.
+    #[must_use]
+    pub fn new_faults(&self, name: &Name) -> String {
+        self.path(name, FAULTS_NEW)
+    }
+
     /// Returns the path of the folder of a machine; empty when it is the root.
     pub(super) fn of_machine(&self, machine: &str) -> String {
         if self.own.as_deref() == Some(machine) {
@@ -175,20 +187,58 @@ impl Folder {
     /// `NotFound`, `Busy` when it is being removed, any error of the host.
     pub fn open(&self, name: &Name, access: Access) -> Result<Arc<dyn File>> {
         let path = self.whole(name);
-        let opened = match access {
+        let open = || match access {
             Access::Cached => self.media.open(&path, Open::ReadCached),
             Access::Direct => self.media.open_direct(&path, Open::ReadCached),
         };
-        let file = opened.map_err(|e| match e.kind() {
-            ErrorKind::NotFound => self.missing(name),
-            _ => Error::io(format!("cannot open the checkpoint {name}"), e),
-        })?;
-        match file.try_lock_shared() {
-            // It may have been removed before it was locked.
-            Ok(true) if self.exists(name)? => Ok(file),
-            Ok(true) => Err(self.missing(name)),
-            Ok(false) => Err(Error::busy(format!("the checkpoint {name} is being removed"))),
-            Err(e) => Err(Error::io(format!("cannot lock the checkpoint {name}"), e)),
+        let begun = clock::now();
+        loop {
+            let taken = self.take(&path, open, |file| file.try_lock_shared()).map_err(|e| match e.kind() {
+                ErrorKind::NotFound => self.missing(name),
+                _ => Error::io(format!("cannot open the checkpoint {name}"), e),
+            })?;
+            match taken {
+                Some(file) => return Ok(file),
+                // It may be refused to whoever removes it, and who has just saved it may have a process that just begins.
+                None if begun.elapsed() < LOOK_TIME => clock::sleep(LOOK_TIME / 10),
+                None => return Err(Error::busy(format!("the checkpoint {name} is being removed"))),
+            }
+        }
+    }
+
+    /// Opens a file and locks it; `None` when somebody has it. The path is that of the file that is locked.
+    ///
+    /// # Errors
+    /// `NotFound` when there is none; errors of the host.
+    pub(super) fn take(
+        &self,
+        path: &str,
+        open: impl Fn() -> io::Result<Arc<dyn File>>,
+        lock: impl Fn(&dyn File) -> io::Result<bool>,
+    ) -> io::Result<Option<Arc<dyn File>>> {
+        loop {
+            let file = open()?;
+            if !lock(&*file)? {
+                return Ok(None);
+            }
+            // Otherwise it was removed or renamed before it was locked.
+            if self.is_at(path, &*file)? {
+                return Ok(Some(file));
+            }
+        }
+    }
+
+    /// Opens the file of a path and locks it for this process alone; as [`Self::take`].
+    pub(super) fn take_alone(&self, path: &str) -> io::Result<Option<Arc<dyn File>>> {
+        self.take(path, || self.media.open(path, Open::Existing), |file| file.try_lock())
+    }
+
+    /// Tells whether a path is that of a file.
+    pub(super) fn is_at(&self, path: &str, file: &dyn File) -> io::Result<bool> {
+        match self.media.open(path, Open::ReadCached) {
+            Ok(there) => Ok(there.identity()? == file.identity()?),
+            Err(e) if e.kind() == ErrorKind::NotFound => Ok(false),
+            Err(e) => Err(e),
         }
     }
 
@@ -287,8 +337,8 @@ impl Folder {
     /// Those of the host.
     pub fn is_being_saved(&self, name: &Name) -> Result<bool> {
         let fail = |e| Error::io(format!("cannot look for the checkpoint {name}"), e);
-        match self.media.open(&self.unfinished(name), Open::Existing) {
-            Ok(file) => Ok(!file.try_lock().map_err(fail)?),
+        match self.take_alone(&self.unfinished(name)) {
+            Ok(taken) => Ok(taken.is_none()),
             Err(e) if e.kind() == ErrorKind::NotFound => Ok(false),
             Err(e) => Err(fail(e)),
         }
@@ -302,19 +352,34 @@ impl Folder {
         Ok(())
     }
 
+    /// Returns the names of checkpoints that are being saved, or were.
+    pub(super) fn unfinished_names(&self) -> Result<Vec<Name>> {
+        let mut names = Vec::new();
+        self.each(|machine, file| {
+            let name = file.strip_suffix(UNFINISHED).and_then(|name| Name::new(machine, name).ok());
+            names.extend(name);
+            Ok(())
+        })?;
+        Ok(names)
+    }
+
     /// Removes an unfinished checkpoint that nobody saves any more; false when there is none, or somebody does.
     pub(super) fn remove_leftover(&self, name: &Name) -> Result<bool> {
+        self.remove_leftover_after(name, || Ok(()))
+    }
+
+    /// As [`Self::remove_leftover`]; `first` is called before, while nobody can begin to save one of that name.
+    pub(super) fn remove_leftover_after(&self, name: &Name, first: impl FnOnce() -> Result<()>) -> Result<bool> {
         let path = self.unfinished(name);
         let fail = |e| Error::io(format!("cannot remove {path}"), e);
-        let file = match self.media.open(&path, Open::Existing) {
-            Ok(file) => file,
+        let taken = match self.take_alone(&path) {
+            Ok(taken) => taken,
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(false),
             Err(e) => return Err(fail(e)),
         };
         // Kept until the name is gone: nobody else may take it for theirs.
-        if !file.try_lock().map_err(fail)? {
-            return Ok(false);
-        }
+        let Some(_file) = taken else { return Ok(false) };
+        first()?;
         self.remove_file(&path)
     }
 

@@ -9,6 +9,9 @@
 //!    tag too many, and never one too few.
 //! 2. At the opening of a pool ([`attend`]) tags of checkpoints that are not there, and are not being saved, go; and a checkpoint
 //!    without tags, as after a rebuild of the catalog, gets them.
+//! 3. Snapshots that were taken for a checkpoint have its name. They are removed with it only if it never was: what tells that is
+//!    its unfinished file, which is there before they are, and goes after them. A file that is merely gone, as with a folder that
+//!    is not mounted, lets go of snapshots and removes none.
 //!
 //! # After a crash
 //! Rule 2.
@@ -20,7 +23,6 @@ use super::folder::{Folder, Name};
 use super::header::DiskSnapshot;
 use super::list;
 use crate::error::{Error, Kind, Result};
-use crate::media::Open;
 use crate::snapshot::{self, CHECKPOINT_HOLD};
 use crate::store::{Edit, SnapshotInfo, Store, Tables};
 use crate::units::SnapshotId;
@@ -32,16 +34,16 @@ use crate::units::SnapshotId;
 pub fn remove(store: &Arc<Store>, name: &Name) -> Result<()> {
     let folder = Folder::of_pool(store.media());
     let fail = |e| Error::io(format!("cannot remove the checkpoint {name}"), e);
-    let file = match folder.media().open(&folder.whole(name), Open::Existing) {
-        Ok(file) => file,
+    let taken = match folder.take_alone(&folder.whole(name)) {
+        Ok(taken) => taken,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return remove_rest(store, &folder, name),
         Err(e) => return Err(fail(e)),
     };
     // While it is locked nobody begins to read it, or to base another one on it.
-    if !file.try_lock().map_err(fail)? {
+    let Some(_file) = taken else {
         return Err(Error::busy(format!("the checkpoint {name} is being read"))
             .hint("a machine that was restored from it, or is served by serve-uffd, has not all of its memory yet, or it is being verified"));
-    }
+    };
     let children = list::children_for_sure(&folder, name)?;
     if !children.is_empty() {
         return Err(Error::busy(format!("the checkpoint {name} is needed: {} is based on it", children.join(", ")))
@@ -55,9 +57,20 @@ pub fn remove(store: &Arc<Store>, name: &Name) -> Result<()> {
 
 /// Removes what a checkpoint has left that was never made: whoever was to make it has died.
 fn remove_rest(store: &Arc<Store>, folder: &Folder, name: &Name) -> Result<()> {
+    if folder.remove_leftover_after(name, || forget(store, name))? {
+        return Ok(());
+    }
+    if is_holding(store, name) && !folder.is_being_saved(name)? {
+        forget(store, name)
+    } else {
+        Err(folder.missing(name))
+    }
+}
+
+/// Tells whether a checkpoint, be it there or not, holds any snapshot.
+fn is_holding(store: &Arc<Store>, name: &Name) -> bool {
     let tag = tag(name);
-    let held = rows(&store.tables.read()).any(|(_, holds)| holds.contains(&tag));
-    if held && !folder.is_being_saved(name)? { forget(store, name) } else { Err(folder.missing(name)) }
+    rows(&store.tables.read()).any(|(_, holds)| holds.contains(&tag))
 }
 
 fn tag(name: &Name) -> String {
@@ -99,18 +112,12 @@ pub fn hold(store: &Arc<Store>, name: &Name, disks: &[DiskSnapshot]) -> Result<(
 /// # Errors
 /// `NotFound`, `Exists`, `Usage` for a disk that is named twice, `ReadOnly`. Nothing is left then.
 pub fn snapshot(store: &Arc<Store>, name: &Name, disks: &[String], instant: &dyn Fn()) -> Result<Vec<SnapshotInfo>> {
+    if is_holding(store, name) {
+        // Whoever asks has the unfinished file for itself now: these are of one that was killed.
+        forget(store, name)?;
+    }
     let targets: Vec<_> = disks.iter().map(|disk| (disk.clone(), name.name().to_owned())).collect();
-    let taken = snapshot::take_at_once(store, &targets, instant)?;
-    let held = {
-        let tables = store.tables.read();
-        let of = |info: &SnapshotInfo| {
-            let row = tables.disk(info.disk_id)?;
-            let (disk, disk_name) = (row.uuid, row.name.clone());
-            Ok(DiskSnapshot { disk, disk_name, snapshot: info.uuid, snapshot_name: info.name.clone() })
-        };
-        taken.iter().map(of).collect::<Result<Vec<_>>>()
-    };
-    held.and_then(|held| hold(store, name, &held)).map(|()| taken.clone()).inspect_err(|_| remove_all(store, &taken))
+    snapshot::take_at_once(store, &targets, &tag(name), instant)
 }
 
 /// Removes the snapshots that were taken for a checkpoint that came to nothing.
@@ -127,7 +134,8 @@ pub fn forget(store: &Arc<Store>, name: &Name) -> Result<()> {
         rows(&tables).filter(|(_, holds)| holds.contains(&tag)).map(|(id, _)| id).collect()
     };
     let_go(store, name)?;
-    let infos: Vec<_> = ids.into_iter().filter_map(|id| store.snapshot_info_by_id(id).ok()).collect();
+    let infos = ids.into_iter().filter_map(|id| store.snapshot_info_by_id(id).ok());
+    let infos: Vec<_> = infos.filter(|info| info.name == name.name()).collect();
     remove_all(store, &infos);
     Ok(())
 }
@@ -197,6 +205,12 @@ pub fn attend(store: &Arc<Store>) {
 
 fn set_right(store: &Arc<Store>) -> Result<()> {
     let folder = Folder::of_pool(store.media());
+    for name in folder.unfinished_names()? {
+        let first = || if folder.exists(&name)? { Ok(()) } else { forget(store, &name) };
+        if folder.remove_leftover_after(&name, first)? {
+            tracing::info!("what was saved of the checkpoint {name} when its machine ended is removed");
+        }
+    }
     folder.sweep()?;
     let names: BTreeSet<Name> = folder.names()?.into_iter().collect();
     let held: BTreeSet<String> = {

@@ -25,13 +25,14 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use uuid::Uuid;
 
-use super::folder::{Access, Folder, Name};
+use super::folder::{Access, Folder, LOOK_TIME, Name};
 use super::geometry::{Geometry, PAGE, PageBlock, StorageBlock};
 use super::header::{DISKS_MAX, DiskSnapshot, Footer, Header, Layout, Parent, STATE_MAX, block_at, crc_of, state_crc};
 use super::place::{CELL, Place};
 use super::reader::{CHAIN_MAX, Reader};
 use super::staging::Staging;
 use super::table;
+use crate::clock;
 use crate::error::{Error, Result};
 use crate::media::{File, Open};
 use crate::sync::Mutex;
@@ -133,26 +134,9 @@ impl Writer {
     pub fn create(folder: &Folder, plan: Plan) -> Result<Self> {
         let name = &plan.name;
         let fail = |e| Error::io(format!("cannot make the checkpoint {name}"), e);
-        let busy = || Error::busy(format!("a checkpoint {name} is being saved already"));
         let parent = plan.parent.as_ref().map(|parent| open_parent(folder, &plan, parent)).transpose()?;
         folder.make(name.machine())?;
-        if !plan.replace && folder.exists(name)? {
-            return Err(Error::exists(format!("there is a checkpoint {name} already"))
-                .hint("choose another name, or remove it with 'afterimage checkpoint rm'"));
-        }
-        folder.remove_leftover(name)?;
-        let path = folder.unfinished(name);
-        let open = || match plan.direct {
-            true => folder.media().open_direct(&path, Open::New),
-            false => folder.media().open(&path, Open::New),
-        };
-        let file = open().map_err(|e| match e.kind() {
-            std::io::ErrorKind::AlreadyExists => busy(),
-            _ => fail(e),
-        })?;
-        if !file.try_lock().map_err(fail)? {
-            return Err(busy());
-        }
+        let file = create_file(folder, &plan)?;
         let count = to_usize(plan.geometry.page_blocks());
         let index = Pages::new((count * CELL).next_multiple_of(PAGE as usize)).map_err(fail)?;
         let cells = Cells {
@@ -363,6 +347,42 @@ impl Writer {
         write_padded(file, cut.state, layout.state).map_err(fail)?;
         write_padded(file, header, 0).map_err(fail)?;
         file.write_at(&footer.encode(geometry), layout.footer).map_err(fail)
+    }
+}
+
+/// Makes the file, which is new and locked, and whose name nobody else has.
+fn create_file(folder: &Folder, plan: &Plan) -> Result<Arc<dyn File>> {
+    let name = &plan.name;
+    let fail = |e| Error::io(format!("cannot make the checkpoint {name}"), e);
+    let path = folder.unfinished(name);
+    let open = || match plan.direct {
+        true => folder.media().open_direct(&path, Open::New),
+        false => folder.media().open(&path, Open::New),
+    };
+    let begun = clock::now();
+    loop {
+        folder.remove_leftover(name)?;
+        match folder.take(&path, open, |file| file.try_lock()) {
+            // Only now: one that was being saved may just have got its name.
+            Ok(Some(file)) if plan.replace || !folder.exists(name)? => {
+                // Durably: whose snapshots are found later is known by it.
+                folder.media().sync_dir(&folder.of_machine(name.machine())).map_err(fail)?;
+                return Ok(file);
+            }
+            Ok(Some(_file)) => {
+                folder.remove_file(&path)?;
+                return Err(Error::exists(format!("there is a checkpoint {name} already"))
+                    .hint("choose another name, or remove it with 'afterimage checkpoint rm'"));
+            }
+            // Somebody looks whether it is being saved, or takes it for a leftover, and is not long about it.
+            Ok(None) => {}
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}
+            Err(e) => return Err(fail(e)),
+        }
+        if begun.elapsed() >= LOOK_TIME {
+            return Err(Error::busy(format!("a checkpoint {name} is being saved already")));
+        }
+        clock::sleep(LOOK_TIME / 10);
     }
 }
 

@@ -15,6 +15,7 @@ use super::{Global, host};
 use crate::api::{Request, Response, Way, check_is_pool};
 use crate::error::Result;
 use crate::progress::Silent;
+use crate::sys::process;
 use crate::units::show_size;
 
 /// The oldest kernel the mount is built for: FUSE with parallel direct writes (6.2) and 1 MiB requests.
@@ -94,8 +95,7 @@ fn show(findings: &[Finding]) -> String {
 }
 
 fn kernel() -> Finding {
-    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let release = release.trim();
+    let release = process::kernel();
     let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse::<u32>);
     match (numbers.next(), numbers.next()) {
         (Some(Ok(major)), Some(Ok(minor))) if (major, minor) >= KERNEL_MIN => {

@@ -354,11 +354,11 @@ fn prepare(home: &Home, life: Life, pool: &Path, global: &Global, screen: &Scree
     })
 }
 
-/// Makes a machine and defines it.
+/// Makes a machine and defines it, if it can run.
 fn define(home: &Home, definition: Definition, begin: Begin<'_>, (pool, global): (&Path, &Global)) -> Result<Ready> {
     let ready = make(home, definition.clone(), home.lock()?, begin, (pool, global))?;
-    home.define(&definition)?;
-    ready.runner.confine()?;
+    // The machine keeps the lock until that is done, or undone.
+    home.define_if(&definition, || ready.runner.confine())?;
     Ok(ready)
 }
 
@@ -380,9 +380,12 @@ fn make(
     let of_pool = Pool { open: &open, disks: disks.instants() };
     let runner = Arc::new(Runner::new(home.clone(), definition, lock, of_pool, begin)?);
     let server = MachineServer::start(home, Arc::clone(&runner))?;
-    let watched = Arc::clone(&runner);
+    // Should it come to nothing, this does not keep it.
+    let watched = Arc::downgrade(&runner);
     signal::watch(move |_| {
-        if let Err(error) = watched.stop(PATIENCE) {
+        if let Some(runner) = watched.upgrade()
+            && let Err(error) = runner.stop(PATIENCE)
+        {
             tracing::debug!("a signal came too late: {error}");
         }
     })?;

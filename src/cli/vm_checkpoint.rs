@@ -26,7 +26,8 @@ use crate::api::answer::Snapshot;
 use crate::api::machine::{Act, Order, ask_machine, checkpoint_machine};
 use crate::api::{Request, Response, Way};
 use crate::checkpoint::{DiskSnapshot, Folder, Name};
-use crate::error::{Error, Result};
+use crate::clock;
+use crate::error::{Error, Kind, Result};
 use crate::media::{HostMedia, Media};
 use crate::progress::{Progress, Silent};
 use crate::sync::Mutex;
@@ -125,6 +126,10 @@ fn watch(home: &Home, bar: &Bar, over: &Mutex<bool>) {
     }
 }
 
+/// How long it is tried to remove clones of a machine that came to nothing, and how often.
+const UNDO_TIME_MAX: Duration = Duration::from_secs(10);
+const AGAIN: Duration = Duration::from_millis(20);
+
 /// The pool, asked for what the disks of a machine take to be what they were.
 struct Disks<'a> {
     pool: &'a Path,
@@ -174,11 +179,20 @@ impl Disks<'_> {
         Ok(())
     }
 
+    /// Removes clones. A server that had them for the machine may still be about to miss it, or to end.
     fn remove(&self, snapshots: &[Snapshot], vm: &str) {
+        let begun = clock::now();
         for Snapshot { disk, .. } in snapshots {
             let name = clone_of(vm, disk);
-            if let Err(error) = self.ask(Request::Rm { name: name.clone(), recursive: false }) {
-                tracing::warn!("the disk {name} stays: {error}");
+            while let Err(error) = self.ask(Request::Rm { name: name.clone(), recursive: false }) {
+                match error.kind() {
+                    Kind::NotFound => break,
+                    _ if begun.elapsed() < UNDO_TIME_MAX => clock::sleep(AGAIN),
+                    _ => {
+                        tracing::warn!("the disk {name} stays: {error}");
+                        break;
+                    }
+                }
             }
         }
     }

@@ -244,6 +244,11 @@ impl File for HostFile {
         Ok(u64::try_from(rustix::fs::fstat(&self.file)?.st_mtime).ok())
     }
 
+    fn identity(&self) -> io::Result<Option<(u64, u64)>> {
+        let stat = rustix::fs::fstat(&self.file)?;
+        Ok(Some((stat.st_dev, stat.st_ino)))
+    }
+
     fn try_lock(&self) -> io::Result<bool> {
         lock::try_exclusive(&self.file)
     }

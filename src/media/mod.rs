@@ -123,6 +123,11 @@ pub trait File: Send + Sync + Debug {
     fn modified(&self) -> io::Result<Option<u64>> {
         Ok(None)
     }
+    /// Returns what tells it from all other files there are while it is open: two that are open are the same file if this is
+    /// equal. `None` where that is not known, and nobody locks.
+    fn identity(&self) -> io::Result<Option<(u64, u64)>> {
+        Ok(None)
+    }
     /// Takes the file for this process for as long as it is open; false when another one has it.
     fn try_lock(&self) -> io::Result<bool> {
         Ok(true)

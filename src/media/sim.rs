@@ -256,6 +256,10 @@ impl SimFile {
 }
 
 impl File for SimFile {
+    fn identity(&self) -> io::Result<Option<(u64, u64)>> {
+        Ok(Some((0, self.inode)))
+    }
+
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
         self.see(|image| image.read(buf, offset))
     }

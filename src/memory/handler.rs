@@ -59,19 +59,26 @@ struct Fault {
 
 /// Answers faults until the bell rings.
 pub(super) fn run(core: &Core, bell: &Bell) {
-    if catch_unwind(AssertUnwindSafe(|| serve_all(core, bell))).is_ok() {
+    guarded(core, || serve_all(core, bell));
+}
+
+/// Answers faults; when that panics nobody does any more, and nobody is to wait: what is protected is let go, and what is
+/// missing becomes a SIGBUS.
+fn guarded(core: &Core, serve: impl FnOnce()) {
+    if catch_unwind(AssertUnwindSafe(serve)).is_ok() {
         return;
     }
-    // Nobody answers any more: what is protected is let go, and what is missing is told to be.
     let why = "a mistake in this program ended the thread that answers faults";
     tracing::error!("{why}");
     if let Some(capture) = core.capture.read().clone() {
         capture.fail(crate::error::Error::failed(why));
     }
-    if let Some(filling) = core.filling.read().clone() {
-        filling.break_down(why);
-    }
-    core.release();
+    let filling = core.filling.read().clone();
+    core.end_watching(|| {
+        if let Some(filling) = filling {
+            filling.break_down_unheard(core, why);
+        }
+    });
 }
 
 fn serve_all(core: &Core, bell: &Bell) {
@@ -191,5 +198,132 @@ fn missing(core: &Core, fault: &Fault) -> bool {
             core.wake(fault.region, fault.offset, core.page);
             true
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::sync::Arc;
+
+    use rustix::fs::MemfdFlags;
+    use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
+
+    use super::*;
+    use crate::checkpoint::{Access, Cut, Folder, Name, Plan, Reader, Sizes, Writer};
+    use crate::media::{Media, SimMedia};
+    use crate::memory::{Event, RestoreOptions, Restorer, SaveOptions, Saver, Watch, save_stopped};
+    use crate::progress::Silent;
+    use crate::sys::guest::PAGE;
+
+    const SIZE: u64 = 4 << 20;
+
+    fn memory() -> GuestMemoryMmap<()> {
+        let file = File::from(rustix::fs::memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
+        file.set_len(SIZE).unwrap();
+        let range = (GuestAddress(0), to_usize(SIZE), Some(FileOffset::new(file, 0)));
+        GuestMemoryMmap::from_ranges_with_files([range]).unwrap()
+    }
+
+    fn watch(memory: &GuestMemoryMmap<()>) -> Watch {
+        Watch::new(Watch::open().unwrap(), memory, Sizes::USUAL).unwrap()
+    }
+
+    fn writer(folder: &Folder, watch: &Watch, name: &str) -> Writer {
+        let plan = Plan::new(Name::new("vm", name).unwrap(), "test", watch.geometry().clone());
+        Writer::create(folder, plan).unwrap()
+    }
+
+    /// A checkpoint of a memory that has a number in each page, and noise behind it: a storage block has a few page blocks.
+    fn saved() -> (Folder, Reader) {
+        let media: Arc<dyn Media> = Arc::new(SimMedia::new(1));
+        let (folder, memory) = (Folder::at(&media), memory());
+        let mut noise = 1_u64;
+        for at in (0..SIZE).step_by(8) {
+            noise = noise.wrapping_mul(0x5851_f42d_4c95_7f2d).rotate_left(23) ^ at;
+            let value = if at % PAGE == 0 { at + 1 } else { noise };
+            memory.write_obj(value, GuestAddress(at)).unwrap();
+        }
+        let watch = watch(&memory);
+        let to = writer(&folder, &watch, "a");
+        save_stopped(&watch, &to, &Silent).unwrap();
+        to.commit(&Cut { created: 1, disks: Vec::new(), state_version: 1, state: b"" }).unwrap();
+        let reader = Reader::open(&folder, &Name::new("vm", "a").unwrap(), Access::Cached).unwrap();
+        (folder, reader)
+    }
+
+    /// Reads a page as a device does: by a system call, which fails where a load would be a signal.
+    fn touch(memory: &GuestMemoryMmap<()>, at: u64) -> io::Result<u64> {
+        let (read, write) = rustix::pipe::pipe()?;
+        let sent = memory.write_volatile_to(GuestAddress(at), &mut File::from(write), 8);
+        sent.map_err(|error| match error {
+            vm_memory::GuestMemoryError::IOError(error) => error,
+            error => io::Error::other(error),
+        })?;
+        let mut bytes = [0; 8];
+        rustix::io::read(&read, &mut bytes)?;
+        Ok(u64::from_le_bytes(bytes))
+    }
+
+    #[test]
+    fn nobody_waits_for_a_thread_that_has_died() {
+        let (folder, reader) = saved();
+        let memory = memory();
+        let mut watch = watch(&memory);
+        let options = RestoreOptions { background: false, ..RestoreOptions::default() };
+        let restorer = Restorer::begin(&watch, reader, options).unwrap();
+        assert_eq!(touch(&memory, 0).unwrap(), 1);
+        while restorer.figures().left > SIZE / (64 << 10) - 2 {
+            std::thread::yield_now();
+        }
+        watch.deafen();
+        let last = SIZE - PAGE;
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| touch(&memory, last));
+            std::thread::sleep(std::time::Duration::from_millis(50));
+            assert!(!waiting.is_finished(), "nobody answers");
+            guarded(watch.core(), || panic!("a mistake, for the test"));
+            assert_eq!(waiting.join().unwrap().unwrap_err().raw_os_error(), Some(libc::EFAULT));
+        });
+        assert!(matches!(restorer.event(std::time::Duration::ZERO), Event::Broken(_)));
+        // Each page is what was saved, or cannot be had, and that for everybody who comes later.
+        let mut there = 0;
+        for at in (0..SIZE).step_by(to_usize(PAGE)) {
+            match touch(&memory, at) {
+                Ok(value) => {
+                    assert_eq!(value, at + 1);
+                    there += 1;
+                }
+                Err(error) => assert_eq!(error.raw_os_error(), Some(libc::EFAULT)),
+            }
+        }
+        assert!((16..SIZE / PAGE).contains(&there), "{there} pages were there");
+        // Nothing is protected by whom nobody would hear.
+        let to = writer(&folder, &watch, "b");
+        let error = Saver::begin(&watch, to, SaveOptions::default()).unwrap_err();
+        assert!(error.to_string().contains("mistake in this program"), "{error}");
+        memory.write_obj(7_u64, GuestAddress(0)).unwrap();
+        assert_eq!(touch(&memory, 0).unwrap(), 7);
+    }
+
+    #[test]
+    fn a_save_whose_thread_has_died_lets_the_guest_write() {
+        let (folder, memory) = (saved().0, memory());
+        memory.write_obj(1_u64, GuestAddress(0)).unwrap();
+        let mut watch = watch(&memory);
+        let to = writer(&folder, &watch, "b");
+        let mut saver =
+            Saver::begin(&watch, to, SaveOptions { keep_tracking: true, ..SaveOptions::default() }).unwrap();
+        saver.cut().unwrap();
+        watch.deafen();
+        std::thread::scope(|scope| {
+            let writing = scope.spawn(|| memory.write_obj(2_u64, GuestAddress(0)).unwrap());
+            std::thread::sleep(std::time::Duration::from_millis(50));
+            guarded(watch.core(), || panic!("a mistake, for the test"));
+            writing.join().unwrap();
+        });
+        saver.wait().ok();
+        memory.write_obj(3_u64, GuestAddress(SIZE - PAGE)).unwrap();
+        assert_eq!(touch(&memory, 0).unwrap(), 2);
     }
 }

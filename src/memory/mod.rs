@@ -44,6 +44,6 @@ mod save;
 mod watch;
 
 pub use figures::Waits;
-pub use restore::{Event, Failure, RestoreFigures, RestoreOptions, Restorer, Touched, restore_all};
+pub use restore::{Event, Failure, RestoreFigures, RestoreOptions, Restorer, Touched, can_restore_lazily, restore_all};
 pub use save::{SaveFigures, SaveOptions, Saver, save_stopped};
 pub use watch::Watch;

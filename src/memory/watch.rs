@@ -6,8 +6,10 @@
 //! 2. A page block that is not protected is in `open`, or nobody tracks. To protect: out of `open`, then the call. To let writes
 //!    through: the call, then into `open`. So whatever way the two meet, a page block outside `open` is protected.
 //! 3. What is written to is in `changed` before a cut looks at it: the thread of the faults is kept outside meanwhile ([`Gate`]).
-//! 4. Memory of another process is registered by that process, and only unregistered here. Nothing is protected there.
-//! 5. Memory that somebody takes away counts as written. If a save has not captured it yet, the save fails.
+//! 4. Memory that somebody takes away counts as written. If a save has not captured it yet, the save fails.
+//! 5. The kernel tells that memory is about to be taken away, and not when it is gone; protection goes with it. So nothing is protected,
+//!    and there is no cut, between the two: who takes memory away, and who does these, keep each other out ([`Watch::give_back`]).
+//! 6. Memory of another process is registered by that process, and only unregistered here. Nothing is protected there.
 
 use std::io;
 use std::ops::Range;
@@ -27,9 +29,10 @@ use super::save::Capture;
 use crate::checkpoint::{Geometry, PageBlock, Region, Sizes, Span};
 use crate::clock;
 use crate::error::{Error, Result};
-use crate::sync::{Mutex, RwLock};
+use crate::sync::{Mutex, MutexGuard, RwLock};
 use crate::sys::guest::{GuestRegion, PAGE};
-use crate::sys::userfaultfd::{Userfault, Watched};
+use crate::sys::userfaultfd::{Messages, Userfault, Watched};
+use crate::units::to_usize;
 
 /// Bytes that are protected in one call: it keeps those out who change the mappings of the process.
 const CALL: u64 = 64 << 20;
@@ -65,6 +68,8 @@ struct Registered {
     restoring: bool,
     /// All memory is registered for protection.
     protected: bool,
+    /// Nobody answers faults any more: nothing is ever watched again.
+    over: bool,
 }
 
 /// What is known of saves.
@@ -90,6 +95,8 @@ pub(super) struct Core {
     pub(super) open: Bits,
     /// Page blocks written since the last cut, or since tracking began.
     pub(super) changed: Bits,
+    /// Shared by those who take memory away, had alone by those who protect it.
+    pub(super) taking: RwLock<()>,
     /// Times that memory was taken away.
     pub(super) removals: AtomicU64,
     /// Pages that are put in are protected.
@@ -104,6 +111,37 @@ pub(super) struct Core {
 }
 
 impl Core {
+    fn ours(faults: Userfault, memory: &GuestMemoryMmap<()>, sizes: Sizes) -> Result<Self> {
+        let regions = GuestRegion::all(memory).map_err(|error| Error::usage(error.to_string()))?;
+        let list: Vec<Region> =
+            regions.iter().map(|region| Region { address: region.address(), length: region.len() }).collect();
+        let geometry = Geometry::new(sizes, &list)?;
+        Ok(Self::new(faults, regions, geometry, PAGE, false))
+    }
+
+    fn new(faults: Userfault, regions: Vec<GuestRegion>, geometry: Geometry, page: u64, elsewhere: bool) -> Self {
+        assert_eq!(geometry.regions().len(), regions.len(), "a region for each");
+        let blocks = geometry.page_blocks();
+        Self {
+            faults,
+            regions,
+            geometry,
+            page,
+            elsewhere,
+            open: Bits::new(blocks),
+            changed: Bits::new(blocks),
+            taking: RwLock::new(()),
+            removals: AtomicU64::new(0),
+            protect: AtomicBool::new(false),
+            gate: Gate::default(),
+            phase: AtomicU8::new(Phase::Off as u8),
+            registered: Mutex::default(),
+            saves: Mutex::default(),
+            capture: RwLock::new(None),
+            filling: RwLock::new(None),
+        }
+    }
+
     pub(super) fn phase(&self) -> Phase {
         match self.phase.load(Ordering::SeqCst) {
             1 => Phase::Tracking,
@@ -191,6 +229,8 @@ impl Core {
     /// # Errors
     /// With `now`, `WouldBlock` when a message waits to be read; errors of the host.
     pub(super) fn protect_open(&self, now: bool) -> io::Result<u64> {
+        // At the cut the caller has it.
+        let _none_is_taken = (!now).then(|| self.taking.write());
         let (mut count, mut from) = (0, 0);
         while let Some(first) = self.open.next(from) {
             let span = self.span(PageBlock(first));
@@ -255,6 +295,15 @@ impl Core {
         *self.filling.write() = filling;
     }
 
+    /// Returns what is registered, for whoever is about to register more.
+    fn registered(&self) -> io::Result<MutexGuard<'_, Registered>> {
+        let registered = self.registered.lock();
+        if registered.over {
+            return Err(io::Error::other("a mistake in this program has ended the thread that answers faults"));
+        }
+        Ok(registered)
+    }
+
     fn register(&self, run: Run, missing: bool, protected: bool) -> io::Result<()> {
         let watched = Watched { missing, protected };
         self.faults.register(&self.regions[run.region], run.offset, run.len, watched)
@@ -262,7 +311,7 @@ impl Core {
 
     /// Has missing pages of these runs reported, which are in order.
     pub(super) fn watch_missing(&self, runs: Vec<Run>) -> io::Result<()> {
-        let mut registered = self.registered.lock();
+        let mut registered = self.registered()?;
         if self.elsewhere {
             self.whole().try_for_each(|whole| self.leave_out(whole, &runs))?;
         } else {
@@ -296,7 +345,8 @@ impl Core {
 
     /// Begins to track: all memory is protected when this returns, and what was written meanwhile is open.
     pub(super) fn track(&self) -> io::Result<()> {
-        let mut registered = self.registered.lock();
+        let _none_is_taken = self.taking.write();
+        let mut registered = self.registered()?;
         for run in self.whole() {
             // Where pages are missing that has to stay so; the rest is only protected.
             let mut at = 0;
@@ -339,13 +389,45 @@ impl Core {
             self.set_phase(Phase::Off);
         }
         let mut registered = self.registered.lock();
-        registered.protected = false;
+        let protected = std::mem::take(&mut registered.protected);
         if !registered.restoring {
             return self.forget(&mut registered);
         }
-        for run in self.whole() {
+        for run in self.whole().filter(|_| protected) {
             if let Err(error) = self.protect(run, false) {
                 tracing::error!("the memory of a guest stays protected, which slows it down: {error}");
+            }
+        }
+    }
+
+    /// Ends all watching because nobody answers faults any more; `poison` is called before missing pages would be zeros again.
+    pub(super) fn end_watching(&self, poison: impl FnOnce()) {
+        self.protect.store(false, Ordering::SeqCst);
+        self.set_phase(Phase::Off);
+        let mut registered = self.registered.lock();
+        registered.over = true;
+        poison();
+        self.forget(&mut registered);
+    }
+
+    /// Makes missing pages of a range a SIGBUS when nobody reads messages any more.
+    pub(super) fn poison_unheard(&self, region: usize, offset: u64, len: u64) {
+        let mut unread = Messages::new(16);
+        let mut poison = |offset, len| loop {
+            match self.faults.poison(&self.regions[region], offset, len) {
+                // Removed memory would become zeros, and becomes a SIGBUS: it cannot be had either way.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    if !self.faults.read(&mut unread).unwrap_or(false) {
+                        clock::sleep(AGAIN);
+                    }
+                }
+                done => break done,
+            }
+        };
+        // A range that has some pages already is done page by page; one that is not watched has no missing ones.
+        if poison(offset, len).is_err_and(|error| error.kind() == io::ErrorKind::AlreadyExists) {
+            for page in (offset..offset + len).step_by(to_usize(self.page)) {
+                poison(page, self.page).ok();
             }
         }
     }
@@ -382,11 +464,7 @@ impl Watch {
     /// # Errors
     /// `Unsupported` when the kernel lacks something, `Denied` when it is not given to this process, `Usage` for another kind of memory.
     pub fn new(faults: Userfault, memory: &GuestMemoryMmap<()>, sizes: Sizes) -> Result<Self> {
-        let regions = GuestRegion::all(memory).map_err(|error| Error::usage(error.to_string()))?;
-        let list: Vec<Region> =
-            regions.iter().map(|region| Region { address: region.address(), length: region.len() }).collect();
-        let geometry = Geometry::new(sizes, &list)?;
-        Self::start(faults, regions, geometry, PAGE, false)
+        Self::start(Core::ours(faults, memory, sizes)?)
     }
 
     /// Makes one for the memory of another process, which has sent its userfaultfd and has all of it registered for missing pages of
@@ -400,35 +478,11 @@ impl Watch {
         geometry: Geometry,
         page: u64,
     ) -> Result<Self> {
-        Self::start(faults, regions, geometry, page, true)
+        Self::start(Core::new(faults, regions, geometry, page, true))
     }
 
-    fn start(
-        faults: Userfault,
-        regions: Vec<GuestRegion>,
-        geometry: Geometry,
-        page: u64,
-        elsewhere: bool,
-    ) -> Result<Self> {
-        assert_eq!(geometry.regions().len(), regions.len(), "a region for each");
-        let blocks = geometry.page_blocks();
-        let core = Arc::new(Core {
-            faults,
-            regions,
-            geometry,
-            page,
-            elsewhere,
-            open: Bits::new(blocks),
-            changed: Bits::new(blocks),
-            removals: AtomicU64::new(0),
-            protect: AtomicBool::new(false),
-            gate: Gate::default(),
-            phase: AtomicU8::new(Phase::Off as u8),
-            registered: Mutex::default(),
-            saves: Mutex::default(),
-            capture: RwLock::new(None),
-            filling: RwLock::new(None),
-        });
+    fn start(core: Core) -> Result<Self> {
+        let core = Arc::new(core);
         let host = |error| Error::io("the memory of the guest cannot be watched", error);
         let bell = Arc::new(Bell::new().map_err(host)?);
         let (of, heard) = (Arc::clone(&core), Arc::clone(&bell));
@@ -460,8 +514,29 @@ impl Watch {
         &self.core.geometry
     }
 
+    /// Gives memory back to the host, as a balloon does: `len` bytes from a guest address on, in whole pages, are zeros after.
+    /// Memory is taken away in no other way while it is saved.
+    ///
+    /// # Errors
+    /// `Usage` for a range that is not in one region; errors of the host.
+    pub fn give_back(&self, address: u64, len: u64) -> Result<()> {
+        let mut regions = self.core.regions.iter();
+        let region = regions.find(|region| (region.address()..region.address() + region.len()).contains(&address));
+        let region = region.ok_or_else(|| Error::usage(format!("there is no memory of the guest at {address:#x}")))?;
+        let _no_cut = self.core.taking.read();
+        let host = |error| Error::io("memory of the guest cannot be given back", error);
+        region.give_back(address - region.address(), len).map_err(host)
+    }
+
     pub(super) fn core(&self) -> &Arc<Core> {
         &self.core
+    }
+
+    /// Ends the thread, as if it had died.
+    #[cfg(test)]
+    pub(super) fn deafen(&mut self) {
+        self.bell.ring();
+        self.thread.take().expect("it is ended once").join().expect("it has not panicked");
     }
 }
 

@@ -41,16 +41,24 @@ struct Switched {
 /// # Errors
 /// `NotFound`, `Exists`, `Usage` for a bad name or a disk named twice, `ReadOnly`. None is taken then.
 pub fn take(store: &Arc<Store>, targets: &[(String, String)]) -> Result<Vec<SnapshotInfo>> {
-    take_named(store, targets, Way::Unhindered)
+    take_named(store, targets, Way::Unhindered, &mut |_, _| Ok(()))
 }
 
 /// As [`take`], but the instant comes at once and is told when it has been; the rest takes as long as it takes, and if it
-/// fails no snapshot was taken.
+/// fails no snapshot was taken. They are held from the beginning: no crash leaves one that is not.
 ///
 /// # Errors
 /// As [`take`].
-pub fn take_at_once(store: &Arc<Store>, targets: &[(String, String)], instant: &dyn Fn()) -> Result<Vec<SnapshotInfo>> {
-    take_named(store, targets, Way::AtOnce(instant))
+pub fn take_at_once(
+    store: &Arc<Store>,
+    targets: &[(String, String)],
+    hold: &str,
+    instant: &dyn Fn(),
+) -> Result<Vec<SnapshotInfo>> {
+    take_named(store, targets, Way::AtOnce(instant), &mut |edit, key| {
+        edit.change_state(key, |row| row.holds.push(hold.to_owned()));
+        Ok(())
+    })
 }
 
 /// How snapshots are taken.
@@ -62,14 +70,19 @@ enum Way<'a> {
     AtOnce(&'a dyn Fn()),
 }
 
-fn take_named(store: &Arc<Store>, targets: &[(String, String)], way: Way<'_>) -> Result<Vec<SnapshotInfo>> {
+fn take_named(
+    store: &Arc<Store>,
+    targets: &[(String, String)],
+    way: Way<'_>,
+    besides: &mut Besides<'_>,
+) -> Result<Vec<SnapshotInfo>> {
     let mut list = Vec::new();
     for (disk, name) in targets {
         check_snapshot_name(name)?;
         let id = store.tables.read().disk_id(disk)?;
         list.push(Target { head: store.head(id)?, name: name.clone(), status: Status::Live });
     }
-    let ids = take_all(store, list, way, &mut |_, _| Ok(()))?;
+    let ids = take_all(store, list, way, besides)?;
     let infos: Vec<_> = ids.into_iter().map(|id| store.snapshot_info_by_id(id)).collect::<Result<_>>()?;
     for info in &infos {
         let (disk, disk_name) = (info.disk_id, info.disk.clone());

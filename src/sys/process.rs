@@ -73,6 +73,12 @@ pub struct User {
     pub gid: u32,
 }
 
+/// Returns the release of the kernel that runs, such as `6.12.0`; empty when the host does not say.
+#[must_use]
+pub fn kernel() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned()
+}
+
 /// Finds a user by name; `None` when there is none of it.
 pub fn find_user(name: &str) -> io::Result<Option<User>> {
     let name = CString::new(name)?;

@@ -129,6 +129,14 @@ impl Drop for Shared {
     }
 }
 
+/// Tells whether a part of a mapping was touched that was gone, for those who have not what entered it.
+#[must_use]
+pub fn is_lost(map: &MmapRegion<()>) -> bool {
+    let start = map.as_ptr().addr();
+    let mut used = TABLE[..USED.load(Ordering::SeqCst).min(SLOTS)].iter();
+    used.any(|slot| slot.range() == Some((start, start + map.size())) && slot.lost.load(Ordering::SeqCst))
+}
+
 /// Returns the size of the huge pages of a file, or 1 if it has none: any range of it can be replaced then.
 fn page_of(file: &File) -> io::Result<u64> {
     let system = rustix::fs::fstatfs(file)?;

@@ -235,6 +235,12 @@ impl Userfault {
         Ok(Self { fd: self.fd.try_clone()?, ..*self })
     }
 
+    /// Returns one of a kernel that cannot poison pages, as those before Linux 6.6, to see what becomes of it there.
+    #[must_use]
+    pub fn without_poison(self) -> Self {
+        Self { features: self.features & !FEATURE_POISON, ..self }
+    }
+
     /// Tells whether pages can be poisoned (Linux 6.6).
     #[must_use]
     pub fn can_poison(&self) -> bool {
@@ -317,8 +323,12 @@ impl Userfault {
     /// Makes missing pages a SIGBUS for whoever touches them, and wakes who waits.
     ///
     /// # Errors
-    /// `AlreadyExists` for a page that is there; `WouldBlock` for a message that waits; errors of the host.
+    /// `AlreadyExists` for a page that is there; `WouldBlock` for a message that waits; `Unsupported` when it cannot
+    /// ([`Self::can_poison`]); errors of the host.
     pub fn poison(&self, region: &GuestRegion, offset: u64, len: u64) -> io::Result<()> {
+        if !self.can_poison() {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
         let mut argument = PoisonArgument { range: self.range(region, offset, len), mode: 0, updated: 0 };
         // SAFETY: as in `register`.
         unsafe { call(&self.fd, POISON, &raw mut argument) }

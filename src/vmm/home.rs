@@ -284,16 +284,50 @@ impl Home {
     /// # Errors
     /// Those of the host.
     pub fn define(&self, definition: &Definition) -> Result<()> {
-        let cannot = |e| Error::io(format!("cannot write {}", self.path(DEFINITION).display()), e);
-        let mut text = serde_json::to_vec_pretty(definition).map_err(|e| cannot(e.into()))?;
+        let mut text = serde_json::to_vec_pretty(definition)
+            .map_err(|e| Error::failed("the definition of a machine cannot be written").because(e))?;
         text.push(b'\n');
+        self.write(&text)
+    }
+
+    /// As [`Home::define`], and then does what must succeed as well: otherwise what was there before is there again, or
+    /// nothing.
+    ///
+    /// # Errors
+    /// Those of the host and of `then`.
+    pub fn define_if(&self, definition: &Definition, then: impl FnOnce() -> Result<()>) -> Result<()> {
+        let before = match std::fs::read(self.path(DEFINITION)) {
+            Ok(text) => Some(text),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => return Err(Error::io(format!("cannot read {}", self.path(DEFINITION).display()), error)),
+        };
+        self.define(definition).and_then(|()| then()).inspect_err(|_| {
+            let undone = before.map_or_else(|| self.undefine(), |text| self.write(&text));
+            if let Err(error) = undone {
+                tracing::warn!("the virtual machine {} stays defined, though it cannot run: {error}", self.name);
+            }
+        })
+    }
+
+    fn undefine(&self) -> Result<()> {
+        let cannot = |e| Error::io(format!("cannot remove {}", self.path(DEFINITION).display()), e);
+        let media = HostMedia::new(&self.dir).map_err(cannot)?;
+        match media.remove(DEFINITION) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(cannot(error)),
+            _ => {}
+        }
+        media.sync_dir("").map_err(cannot)
+    }
+
+    fn write(&self, text: &[u8]) -> Result<()> {
+        let cannot = |e| Error::io(format!("cannot write {}", self.path(DEFINITION).display()), e);
         let media = HostMedia::new(&self.dir).map_err(cannot)?;
         match media.remove(TEMPORARY) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(cannot(error)),
             _ => {}
         }
         let file = media.open(TEMPORARY, Open::New).map_err(cannot)?;
-        file.write_at(&text, 0).map_err(cannot)?;
+        file.write_at(text, 0).map_err(cannot)?;
         file.sync().map_err(cannot)?;
         media.rename(TEMPORARY, DEFINITION).map_err(cannot)?;
         media.sync_dir("").map_err(cannot)
@@ -370,6 +404,20 @@ mod tests {
         let back = home.definition().unwrap();
         assert_eq!(serde_json::to_value(&back).unwrap(), serde_json::to_value(definition()).unwrap());
         assert_eq!(Home::list(pool.path()).unwrap()[0].name(), "web");
+    }
+
+    #[test]
+    fn a_definition_that_comes_to_nothing_leaves_the_one_before() {
+        let pool = tempfile::tempdir().unwrap();
+        let home = Home::of(pool.path(), "web").unwrap();
+        home.make().unwrap();
+        let define = |cpus, ends: Result<()>| home.define_if(&Definition { cpus, ..definition() }, || ends);
+        let fails = || Err(Error::failed("it cannot run"));
+        assert_eq!(define(3, fails()).unwrap_err().message(), "it cannot run");
+        assert!(!home.exists());
+        define(4, Ok(())).unwrap();
+        define(5, fails()).unwrap_err();
+        assert_eq!(home.definition().unwrap().cpus, 4);
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! 1. Whatever can be wrong with what is asked for is found before the guest runs.
 //! 2. Order down: processors first, devices then, memory last.
 //! 3. A reboot is a new machine from the same settings: nothing of the old one is left to be wrong.
+//! 4. Memory is guarded before anybody touches it: what cannot be had is an error, and ends no process.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -33,10 +34,11 @@ use super::virtio::{Block, Device, Net, Rng, Transport};
 use super::{acpi, layout, memory, virtio};
 use crate::clock;
 use crate::disk::BlockDevice;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::media::socket::Socket;
 use crate::sync::Mutex;
 use crate::sys::kvm::{Cpu, Vm};
+use crate::sys::shared::Shared as Guard;
 
 /// Processors of a guest at most: numbers of local APICs have eight bits, and the last means all.
 const CPUS_MAX: u8 = 254;
@@ -115,6 +117,7 @@ impl Machine {
     /// As [`Machine::new`].
     pub fn of(settings: &Settings, means: &Means) -> Result<Self> {
         let parts = Parts::make(settings, means, None)?;
+        let guards = memory::guard(parts.vm.memory())?;
         let memory = parts.vm.memory();
         let tables = acpi::write(memory, settings.cpus, parts.bus.virtio.len())?;
         write_generation(memory, settings.generation)?;
@@ -130,7 +133,7 @@ impl Machine {
                 boot::set_up_waiting(cpu)?;
             }
         }
-        parts.finish(settings)
+        parts.finish(settings, guards)
     }
 
     /// Makes a machine in the state that another had, of the same settings. `fill` gives it its memory; the boot of the
@@ -139,7 +142,8 @@ impl Machine {
     ///
     /// # Errors
     /// As [`Machine::new`]; `Unsupported` for the state of a machine of other parts and for what this host lacks of what
-    /// the guest uses, all of it by name; `Corrupt` for a state that no machine can have, and what `fill` says.
+    /// the guest uses, all of it by name; `Corrupt` for a state that no machine can have; `Io` when memory that it takes
+    /// to begin could not be had, and was a bus error instead; what `fill` says.
     pub fn restore(
         settings: &Settings,
         state: &MachineState,
@@ -163,6 +167,8 @@ impl Machine {
         if state.cpus.len() != parts.cpus.len() || state.virtio.len() != parts.bus.virtio.len() {
             return Err(Error::corrupt("the state is that of a machine with other processors or devices"));
         }
+        // From here on memory may come as it is touched, or not.
+        let guards = memory::guard(parts.vm.memory())?;
         fill(parts.vm.memory())?;
         write_generation(parts.vm.memory(), settings.generation)?;
         state.chips.set_clock(&parts.vm)?;
@@ -176,7 +182,10 @@ impl Machine {
         }
         parts.bus.power.tell(state.events | power::GENERATION);
         parts.bus.serial.call_again();
-        parts.finish(settings)
+        if guards.iter().any(Guard::is_lost) {
+            return Err(Error::new(Kind::Io, "memory that the guest needs to go on cannot be had"));
+        }
+        parts.finish(settings, guards)
     }
 
     /// Returns the state of a machine that is paused, but not its memory.
@@ -411,9 +420,8 @@ impl Parts {
         Ok(Self { kvm, confinement: means.confinement.clone(), vm, bus, cpus })
     }
 
-    fn finish(self, settings: &Settings) -> Result<Machine> {
+    fn finish(self, settings: &Settings, guards: Vec<Guard>) -> Result<Machine> {
         let Self { kvm, confinement, vm, bus, cpus } = self;
-        let guards = memory::guard(vm.memory())?;
         let cpus = Cpus::start(&vm, cpus, Arc::clone(&bus), guards, &confinement)?;
         let (socket, start, settings) = (Mutex::new(None), Uuid::new_v4(), settings.clone());
         Ok(Machine { cpus, socket, bus, start, settings, runs: Mutex::new(false), vm, kvm })

@@ -5,7 +5,7 @@
 //!    sees every write (a second mapping would go unseen).
 //! 2. Memory is not reserved on the host and takes none until the guest touches it.
 //! 3. A page that the host cannot bring any more ends no process: [`guard`] sees to it that whoever touches it goes on, with
-//!    zeros, and the guest does not.
+//!    zeros, and the guest does not; nor does a device, which asks whether what it has read was memory.
 
 use std::fs::File;
 
@@ -14,7 +14,7 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 use super::layout::{BASE_END, HIGH_START, KERNEL, LOW_END};
 use crate::error::{Error, Result};
-use crate::sys::shared::Shared;
+use crate::sys::shared::{self, Shared};
 use crate::units::{show_size, to_usize};
 
 /// The memory of a guest.
@@ -26,8 +26,7 @@ impl crate::vhost_blk::service::Memory for Memory {
     }
 
     fn is_lost(&self) -> bool {
-        // Nobody else has it.
-        false
+        self.iter().any(|region| shared::is_lost(&region.get_mmap()))
     }
 }
 
@@ -109,7 +108,7 @@ pub(super) fn map(bytes: u64) -> Vec<Range> {
 
 #[cfg(test)]
 mod tests {
-    use vm_memory::{Address, Bytes};
+    use vm_memory::{Address, Bytes, GuestMemoryRegion};
 
     use super::*;
 
@@ -122,6 +121,17 @@ mod tests {
         memory.write_obj(7_u64, GuestAddress(HIGH_START)).unwrap();
         let total: u64 = map(LOW_END + (1 << 20)).iter().filter(|r| r.what == Use::Usable).map(|r| r.len).sum();
         assert_eq!(total, LOW_END + (1 << 20) - (KERNEL.0 - BASE_END));
+    }
+
+    #[test]
+    fn a_device_is_told_that_what_it_read_was_no_memory() {
+        use crate::vhost_blk::service::Memory as _;
+        let (memory, other) = (make(MIN).unwrap(), make(MIN).unwrap());
+        let _guards = (guard(&memory).unwrap(), guard(&other).unwrap());
+        assert!(!memory.is_lost() && !other.is_lost());
+        memory.iter().next().unwrap().file_offset().unwrap().file().set_len(0).unwrap();
+        assert_eq!(memory.read_obj::<u64>(KERNEL).unwrap(), 0);
+        assert!(memory.is_lost() && !other.is_lost());
     }
 
     #[test]

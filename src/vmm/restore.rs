@@ -8,9 +8,11 @@
 //! # Rules
 //! 1. What is only looked at comes first: whether this host can have the state at all, whether network cards are free. Then
 //!    the disks become what they were ([`Restore::ready`]), and then nothing but the host itself can be in the way.
-//! 2. A page that cannot be had makes the guest stand still ([`super::cpus`], rule 6), with the page, the file and the reason
+//! 2. Setting the state touches memory already, and nobody could be asked then what is to be done: what cannot be had is a
+//!    bus error until the machine is made ([`RestoreOptions::unattended`]), and the restore is refused with its place.
+//! 3. A page that cannot be had makes the guest stand still ([`super::cpus`], rule 6), with the page, the file and the reason
 //!    in what is told about the machine. It is read again when somebody says so.
-//! 3. To end such a guest, what is missing is made a bus error first: so whoever waits for it in the kernel comes out.
+//! 4. To end such a guest, what is missing is made a bus error first: so whoever waits for it in the kernel comes out.
 //!
 //! # After a crash
 //! The checkpoint is as it was. Of the machine there is nothing but its disks, as after a power cut.
@@ -26,8 +28,10 @@ use super::runner::Runner;
 use super::{Definition, Machine, MachineState, Settings, Stuck};
 use crate::checkpoint::{Access, Folder, Name, Reader};
 use crate::clock;
-use crate::error::Result;
-use crate::memory::{Event, Failure, RestoreFigures, RestoreOptions, Restorer, Touched, Watch, restore_all};
+use crate::error::{Error, Result};
+use crate::memory::{
+    Event, Failure, RestoreFigures, RestoreOptions, Restorer, Touched, Watch, can_restore_lazily, restore_all,
+};
 use crate::progress::Silent;
 use crate::sys::userfaultfd::Userfault;
 
@@ -70,19 +74,35 @@ impl Restore<'_> {
         Ok((Self { name, reader, state, eager, touched, ready: Box::new(|| Ok(())) }, definition))
     }
 
+    /// Finds what is in the way, as far as that can be looked at.
+    ///
+    /// # Errors
+    /// What this host lacks.
+    pub(super) fn check(&self, settings: &Settings, means: &Means, faults: &Result<Userfault>) -> Result<()> {
+        let faults = faults.as_ref().map_err(Error::again)?;
+        if !self.eager {
+            can_restore_lazily(faults)?;
+        }
+        means.check_host(&self.state, settings)
+    }
+
     /// Makes the machine, whose memory is watched from then on.
     pub(super) fn begin(self: Box<Self>, settings: &Settings, means: &Means, faults: Userfault) -> Result<Begun> {
         let Self { reader, state, eager, touched, name, .. } = *self;
         let (mut watch, mut restorer) = (None, None);
         let machine = Machine::go_on(settings, means, &state, |memory| {
             let watched = watch.insert(Watch::new(faults, memory, reader.geometry().sizes())?);
-            let options = RestoreOptions { touched, ..RestoreOptions::default() };
+            let options = RestoreOptions { touched, unattended: true, ..RestoreOptions::default() };
             if eager {
                 return restore_all(watched, &reader, options.workers, &Silent);
             }
             restorer = Some(Arc::new(Restorer::begin(watched, reader, options)?));
             Ok(())
-        })?;
+        });
+        let machine = machine.map_err(|error| restorer.as_deref().map_or(error.again(), |it| why(it, error)))?;
+        if let Some(restorer) = &restorer {
+            restorer.attend();
+        }
         let machine = Arc::new(machine);
         let filling = restorer.map(|restorer| Filling { restorer, name, machine: Arc::downgrade(&machine) });
         Ok(Begun { machine, watch: Arc::new(watch.expect("memory was filled")), filling })
@@ -121,6 +141,25 @@ impl Filling {
     pub(super) fn info(&self) -> MemoryInfo {
         MemoryInfo { checkpoint: self.name.to_string(), figures: self.restorer.figures() }
     }
+
+    /// Makes the guest stand still: not by way of the state of the runner, for whoever has that may wait for just this memory.
+    fn stick(&self, stuck: Stuck) {
+        if let Some(machine) = self.machine.upgrade() {
+            machine.stick(stuck);
+        }
+    }
+}
+
+/// Returns why a machine could not be made: what it took of its memory could not be had, or else `error`.
+fn why(restorer: &Restorer, error: Error) -> Error {
+    match restorer.event(LOOK) {
+        Event::Failed(failure) => failure
+            .error
+            .again()
+            .context(format!("the guest cannot go on: it takes the page block at {:#x} to begin", failure.address)),
+        Event::Broken(error) => error,
+        Event::Filled | Event::Stopped | Event::Nothing => error,
+    }
 }
 
 fn told(failure: &Failure) -> String {
@@ -134,7 +173,10 @@ impl Runner {
         loop {
             let stuck = match filling.restorer.event(LOOK) {
                 Event::Failed(failure) => Stuck { what: told(&failure), for_good: false },
-                Event::Broken(error) => Stuck { what: error.to_string(), for_good: true },
+                Event::Broken(error) => {
+                    filling.stick(Stuck { what: error.to_string(), for_good: true });
+                    break;
+                }
                 Event::Filled => {
                     tracing::info!("all memory of the guest has come from the checkpoint {}", filling.name);
                     break;
@@ -143,10 +185,7 @@ impl Runner {
                 Event::Nothing if self.filling.lock().is_none() => break,
                 Event::Nothing => continue,
             };
-            // Not by way of the state of the runner: whoever has that may wait for just this memory.
-            if let Some(machine) = filling.machine.upgrade() {
-                machine.stick(stuck);
-            }
+            filling.stick(stuck);
         }
         self.note_touched(&filling);
     }

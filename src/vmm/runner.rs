@@ -156,9 +156,9 @@ pub enum Begin<'a> {
 
 impl Begin<'_> {
     /// Finds what is in the way, as far as that can be looked at, and has the disks made ready.
-    fn prepare(self, settings: &Settings, means: &Means) -> Result<Self> {
+    fn prepare(self, settings: &Settings, means: &Means, faults: &Result<Userfault>) -> Result<Self> {
         let Self::Restore(mut restore) = self else { return Ok(self) };
-        means.check_host(&restore.state, settings)?;
+        restore.check(settings, means, faults)?;
         std::mem::replace(&mut restore.ready, Box::new(|| Ok(())))()?;
         Ok(Self::Restore(restore))
     }
@@ -241,7 +241,7 @@ impl Runner {
             Begin::Restore(_) => Means::open_to_go_on_and_reboot(&settings)?,
         };
         let means = means.confined(Some(folder.as_fd()))?;
-        let begin = begin.prepare(&settings, &means)?;
+        let begin = begin.prepare(&settings, &means, &faults)?;
         let Opened { disks, files, served } = open_disks(&definition, pool.open)?;
         settings.disks = disks;
         let (machine, watch, filling) = match begin {

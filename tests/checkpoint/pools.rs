@@ -228,3 +228,65 @@ fn zeros_alone_are_a_checkpoint() {
     assert!(report.is_sound() && report.stored_blocks == 0);
     assert!(open(&folder(&pool), "vm@a").unwrap().state().unwrap().is_empty());
 }
+
+/// At each I/O of a save as a machine makes it: after the crash there is the checkpoint with its snapshots, or neither.
+#[test]
+fn a_save_that_did_not_end_leaves_no_snapshots() {
+    let mut ends = [0, 0];
+    for countdown in 1.. {
+        let mut pool = pool_seeded(countdown);
+        pool.media.crash_after(countdown);
+        save_with_snapshots(&pool).ok();
+        let down = pool.media.is_down();
+        pool.media.crash();
+        pool.store = Pool::open(&pool.media);
+        checkpoint::attend(&pool.store);
+        let there = folder(&pool).exists(&name("vm@a")).unwrap();
+        let taken = pool.store.snapshot_info("d", "a").ok();
+        assert_eq!(taken.is_some(), there, "crash after {countdown}");
+        assert!(taken.is_none_or(|info| info.holds == ["checkpoint vm@a"]), "crash after {countdown}");
+        assert_eq!(holds(&pool, "s"), [""; 0]);
+        ends[usize::from(there)] += usize::from(down);
+        // It can be made then, under the same name.
+        if !there {
+            save_with_snapshots(&pool).unwrap();
+        }
+        pool.sound();
+        if !down {
+            break;
+        }
+    }
+    assert!(ends[0] > 10 && ends[1] > 0, "{ends:?}");
+}
+
+fn save_with_snapshots(pool: &Pool) -> afterimage::error::Result<()> {
+    let save = Save::default();
+    let writer = Writer::create(&folder(pool), save.plan())?;
+    save.enter(&writer)?;
+    let taken = checkpoint::snapshot(&pool.store, &name("vm@a"), &["d".to_owned()], &|| ())?;
+    let disks = taken.iter().map(|info| snapshot_of(&pool.store, "d", &info.name)).collect();
+    writer.commit(&Cut { created: 1, disks, state_version: 1, state: b"state" }).map(drop)
+}
+
+/// The server lives on when a machine is killed: what was taken for its checkpoint goes when the next is made, or with `rm`.
+#[test]
+fn what_a_killed_machine_has_left_goes_when_somebody_asks() {
+    let pool = pool();
+    let left = || {
+        let writer = Writer::create(&folder(&pool), Save::default().plan()).unwrap();
+        checkpoint::snapshot(&pool.store, &name("vm@a"), &["d".to_owned()], &|| ()).unwrap();
+        drop(writer);
+        // One that is killed undoes nothing.
+        pool.store.media().open("checkpoints/vm/a.ckpt.new", afterimage::media::Open::New).unwrap();
+    };
+    left();
+    checkpoint::remove(&pool.store, &name("vm@a")).unwrap();
+    assert_eq!(pool.store.snapshot_info("d", "a").unwrap_err().kind(), Kind::NotFound);
+    left();
+    save_with_snapshots(&pool).unwrap();
+    assert_eq!(holds(&pool, "a"), ["checkpoint vm@a"]);
+    // A file that is merely not there, as when its folder is not mounted, takes no snapshot with it.
+    pool.store.media().remove("checkpoints/vm/a.ckpt").unwrap();
+    checkpoint::attend(&pool.store);
+    assert_eq!(holds(&pool, "a"), [""; 0]);
+}

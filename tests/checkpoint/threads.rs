@@ -2,14 +2,16 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use afterimage::checkpoint::{
     self, Access, Cut, Folder, PageBlock, Place, Plan, Pushed, Reader, Sizes, Staging, Writer, is_zero,
 };
+use afterimage::error::Kind;
 use afterimage::media::{HostMedia, Media};
 use afterimage::progress::Silent;
 
-use super::{compare, content, geometry_of, name};
+use super::{SMALL, compare, content, geometry_of, name};
 
 const PAGE_BLOCKS: u64 = 800;
 
@@ -69,4 +71,40 @@ fn save(folder: &Folder, text: &str, direct: bool) {
     // Full ones, and at most two for each thread that are not; a page block may be missing at the end of each.
     let most = sum.bytes as f64 / f64::from(sizes.storage_block) * 1.07 + 6.0;
     assert!(f64::from(sum.blocks) <= most, "{} blocks, at most {most}", sum.blocks);
+}
+
+/// Whoever makes a checkpoint of a name has it alone, whoever else looks, sweeps and tries at the same time.
+#[test]
+fn two_never_save_under_one_name() {
+    let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+    let media: Arc<dyn Media> = Arc::new(HostMedia::new(dir.path()).unwrap());
+    let folder = Folder::of_pool(&media);
+    let path = dir.path().join("checkpoints/vm/a.ckpt.new");
+    let (alive, made, until) = (AtomicU64::new(0), AtomicU64::new(0), Instant::now() + Duration::from_secs(3));
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                while Instant::now() < until {
+                    let plan = Plan { direct: false, ..Plan::new(name("vm@a"), "test", geometry_of(SMALL, 8)) };
+                    match Writer::create(&folder, plan) {
+                        Ok(writer) => {
+                            assert_eq!(alive.fetch_add(1, Ordering::SeqCst), 0, "somebody else saves it");
+                            assert!(path.exists(), "nobody took it for a leftover");
+                            made.fetch_add(1, Ordering::SeqCst);
+                            alive.fetch_sub(1, Ordering::SeqCst);
+                            drop(writer);
+                        }
+                        Err(error) => assert_eq!(error.kind(), Kind::Busy, "{error}"),
+                    }
+                }
+            });
+        }
+        scope.spawn(|| {
+            while Instant::now() < until {
+                folder.sweep().unwrap();
+                folder.is_being_saved(&name("vm@a")).unwrap();
+            }
+        });
+    });
+    assert!(made.load(Ordering::SeqCst) > 10, "{made:?} were made");
 }

@@ -211,3 +211,79 @@ fn a_damaged_index_restores_nothing() {
     assert_eq!(begun.unwrap_err().kind(), Kind::Corrupt);
     assert_eq!(guest.load(0), 0, "it is memory like any other");
 }
+
+/// A mistake in this program ends a thread that fills memory: nobody waits for it, and the owner hears.
+#[test]
+fn who_waits_for_a_thread_that_has_died_goes_on_with_an_error() {
+    let (_, folder) = media();
+    let (like, twin) = saved(&folder, 36);
+    let guest = empty_like(&like);
+    let watch = guest.watch();
+    let between = Arc::new(Between { panics: AtomicBool::new(true), ..Between::default() });
+    let restorer = Restorer::begin(&watch, through(open(&folder, "a"), &between), only_when_touched()).unwrap();
+    let at = something(&twin, 20);
+    std::thread::scope(|scope| {
+        let guest = &guest;
+        let touching: Vec<_> = (0..3).map(|page| scope.spawn(move || touch(guest, at as u64 + page * PAGE))).collect();
+        for touching in touching {
+            assert_eq!(touching.join().unwrap().unwrap_err().raw_os_error(), Some(libc::EFAULT));
+        }
+    });
+    assert!(matches!(restorer.event(PATIENCE), Event::Broken(_)));
+    let other = something(&twin, 100);
+    assert_eq!(touch(&guest, other as u64).unwrap_err().raw_os_error(), Some(libc::EFAULT));
+    let saving = afterimage::memory::save_stopped(&watch, &writer(&folder, "b", &watch, None), &Silent);
+    assert!(saving.unwrap_err().to_string().contains("ended before"), "it waits for nobody");
+}
+
+/// Before anybody looks after a restore, who touches what cannot be had does not wait.
+#[test]
+fn nobody_waits_for_an_owner_that_is_not_there_yet() {
+    let (media, folder) = media();
+    let (like, twin) = saved(&folder, 37);
+    let at = something(&twin, 20);
+    media.flip_bit("vm/a.ckpt", in_file(&folder, at >> 16), 5).unwrap();
+    for background in [false, true] {
+        let guest = empty_like(&like);
+        let watch = guest.watch();
+        let options = RestoreOptions { background, unattended: true, ..RestoreOptions::default() };
+        let restorer = Restorer::begin(&watch, open(&folder, "a"), options).unwrap();
+        if background {
+            // Known before anybody wants it.
+            restorer.wait_filled().unwrap_err();
+        }
+        assert_eq!(touch(&guest, at as u64).unwrap_err().raw_os_error(), Some(libc::EFAULT));
+        let failed = failure(&restorer);
+        assert_eq!((failed.address, failed.error.kind()), (at as u64, Kind::Corrupt));
+    }
+    // Once there is one, who touches it waits for what that decides.
+    let guest = empty_like(&like);
+    let watch = guest.watch();
+    let options = RestoreOptions { unattended: true, ..only_when_touched() };
+    let restorer = Restorer::begin(&watch, open(&folder, "a"), options).unwrap();
+    restorer.attend();
+    std::thread::scope(|scope| {
+        let touching = scope.spawn(|| touch(&guest, at as u64));
+        assert_eq!(failure(&restorer).address, at as u64);
+        assert!(!touching.is_finished());
+        restorer.poison_all();
+        touching.join().unwrap().unwrap_err();
+    });
+}
+
+/// Without poison nobody could be let go who waits for what never comes.
+#[test]
+fn a_kernel_without_poison_restores_all_at_once_and_no_other_way() {
+    let (_, folder) = media();
+    let (like, twin) = saved(&folder, 38);
+    let guest = empty_like(&like);
+    let watch = Watch::new(Watch::open().unwrap().without_poison(), &guest.memory, Sizes::USUAL).unwrap();
+    let error = Restorer::begin(&watch, open(&folder, "a"), RestoreOptions::default()).unwrap_err();
+    let told = format!("{error} {}", error.next_step().unwrap());
+    assert!(error.kind() == Kind::Unsupported && told.contains("Linux") && told.contains("--eager"), "{told}");
+    restore_all(&watch, &open(&folder, "a"), 2, &Silent).unwrap();
+    assert_same(&guest.content(), &twin, "all at once");
+    let writers = Writers::new(&guest);
+    let (twin, _) = save_live(&guest, &watch, &writers, writer(&folder, "b", &watch, None), SaveOptions::default());
+    assert_restores(&folder, "b", &guest, &twin);
+}

@@ -159,6 +159,15 @@ fn writer(folder: &Folder, to: &str, watch: &Watch, based_on: Option<&str>) -> W
     Writer::create(folder, Plan { parent, ..Plan::new(name(to), "test", watch.geometry().clone()) }).unwrap()
 }
 
+/// Says that it is over when it is dropped, also by a panic: nobody would join the threads otherwise.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Threads that write to random places, and are held when an instant is wanted.
 struct Writers<'a> {
     guest: &'a Guest,
@@ -216,13 +225,6 @@ impl<'a> Writers<'a> {
             }
             while threads > 0 && self.stores.load(Ordering::Relaxed) == 0 {
                 std::thread::yield_now();
-            }
-            // Also when it panics: nobody would join the threads otherwise.
-            struct Over<'a>(&'a AtomicBool);
-            impl Drop for Over<'_> {
-                fn drop(&mut self) {
-                    self.0.store(true, Ordering::Relaxed);
-                }
             }
             let _over = Over(&self.over);
             work()

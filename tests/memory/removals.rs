@@ -89,14 +89,14 @@ fn a_save_whose_memory_is_given_back_fails_or_is_right() {
         let writers = Writers::new(&guest);
         let mut saver = Saver::begin(&watch, writer(&folder, "a", &watch, None), SaveOptions::default()).unwrap();
         // Before the cut it is as good as written.
-        guest.regions[0].give_back(5 * BLOCK, BLOCK + PAGE).unwrap();
+        watch.give_back(5 * BLOCK, BLOCK + PAGE).unwrap();
         let twin = writers.cut(&mut saver);
         assert!(twin[5 << 16..6 << 16].iter().all(|byte| *byte == 0));
         let done = || saver.figures().done == saver.figures().page_blocks;
         while round % 2 == 1 && !done() {
             std::thread::sleep(Duration::from_millis(1));
         }
-        guest.regions[0].give_back(18 << 20, BLOCK).unwrap();
+        watch.give_back(18 << 20, BLOCK).unwrap();
         guest.store(18 << 20, 1);
         match saver.commit(&cut()) {
             Ok(_) => {
@@ -122,7 +122,7 @@ fn what_is_given_back_is_in_the_next_save() {
     let writers = Writers::new(&guest);
     let keep = SaveOptions { keep_tracking: true, ..SaveOptions::default() };
     save_live(&guest, &watch, &writers, writer(&folder, "a", &watch, None), keep);
-    guest.regions[0].give_back(7 * BLOCK + PAGE, 4 * BLOCK).unwrap();
+    watch.give_back(7 * BLOCK + PAGE, 4 * BLOCK).unwrap();
     guest.store(9 * BLOCK, 9);
     let (twin, figures) = save_live(&guest, &watch, &writers, writer(&folder, "b", &watch, Some("a")), keep);
     assert_eq!(figures.page_blocks - figures.inherited, 5);
@@ -130,4 +130,53 @@ fn what_is_given_back_is_in_the_next_save() {
     let (second, _) = save_live(&guest, &watch, &writers, writer(&folder, "c", &watch, Some("b")), keep);
     assert_restores(&folder, "b", &guest, &twin);
     assert_restores(&folder, "c", &guest, &second);
+}
+
+/// Memory is given back and written up to the instant: each save is right, and so is each that is based on it.
+#[test]
+fn saves_are_right_while_memory_is_given_back_all_the_time() {
+    let guest = Guest::new(4 << 20, 1 << 20);
+    guest.fill(80);
+    let (_, folder) = media();
+    let watch = guest.watch();
+    let writers = Writers::new(&guest);
+    let keep = SaveOptions { keep_tracking: true, ..SaveOptions::default() };
+    let (mut parent, mut based) = (None::<String>, 0);
+    let (over, arming) = (AtomicBool::new(false), RwLock::new(()));
+    writers.during(2, || {
+        std::thread::scope(|scope| {
+            let _over = Over(&over);
+            scope.spawn(|| {
+                let mut random = Random(81);
+                while !over.load(Ordering::Relaxed) {
+                    let (_arming, _running) = (arming.read(), writers.hold.read());
+                    let (first, pages) = (random.below(1000), random.below(20) + 1);
+                    watch.give_back(first * PAGE, pages * PAGE).unwrap();
+                    guest.store((first + random.below(pages)) * PAGE, random.next());
+                }
+            });
+            for round in 0..32 {
+                let to = writer(&folder, &format!("n{round}"), &watch, parent.as_deref());
+                let mut saver = Saver::begin(&watch, to, keep).unwrap();
+                saver.settle().unwrap();
+                // After the cut it would fail, as it should.
+                let _none = arming.write();
+                let twin = writers.cut(&mut saver);
+                let was_based = parent.is_some();
+                saver.commit(&cut()).unwrap();
+                based += u64::from(was_based);
+                let made = format!("n{round}");
+                assert_eager(&folder, &made, &guest, &twin);
+                // As many as can be based on each other.
+                parent = (round % 8 != 7).then_some(made);
+            }
+        });
+    });
+    assert!(based > 20, "{based}");
+}
+
+fn assert_eager(folder: &Folder, of: &str, like: &Guest, twin: &[u8]) {
+    let guest = empty_like(like);
+    restore_all(&guest.watch(), &open(folder, of), 1, &Silent).unwrap();
+    assert_same(&guest.content(), twin, of);
 }

@@ -17,6 +17,7 @@ pub(super) struct Between {
     pub(super) order: Mutex<Vec<StorageBlock>>,
     pub(super) delay: Duration,
     pub(super) broken: AtomicBool,
+    pub(super) panics: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -27,6 +28,7 @@ impl Source for Wrapped {
         self.1.reads.fetch_add(1, Ordering::SeqCst);
         self.1.order.lock().push(block);
         std::thread::sleep(self.1.delay);
+        assert!(!self.1.panics.load(Ordering::SeqCst), "a mistake, for the test");
         if self.1.broken.load(Ordering::SeqCst) {
             return Err(std::io::ErrorKind::BrokenPipe.into());
         }

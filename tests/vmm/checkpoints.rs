@@ -14,7 +14,7 @@ use crate::cli::{Afterimage, text};
 use crate::real::{require, wait_for};
 
 /// A pool, and guests in it, which are gone with this.
-struct Place(Afterimage);
+pub(super) struct Place(pub(super) Afterimage);
 
 impl Drop for Place {
     fn drop(&mut self) {
@@ -27,56 +27,56 @@ impl Drop for Place {
 }
 
 impl Place {
-    fn new() -> Option<Self> {
+    pub(super) fn new() -> Option<Self> {
         require_kvm().then(|| Self(Afterimage::with_pool()))
     }
 
     /// Starts a guest in the background.
-    fn start(&self, name: &str, orders: &str, more: &[&str]) {
+    pub(super) fn start(&self, name: &str, orders: &str, more: &[&str]) {
         let kernel = kernel(Way::Pvh);
         let words = ["vm", "run", name, "--kernel", kernel.to_str().unwrap(), "--memory", "32M", "--cmdline", orders];
         let output = self.0.run(&[&words, more, &["--detach"]].concat());
         assert!(output.status.success(), "{}", text(&output.stderr));
     }
 
-    fn file(&self, name: &str, file: &str) -> PathBuf {
+    pub(super) fn file(&self, name: &str, file: &str) -> PathBuf {
         self.0.pool().join("vms").join(name).join(file)
     }
 
-    fn said(&self, name: &str) -> String {
+    pub(super) fn said(&self, name: &str) -> String {
         fs::read_to_string(self.file(name, "console.log")).unwrap_or_default()
     }
 
-    fn hear(&self, name: &str, what: &str) {
+    pub(super) fn hear(&self, name: &str, what: &str) {
         wait_for(&format!("{name} says {what}; {}", self.log(name)), || self.said(name).contains(what));
     }
 
-    fn log(&self, name: &str) -> String {
+    pub(super) fn log(&self, name: &str) -> String {
         fs::read_to_string(self.file(name, "vmm.log")).unwrap_or_default()
     }
 
-    fn vm(&self, words: &[&str]) -> Value {
+    pub(super) fn vm(&self, words: &[&str]) -> Value {
         self.0.json(&[&["vm"], words].concat())
     }
 
-    fn info(&self, name: &str) -> Value {
+    pub(super) fn info(&self, name: &str) -> Value {
         self.vm(&["info", name])["vm"].clone()
     }
 
-    fn checkpoint(&self, vm: &str, name: &str, more: &[&str]) -> Value {
+    pub(super) fn checkpoint(&self, vm: &str, name: &str, more: &[&str]) -> Value {
         self.vm(&[&["checkpoint", vm, "--as", name], more].concat())["checkpoint"].clone()
     }
 
-    fn restore(&self, name: &str, more: &[&str]) -> Value {
+    pub(super) fn restore(&self, name: &str, more: &[&str]) -> Value {
         self.vm(&[&["restore", name, "--detach"], more].concat())["vm"].clone()
     }
 
-    fn kill(&self, name: &str) {
+    pub(super) fn kill(&self, name: &str) {
         self.vm(&["stop", name, "--force"]);
     }
 
     /// Types a line.
-    fn type_in(&self, name: &str, line: &str) {
+    pub(super) fn type_in(&self, name: &str, line: &str) {
         use std::io::{BufRead, BufReader, Write};
         let mut client =
             BufReader::new(std::os::unix::net::UnixStream::connect(self.file(name, "serial.sock")).unwrap());
@@ -86,7 +86,7 @@ impl Place {
         client.get_mut().write_all(line.as_bytes()).unwrap();
     }
 
-    fn wait_until_resident(&self, name: &str) {
+    pub(super) fn wait_until_resident(&self, name: &str) {
         wait_for(&format!("{name} is resident"), || self.info(name)["memory"]["resident"] == true);
     }
 }
@@ -205,7 +205,7 @@ fn a_checkpoint_takes_no_other_disk_that_has_the_name_now() {
 }
 
 /// Where a page block of a checkpoint lies in its file, by the guest address that it has.
-fn place_of(place: &Place, name: &str, address: u64) -> (u64, u64) {
+pub(super) fn place_of(place: &Place, name: &str, address: u64) -> (u64, u64) {
     let media: Arc<dyn Media> = Arc::new(HostMedia::new(&place.0.pool()).unwrap());
     let reader = Reader::open(&Folder::of_pool(&media), &Name::parse(name).unwrap(), Access::Cached).unwrap();
     let layer = &reader.layers()[0];

@@ -2,6 +2,7 @@
 //!
 //! Where KVM emulates ring 0, as in many virtual machines, an ordinary kernel cannot run and this guest can.
 
+mod attacked;
 mod checkpoints;
 mod commands;
 mod confined;

@@ -24,6 +24,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::time::Duration;
 
+use super::RestoreOptions;
 use super::cache::{Cache, Key};
 use super::order::Order;
 use super::status::{Failure, Status};
@@ -108,6 +109,8 @@ pub(in crate::memory) struct Filling {
     /// Some pages of a page block are in memory, and the rest could not be put in.
     torn: AtomicBool,
     poison: AtomicBool,
+    /// Nobody hears yet that somebody waits for what cannot be had.
+    unattended: AtomicBool,
     finished: AtomicBool,
     copies: RwLock<()>,
     pub(super) queue: Mutex<Queue>,
@@ -126,8 +129,7 @@ impl Filling {
         reader: Reader,
         status: Arc<Status>,
         present: &Bits,
-        cached: usize,
-        background: bool,
+        options: &RestoreOptions,
     ) -> Self {
         let geometry = &core.geometry;
         let (blocks, pages) = (geometry.page_blocks(), geometry.page_block() as u64 / core.page);
@@ -147,13 +149,14 @@ impl Filling {
             putting: AtomicU64::new(0),
             torn: AtomicBool::new(false),
             poison: AtomicBool::new(false),
+            unattended: AtomicBool::new(options.unattended),
             finished: AtomicBool::new(false),
             copies: RwLock::new(()),
             queue: Mutex::default(),
             changed: Condvar::new(),
             demanded: AtomicU64::new(0),
-            cache: Cache::new(cached),
-            background,
+            cache: Cache::new(options.workers * 2 + 4),
+            background: options.background,
         }
     }
 
@@ -251,7 +254,12 @@ impl Filling {
             return Answer::Poison;
         }
         match now {
-            Where::Failed => self.status.is_waited_for(block),
+            Where::Failed => {
+                self.status.is_waited_for(block);
+                if self.unattended.load(Ordering::SeqCst) {
+                    return Answer::Poison;
+                }
+            }
             _ if was_wanted => {}
             _ => self.push(Demand { block, page: Some((page, since)) }),
         }
@@ -309,6 +317,14 @@ impl Filling {
         let waited_for = self.wanted.contains(block.0);
         tracing::error!("a part of the memory of a guest could not be restored: {error}");
         self.status.failed(Failure { block, address: core.span(block).address, waited_for, error });
+        if waited_for && self.unattended.load(Ordering::SeqCst) {
+            self.poison(core);
+        }
+    }
+
+    /// Hears that the owner looks after it from now on.
+    pub(super) fn attend(&self) {
+        self.unattended.store(false, Ordering::SeqCst);
     }
 
     /// Puts a page block into memory that was taken, the page that somebody waits for first.
@@ -424,7 +440,9 @@ impl Filling {
         self.status.wait_for(|| match self.at(block) {
             Where::Present => Some(Ok(())),
             Where::Failed | Where::Poisoned => self.status.why(block).map(Err),
-            _ if self.queue.lock().stop => Some(Err(Error::failed("the restore has ended before it was done"))),
+            _ if self.poison.load(Ordering::SeqCst) || self.queue.lock().stop => {
+                Some(Err(Error::failed("the restore has ended before it was done")))
+            }
             _ => None,
         })
     }
@@ -502,9 +520,23 @@ impl Filling {
         Ok(())
     }
 
-    /// Says that nobody answers faults any more.
-    pub(in crate::memory) fn break_down(&self, why: &str) {
+    /// Ends it because of a mistake in this program: who waits, and whoever touches what is missing, goes on with a SIGBUS.
+    pub(in crate::memory) fn break_down(&self, core: &Core, why: &str) {
         self.status.break_down(Error::failed(why));
+        self.poison(core);
+    }
+
+    /// As [`Self::break_down`], when nobody answers faults any more: all that is missing becomes a SIGBUS by itself.
+    pub(in crate::memory) fn break_down_unheard(&self, core: &Core, why: &str) {
+        self.poison.store(true, Ordering::SeqCst);
+        self.status.break_down(Error::failed(why));
+        for number in 0..self.states.len() as u64 {
+            let block = PageBlock(number);
+            if self.at(block) != Where::Present {
+                let span = core.span(block);
+                core.poison_unheard(span.region, span.offset, span.length as u64);
+            }
+        }
     }
 
     /// Returns the first page block from one on that nobody has begun to bring.

@@ -43,6 +43,8 @@ use super::bits::Bits;
 use super::watch::{Core, Run, Watch};
 use crate::checkpoint::{Found, PageBlock, Place, Reader};
 use crate::error::{Error, Result};
+use crate::sys::process;
+use crate::sys::userfaultfd::Userfault;
 use uuid::Uuid;
 
 /// Bytes of a run of zeros that is left to the kernel.
@@ -64,12 +66,15 @@ pub struct RestoreOptions {
     /// All memory is protected from the beginning, so that the next checkpoint can be based on this one. Takes time before the guest
     /// runs: some 20 ms for each GiB.
     pub keep_tracking: bool,
+    /// Nobody hears of events yet, so what cannot be had is a SIGBUS for who touches it, until [`Restorer::attend`]: for those
+    /// who touch memory before they can look after the restore.
+    pub unattended: bool,
 }
 
 impl Default for RestoreOptions {
     fn default() -> Self {
         let workers = std::thread::available_parallelism().map_or(1, usize::from).clamp(2, WORKERS_MAX);
-        Self { workers, background: true, touched: None, keep_tracking: false }
+        Self { workers, background: true, touched: None, keep_tracking: false, unattended: false }
     }
 }
 
@@ -90,9 +95,14 @@ impl Restorer {
     /// Begins to restore memory that is empty. From the moment this returns it may be touched by anybody; nothing has come yet.
     ///
     /// # Errors
-    /// `Usage` for memory that is another than that of the checkpoint, or not empty; `Corrupt` for an index that is damaged; errors of the host.
+    /// As [`can_restore_lazily`]; `Usage` for memory that is another than that of the checkpoint, or not empty; `Corrupt` for an index that is
+    /// damaged; errors of the host.
     pub fn begin(watch: &Watch, reader: Reader, options: RestoreOptions) -> Result<Self> {
         let core = Arc::clone(watch.core());
+        // Who serves another process ends that where a page cannot be poisoned.
+        if !core.is_elsewhere() {
+            can_restore_lazily(&core.faults)?;
+        }
         check(&core, &reader)?;
         let host = |error| Error::io("the memory of the guest cannot be restored", error);
         let present = Bits::new(core.geometry.page_blocks());
@@ -100,9 +110,8 @@ impl Restorer {
         let left = core.geometry.page_blocks() - present.count();
         let status = Arc::new(Status::new(&core.geometry, left));
         let checkpoint = reader.header().uuid;
-        let cached = options.workers * 2 + 4;
         let parts = parts_of(&core, &reader);
-        let filling = Arc::new(Filling::new(&core, reader, Arc::clone(&status), &present, cached, options.background));
+        let filling = Arc::new(Filling::new(&core, reader, Arc::clone(&status), &present, &options));
         core.fill_from(Some(Arc::clone(&filling)));
         let mut restorer =
             Self { core, filling: Arc::downgrade(&filling), status, workers: Vec::new(), checkpoint, parts };
@@ -124,6 +133,13 @@ impl Restorer {
             }
         }
         Ok(restorer)
+    }
+
+    /// Says that somebody waits for events from now on, see [`RestoreOptions::unattended`].
+    pub fn attend(&self) {
+        if let Some(filling) = self.filling.upgrade() {
+            filling.attend();
+        }
     }
 
     /// Waits for something that the owner is to know; a failure is told once, how the restore ended every time.
@@ -214,6 +230,20 @@ impl Drop for Restorer {
     fn drop(&mut self) {
         self.end();
     }
+}
+
+/// Tells whether memory can be restored while its machine runs. Without poison (Linux 6.6) who waits for a page that cannot be
+/// had would wait for ever, in the kernel.
+///
+/// # Errors
+/// `Unsupported` that names the kernel.
+pub fn can_restore_lazily(faults: &Userfault) -> Result<()> {
+    if faults.can_poison() {
+        return Ok(());
+    }
+    let kernel = format!("this kernel, Linux {}, has no poison", process::kernel());
+    let what = format!("memory cannot be restored while the guest runs: userfaultfd of {kernel}");
+    Err(Error::unsupported(what).hint("Linux 6.6 and later have it; --eager reads all memory before the guest runs"))
 }
 
 fn check(core: &Core, reader: &Reader) -> Result<()> {

@@ -115,7 +115,7 @@ impl Touched {
     pub fn store(&self, folder: &Folder, name: &Name) -> Result<()> {
         let host = |error| Error::io(format!("cannot note what a machine restored from {name} touches first"), error);
         let (path, media) = (folder.faults(name), folder.media());
-        let new = format!("{path}.new");
+        let new = folder.new_faults(name);
         match media.remove(&new) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(host(error)),
             _ => {}

@@ -41,12 +41,12 @@ pub(super) fn run(core: &Arc<Core>, filling: &Arc<Filling>, plan: Option<Option<
         match buffer.map(|buffer| Worker { core, filling, buffer }) {
             Ok(mut worker) => worker.work(),
             Err(error) => {
-                filling.break_down(&format!("the host has no memory to restore the memory of a guest: {error}"));
+                filling.break_down(core, &format!("the host has no memory to restore the memory of a guest: {error}"));
             }
         }
     }));
     if worked.is_err() {
-        filling.break_down("a mistake in this program ended a thread that fills the memory of a guest");
+        filling.break_down(core, "a mistake in this program ended a thread that fills the memory of a guest");
     }
 }
 

@@ -182,9 +182,10 @@ impl Capture {
         let mut waits_since = None;
         loop {
             match self.claim(block) {
+                // What is captured is of no more use, and who was to do it may have panicked.
+                Claim::Copying | Claim::Clean if self.is_stopped() => break,
                 // The winner copies 64 KiB, but may have lost its processor meanwhile.
                 Claim::Copying => std::thread::yield_now(),
-                Claim::Clean if self.is_stopped() => break,
                 Claim::Clean if self.ring.is_full() => {
                     waits_since.get_or_insert_with(clock::now);
                     clock::sleep(LOOK);

@@ -13,7 +13,8 @@
 //! 2. A page block is captured once, by whoever comes first (see `capture`), and not let through before it is captured.
 //! 3. What is caught goes into a ring of bounded size. When that is full the guest waits, and that is counted as a stall.
 //! 4. Given up or failed, everything is unprotected first, and then it is told.
-//! 5. With `keep_tracking` memory stays protected behind the save. The first write to each page block is noted then, and the next
+//! 5. Memory that was given back before the cut is saved as zeros; what is given back after it is saved as it was, or the save fails.
+//! 6. With `keep_tracking` memory stays protected behind the save. The first write to each page block is noted then, and the next
 //!    save can be based on this one.
 //!
 //! # After a crash
@@ -213,6 +214,8 @@ impl Saver {
         let host = |error| Error::io("the memory of the guest cannot be protected", error);
         let busy = || Error::busy("memory of the guest is being given back to the host").hint("save again after that");
         let filling = core.filling.read().clone();
+        // What is being taken away is gone before the cut, or goes after it.
+        let _none_is_taken = core.taking.try_write_until(begun + SETTLED).ok_or_else(busy)?;
         let _outside = core.gate.close();
         let removals = core.removals.load(Ordering::SeqCst);
         // Every page block is in memory as a whole from here on, or not at all.
