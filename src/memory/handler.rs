@@ -84,6 +84,11 @@ fn guarded(core: &Core, serve: impl FnOnce()) {
 fn serve_all(core: &Core, bell: &Bell) {
     let mut messages = Messages::new(MESSAGES);
     let mut faults = Vec::with_capacity(2 * MESSAGES);
+    while !core.has_begun() {
+        if is_ready(&mut [PollFd::new(&bell.0, PollFlags::IN)], Some(&AGAIN)) {
+            return;
+        }
+    }
     while !is_over(core, bell, !faults.is_empty()) {
         if let Err(error) = read_all(core, &mut messages, &mut faults) {
             tracing::error!("faults of a guest cannot be read: {error}");
@@ -97,10 +102,15 @@ fn serve_all(core: &Core, bell: &Bell) {
 /// Waits for messages; true when the bell rang.
 fn is_over(core: &Core, bell: &Bell, put_off: bool) -> bool {
     let mut both = [PollFd::new(&core.faults, PollFlags::IN), PollFd::new(&bell.0, PollFlags::IN)];
-    match rustix::event::poll(&mut both, put_off.then_some(&AGAIN)) {
-        Ok(_) => both[1].revents().contains(PollFlags::IN),
+    is_ready(&mut both, put_off.then_some(&AGAIN)) && both[1].revents().contains(PollFlags::IN)
+}
+
+/// Waits for descriptors; false when there is nothing.
+fn is_ready(which: &mut [PollFd<'_>], time: Option<&Timespec>) -> bool {
+    match rustix::event::poll(which, time) {
+        Ok(ready) => ready > 0,
         Err(error) => {
-            assert_eq!(error, rustix::io::Errno::INTR, "two descriptors that are open can be waited for");
+            assert_eq!(error, rustix::io::Errno::INTR, "descriptors that are open can be waited for");
             false
         }
     }

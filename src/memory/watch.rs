@@ -91,6 +91,8 @@ pub(super) struct Core {
     pub(super) page: u64,
     /// It is the memory of another process, which has registered all of it for missing pages.
     elsewhere: bool,
+    /// It is known what missing pages are to have.
+    begun: AtomicBool,
     /// Page blocks that may be written unseen, while somebody tracks.
     pub(super) open: Bits,
     /// Page blocks written since the last cut, or since tracking began.
@@ -128,6 +130,7 @@ impl Core {
             geometry,
             page,
             elsewhere,
+            begun: AtomicBool::new(!elsewhere),
             open: Bits::new(blocks),
             changed: Bits::new(blocks),
             taking: RwLock::new(()),
@@ -168,6 +171,12 @@ impl Core {
     /// Returns the page of a region that an offset is in.
     pub(super) fn page_of(&self, offset: u64) -> u64 {
         offset / self.page * self.page
+    }
+
+    /// Tells whether messages may be read. Those of another process come before it is known what its memory is to have: a page would be
+    /// answered with zeros, and a removal forgotten.
+    pub(super) fn has_begun(&self) -> bool {
+        self.begun.load(Ordering::SeqCst)
     }
 
     /// Tells whether it is the memory of another process.
@@ -293,6 +302,7 @@ impl Core {
     pub(super) fn fill_from(&self, filling: Option<Arc<Filling>>) {
         let _outside = self.gate.close();
         *self.filling.write() = filling;
+        self.begun.store(true, Ordering::SeqCst);
     }
 
     /// Returns what is registered, for whoever is about to register more.

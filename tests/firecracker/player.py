@@ -146,7 +146,11 @@ def serve(memory, link, command, words):
     if command == "closed":
         poll = select.poll()
         poll.register(link, select.POLLIN)
-        return bool(poll.poll(numbers[0])) and link.recv(1) == b""
+        try:
+            return bool(poll.poll(numbers[0])) and link.recv(1) == b""
+        except ConnectionResetError:
+            # It had not read all that was said.
+            return True
     if command == "peer":
         return struct.unpack("iII", link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
     raise ValueError(command)
@@ -160,6 +164,16 @@ def main():
     link = connect(path)
     extra = [os.open("/dev/null", os.O_RDONLY) for _ in range(spec.get("extra", 0))]
     descriptors = [os.open("/dev/null", os.O_RDONLY) if spec.get("fake") else memory.uffd] + extra
+    # Who touches memory before the handshake waits until it is served.
+    early = {}
+
+    def begin(line):
+        command, *words = line.split()
+        early[line] = serve(memory, link, command, words)
+
+    waiting = [threading.Thread(target=begin, args=(line,)) for line in spec.get("early", [])]
+    [thread.start() for thread in waiting]
+    time.sleep(0.1 if waiting else 0)
     text = spec.get("text", json.dumps(memory.described(spec.get("fields", "both")))).encode()
     say(link, text, [] if spec.get("bare") else descriptors, spec.get("pieces", False))
     if spec.get("hang_up"):
@@ -170,6 +184,10 @@ def main():
         command, *words = line.split()
         if command == "exit":
             break
+        if command == "early":
+            [thread.join() for thread in waiting]
+            print(json.dumps([early[line] for line in spec["early"]]), flush=True)
+            continue
         print(json.dumps(serve(memory, link, command, words)), flush=True)
 
 
