@@ -285,10 +285,8 @@ fn find_zeros(core: &Core, reader: &Reader, zeros: &Bits) -> Result<()> {
             Place::Parent => reader.place(block)? == Found::Zero,
         };
         before = if zero { before + 1 } else { 0 };
-        if (block.0 + 1).is_multiple_of(parts) {
-            if before >= parts {
-                zeros.insert(block.0 / parts);
-            }
+        if (block.0 + 1).is_multiple_of(parts) && before >= parts {
+            zeros.insert(block.0 / parts);
         }
         Ok(())
     })
