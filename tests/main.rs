@@ -8,6 +8,7 @@ mod checkpoint;
 mod cli;
 mod engine;
 mod export;
+mod firecracker;
 mod format;
 mod fuzz;
 mod guest;

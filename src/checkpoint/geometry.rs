@@ -211,6 +211,36 @@ impl Geometry {
         (offset < region.length).then(|| PageBlock(first + offset / u64::from(self.sizes.page_block)))
     }
 
+    /// Cuts the same regions into larger page blocks, `times` as large, for memory that comes in larger pages; no file is made of
+    /// those. `None` unless each new one is made of whole ones: number n of those `times * n` and on.
+    #[must_use]
+    pub fn coarser(&self, times: u32) -> Option<Self> {
+        let page_block = self.sizes.page_block.checked_mul(times).filter(|bytes| bytes.is_power_of_two())?;
+        let (mut page_blocks, mut regions) = (0, Vec::with_capacity(self.regions.len()));
+        for region in self.regions() {
+            if times > 1 && !region.length.is_multiple_of(u64::from(page_block)) {
+                return None;
+            }
+            regions.push((region, page_blocks));
+            page_blocks += region.length.div_ceil(u64::from(page_block));
+        }
+        Some(Self { sizes: Sizes { page_block, ..self.sizes }, regions, page_blocks })
+    }
+
+    /// Tells whether page blocks of the same numbers have the same lengths, wherever the regions are that they are cut from.
+    #[must_use]
+    pub fn cuts_as(&self, other: &Self) -> bool {
+        let short = |geometry: &Self| -> Vec<(u64, u64)> {
+            let size = u64::from(geometry.sizes.page_block);
+            let last =
+                geometry.regions.iter().map(|(region, first)| (first + region.length / size, region.length % size));
+            last.filter(|(_, length)| *length > 0).collect()
+        };
+        self.sizes.page_block == other.sizes.page_block
+            && self.page_blocks == other.page_blocks
+            && short(self) == short(other)
+    }
+
     /// Tells whether page blocks of the two mean the same memory, so that one can be the parent of the other.
     #[must_use]
     pub fn fits(&self, other: &Self) -> bool {
@@ -244,6 +274,25 @@ mod tests {
         }
         assert_eq!(geometry.of_region(1, 16_383), Some(PageBlock(3)));
         assert_eq!((geometry.of_region(1, 16_384), geometry.of_region(2, 0)), (None, None));
+    }
+
+    #[test]
+    fn the_same_memory_in_other_regions_and_larger_page_blocks() {
+        let of = |regions: &[(u64, u64)]| {
+            let regions: Vec<_> = regions.iter().map(|(address, length)| region(*address, *length)).collect();
+            Geometry::new(SMALL, &regions).unwrap()
+        };
+        let flat = of(&[(0, 131_072 + 4096)]);
+        assert!(flat.cuts_as(&of(&[(0, 65_536), (1 << 32, 65_536 + 4096)])));
+        assert!(flat.cuts_as(&flat) && !flat.cuts_as(&of(&[(0, 131_072)])));
+        // As many bytes and page blocks, and another one of them is short.
+        assert!(!flat.cuts_as(&of(&[(0, 65_536 + 4096), (1 << 32, 65_536)])));
+        assert_eq!(flat.coarser(1), Some(flat.clone()));
+        assert_eq!((flat.coarser(4), flat.coarser(3), flat.coarser(1 << 20)), (None, None, None));
+        let coarse = of(&[(0, 65_536), (1 << 32, 131_072)]).coarser(4).unwrap();
+        assert_eq!((coarse.page_blocks(), coarse.page_block(), coarse.memory()), (3, 65_536, 196_608));
+        assert_eq!(coarse.at((1 << 32) + 65_536), Some(PageBlock(2)));
+        assert_eq!(coarse.span(PageBlock(1)).unwrap().address, 1 << 32);
     }
 
     #[test]

@@ -61,8 +61,8 @@ pub fn remove(store: &Arc<Store>, name: &Name) -> Result<()> {
     // While it is locked nobody begins to read it, or to base another one on it.
     let Some(_file) = taken else {
         return Err(Error::busy(format!("the checkpoint {name} is being read")).hint(
-            "a machine that was restored from it has not read all of its memory yet, it is being verified, \
-             or a file of it is open in a mount (`fuser` says by whom)",
+            "a machine that was restored from it, or is served by serve-uffd, has not all of its memory yet, it is being \
+             verified, or a file of it is open in a mount (`fuser` says by whom)",
         ));
     };
     let children = list::children_for_sure(&folder, name)?;

@@ -1,12 +1,14 @@
-//! Commands about checkpoints: ls, info, verify, rm, flatten, save.
+//! Commands about checkpoints: ls, info, verify, rm, flatten, save, serve-uffd.
 
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 
-use super::Ask;
+use super::screen::Screen;
 use super::show::{Style, count, exact, time};
 use super::table::{Head, Table, sheet};
+use super::uffd::ServeUffd;
+use super::{Ask, Global};
 use crate::api::Request;
 use crate::checkpoint::{Checkpoint as Info, VerifyReport};
 use crate::clock;
@@ -60,6 +62,7 @@ enum What {
     /// The machine must not run: when the files have changed by the time they were read, nothing is saved. Who writes to memory
     /// files in RAM (tmpfs) through a mapping is not noticed.
     Save(Save),
+    ServeUffd(ServeUffd),
 }
 
 #[derive(Debug, Args)]
@@ -107,15 +110,17 @@ struct One {
 }
 
 impl Checkpoint {
-    pub(super) fn ask(self) -> Result<Ask> {
-        Ok(match self.what {
+    pub(super) fn run(self, global: &Global, screen: &Screen) -> Result<u8> {
+        let asked = match self.what {
             What::Ls { machine } => Ask::question(Request::CheckpointLs { machine }),
             What::Info(One { checkpoint }) => Ask::question(Request::CheckpointInfo { checkpoint }),
             What::Verify(One { checkpoint }) => Ask::question(Request::CheckpointVerify { checkpoint }).in_bytes(),
             What::Rm(One { checkpoint }) => Ask::change(Request::CheckpointRm { checkpoint }),
             What::Flatten(One { checkpoint }) => Ask::change(Request::CheckpointFlatten { checkpoint }).in_bytes(),
             What::Save(save) => save.ask()?,
-        })
+            What::ServeUffd(serve) => return serve.run(global, screen),
+        };
+        super::ask(global, screen, asked)
     }
 }
 

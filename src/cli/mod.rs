@@ -34,6 +34,7 @@ mod signal;
 mod snapshots;
 mod streams;
 mod table;
+mod uffd;
 mod umount;
 mod upkeep;
 mod vm;
@@ -258,7 +259,7 @@ fn run(command: Command, global: &Global, screen: &Screen) -> Result<u8> {
         Command::Scrub(command) => ask(global, screen, command.ask()),
         Command::Reclaim(command) => ask(global, screen, command.ask()),
         Command::Metrics(command) => ask(global, screen, command.ask()),
-        Command::Checkpoint(command) => ask(global, screen, command.ask()?),
+        Command::Checkpoint(command) => command.run(global, screen),
     }
 }
 

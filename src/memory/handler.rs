@@ -18,10 +18,10 @@ use std::sync::atomic::Ordering;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 
 use super::restore::Answer;
-use super::watch::{Core, Phase, page_of};
+use super::watch::{Core, Phase};
 use crate::checkpoint::PageBlock;
 use crate::clock::{self, Instant};
-use crate::sys::guest::PAGE;
+use crate::sys::pages::HUGE_PAGE;
 use crate::sys::userfaultfd::{How, Message, Messages};
 use crate::units::to_usize;
 
@@ -30,7 +30,8 @@ const MESSAGES: usize = 1024;
 /// How long faults that were put off wait for the next try.
 const AGAIN: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000 };
 
-static ZEROS: [u8; to_usize(PAGE)] = [0; to_usize(PAGE)];
+/// The largest page there is.
+static ZEROS: [u8; HUGE_PAGE] = [0; HUGE_PAGE];
 
 /// Calls the thread back.
 #[derive(Debug)]
@@ -84,6 +85,11 @@ fn guarded(core: &Core, serve: impl FnOnce()) {
 fn serve_all(core: &Core, bell: &Bell) {
     let mut messages = Messages::new(MESSAGES);
     let mut faults = Vec::with_capacity(2 * MESSAGES);
+    while !core.has_begun() {
+        if is_ready(&mut [PollFd::new(&bell.0, PollFlags::IN)], Some(&AGAIN)) {
+            return;
+        }
+    }
     while !is_over(core, bell, !faults.is_empty()) {
         if let Err(error) = read_all(core, &mut messages, &mut faults) {
             tracing::error!("faults of a guest cannot be read: {error}");
@@ -97,10 +103,15 @@ fn serve_all(core: &Core, bell: &Bell) {
 /// Waits for messages; true when the bell rang.
 fn is_over(core: &Core, bell: &Bell, put_off: bool) -> bool {
     let mut both = [PollFd::new(&core.faults, PollFlags::IN), PollFd::new(&bell.0, PollFlags::IN)];
-    match rustix::event::poll(&mut both, put_off.then_some(&AGAIN)) {
-        Ok(_) => both[1].revents().contains(PollFlags::IN),
+    is_ready(&mut both, put_off.then_some(&AGAIN)) && both[1].revents().contains(PollFlags::IN)
+}
+
+/// Waits for descriptors; false when there is nothing.
+fn is_ready(which: &mut [PollFd<'_>], time: Option<&Timespec>) -> bool {
+    match rustix::event::poll(which, time) {
+        Ok(ready) => ready > 0,
         Err(error) => {
-            assert_eq!(error, rustix::io::Errno::INTR, "two descriptors that are open can be waited for");
+            assert_eq!(error, rustix::io::Errno::INTR, "descriptors that are open can be waited for");
             false
         }
     }
@@ -128,7 +139,7 @@ fn read_all(core: &Core, messages: &mut Messages, faults: &mut Vec<Fault>) -> io
             };
             let Some((region, offset)) = core.locate(address) else { continue };
             let Some(block) = core.geometry.of_region(region, offset) else { continue };
-            faults.push(Fault { region, offset: page_of(offset), block, protected, since });
+            faults.push(Fault { region, offset: core.page_of(offset), block, protected, since });
         }
         if !any || messages.iter().count() < MESSAGES {
             break;
@@ -179,14 +190,14 @@ fn serve(core: &Core, fault: &Fault) -> bool {
 
 fn missing(core: &Core, fault: &Fault) -> bool {
     let filling = core.filling.read().clone();
-    let answer = filling.map_or(Answer::Zeros, |filling| filling.asked(fault.block, fault.offset, fault.since));
+    let answer = filling.map_or(Answer::Zeros, |filling| filling.asked(core, fault.block, fault.offset, fault.since));
     let region = &core.regions[fault.region];
     let stopped = match answer {
         Answer::Later => return true,
-        Answer::Poison => core.faults.poison(region, fault.offset, PAGE).err(),
+        Answer::Poison => core.faults.poison(region, fault.offset, core.page).err(),
         Answer::Zeros => {
             let how = How { wake: true, protect: core.protect.load(Ordering::SeqCst) };
-            core.faults.copy(region, fault.offset, &ZEROS, how).stopped
+            core.faults.copy(region, fault.offset, &ZEROS[..to_usize(core.page)], how).stopped
         }
     };
     match stopped {
@@ -195,7 +206,7 @@ fn missing(core: &Core, fault: &Fault) -> bool {
         Some(error) => {
             // It is there by now, or not watched any more: who waits looks again.
             tracing::trace!("a page was not put in: {error}");
-            core.wake(fault.region, fault.offset, PAGE);
+            core.wake(fault.region, fault.offset, core.page);
             true
         }
     }
@@ -214,6 +225,7 @@ mod tests {
     use crate::media::{Media, SimMedia};
     use crate::memory::{Event, RestoreOptions, Restorer, SaveOptions, Saver, Watch, save_stopped};
     use crate::progress::Silent;
+    use crate::sys::guest::PAGE;
 
     const SIZE: u64 = 4 << 20;
 

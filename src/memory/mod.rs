@@ -2,7 +2,8 @@
 //!
 //! # Parts
 //! A [`Watch`] has the memory and the one userfaultfd of it, for as long as the machine lives. A [`Saver`] makes a checkpoint of it
-//! ([`crate::checkpoint`]), a [`Restorer`] fills it from one; both may be at work at the same time.
+//! ([`crate::checkpoint`]), a [`Restorer`] fills it from one; both may be at work at the same time. [`firecracker`] has the
+//! restorer fill the memory of a process of somebody else.
 //!
 //! ```text
 //! save       Watch::new ... Saver::begin; settle; pause the machine; cut; resume; wait; commit
@@ -35,6 +36,7 @@
 
 mod bits;
 mod figures;
+pub mod firecracker;
 mod gate;
 mod handler;
 mod restore;

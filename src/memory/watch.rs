@@ -10,6 +10,7 @@
 //! 4. Memory that somebody takes away counts as written. If a save has not captured it yet, the save fails.
 //! 5. The kernel tells that memory is about to be taken away, and not when it is gone; protection goes with it. So nothing is protected,
 //!    and there is no cut, between the two: who takes memory away, and who does these, keep each other out ([`Watch::give_back`]).
+//! 6. Memory of another process is registered by that process, and only unregistered here. Nothing is protected there.
 
 use std::io;
 use std::ops::Range;
@@ -85,7 +86,14 @@ struct Saves {
 pub(super) struct Core {
     pub(super) faults: Userfault,
     pub(super) regions: Vec<GuestRegion>,
+    /// How it is cut into what comes at once: page blocks of the checkpoint, or several of them where a page is larger than one.
     pub(super) geometry: Geometry,
+    /// Bytes of a page.
+    pub(super) page: u64,
+    /// It is the memory of another process, which has registered all of it for missing pages.
+    elsewhere: bool,
+    /// It is known what missing pages are to have.
+    begun: AtomicBool,
     /// Page blocks that may be written unseen, while somebody tracks.
     pub(super) open: Bits,
     /// Page blocks written since the last cut, or since tracking began.
@@ -106,16 +114,24 @@ pub(super) struct Core {
 }
 
 impl Core {
-    fn new(faults: Userfault, memory: &GuestMemoryMmap<()>, sizes: Sizes) -> Result<Self> {
+    fn ours(faults: Userfault, memory: &GuestMemoryMmap<()>, sizes: Sizes) -> Result<Self> {
         let regions = GuestRegion::all(memory).map_err(|error| Error::usage(error.to_string()))?;
         let list: Vec<Region> =
             regions.iter().map(|region| Region { address: region.address(), length: region.len() }).collect();
         let geometry = Geometry::new(sizes, &list)?;
+        Ok(Self::new(faults, regions, geometry, PAGE, false))
+    }
+
+    fn new(faults: Userfault, regions: Vec<GuestRegion>, geometry: Geometry, page: u64, elsewhere: bool) -> Self {
+        assert_eq!(geometry.regions().len(), regions.len(), "a region for each");
         let blocks = geometry.page_blocks();
-        Ok(Self {
+        Self {
             faults,
             regions,
             geometry,
+            page,
+            elsewhere,
+            begun: AtomicBool::new(!elsewhere),
             open: Bits::new(blocks),
             changed: Bits::new(blocks),
             taking: RwLock::new(()),
@@ -127,7 +143,7 @@ impl Core {
             saves: Mutex::default(),
             capture: RwLock::new(None),
             filling: RwLock::new(None),
-        })
+        }
     }
 
     pub(super) fn phase(&self) -> Phase {
@@ -151,6 +167,22 @@ impl Core {
     /// Returns the region and the offset of an address of this process.
     pub(super) fn locate(&self, mapped: u64) -> Option<(usize, u64)> {
         self.regions.iter().enumerate().find_map(|(index, region)| Some((index, region.offset_of(mapped)?)))
+    }
+
+    /// Returns the page of a region that an offset is in.
+    pub(super) fn page_of(&self, offset: u64) -> u64 {
+        offset / self.page * self.page
+    }
+
+    /// Tells whether messages may be read. Those of another process come before it is known what its memory is to have: a page would be
+    /// answered with zeros, and a removal forgotten.
+    pub(super) fn has_begun(&self) -> bool {
+        self.begun.load(Ordering::SeqCst)
+    }
+
+    /// Tells whether it is the memory of another process.
+    pub(super) fn is_elsewhere(&self) -> bool {
+        self.elsewhere
     }
 
     /// Returns the page blocks that a range of a region touches.
@@ -271,6 +303,7 @@ impl Core {
     pub(super) fn fill_from(&self, filling: Option<Arc<Filling>>) {
         let _outside = self.gate.close();
         *self.filling.write() = filling;
+        self.begun.store(true, Ordering::SeqCst);
     }
 
     /// Returns what is registered, for whoever is about to register more.
@@ -287,13 +320,28 @@ impl Core {
         self.faults.register(&self.regions[run.region], run.offset, run.len, watched)
     }
 
-    /// Has missing pages of these runs reported.
+    /// Has missing pages of these runs reported, which are in order.
     pub(super) fn watch_missing(&self, runs: Vec<Run>) -> io::Result<()> {
         let mut registered = self.registered()?;
-        for run in &runs {
-            self.register(*run, true, false)?;
+        if self.elsewhere {
+            self.whole().try_for_each(|whole| self.leave_out(whole, &runs))?;
+        } else {
+            runs.iter().try_for_each(|run| self.register(*run, true, false))?;
         }
         (registered.missing, registered.restoring) = (runs, true);
+        Ok(())
+    }
+
+    /// Ends watching what is not in any of the runs.
+    fn leave_out(&self, whole: Run, runs: &[Run]) -> io::Result<()> {
+        let mut at = 0;
+        let end = Run { region: whole.region, offset: whole.len, len: 0 };
+        for run in runs.iter().filter(|run| run.region == whole.region).chain([&end]) {
+            if run.offset > at {
+                self.faults.unregister(&self.regions[whole.region], at, run.offset - at)?;
+            }
+            at = run.offset + run.len;
+        }
         Ok(())
     }
 
@@ -340,6 +388,10 @@ impl Core {
 
     /// Ends tracking: nothing is protected when this returns, and nobody waits.
     pub(super) fn release(&self) {
+        if self.elsewhere {
+            // Nothing is ever protected there, and what it is to have when nobody serves it any more was decided before.
+            return;
+        }
         let filling = self.filling.read().clone();
         {
             let _outside = self.gate.close();
@@ -385,8 +437,8 @@ impl Core {
         };
         // A range that has some pages already is done page by page; one that is not watched has no missing ones.
         if poison(offset, len).is_err_and(|error| error.kind() == io::ErrorKind::AlreadyExists) {
-            for page in (offset..offset + len).step_by(to_usize(PAGE)) {
-                poison(page, PAGE).ok();
+            for page in (offset..offset + len).step_by(to_usize(self.page)) {
+                poison(page, self.page).ok();
             }
         }
     }
@@ -395,6 +447,11 @@ impl Core {
         registered.missing.clear();
         for run in self.whole() {
             if let Err(error) = self.faults.unregister(&self.regions[run.region], 0, run.len) {
+                if self.elsewhere {
+                    // Its process has ended, as a rule.
+                    tracing::debug!("the memory of another process stays watched: {error}");
+                    continue;
+                }
                 tracing::error!("the memory of a guest stays watched, which slows it down: {error}");
             }
             // The kernel itself wakes those who wait for missing pages, and not those who wait to write.
@@ -418,7 +475,25 @@ impl Watch {
     /// # Errors
     /// `Unsupported` when the kernel lacks something, `Denied` when it is not given to this process, `Usage` for another kind of memory.
     pub fn new(faults: Userfault, memory: &GuestMemoryMmap<()>, sizes: Sizes) -> Result<Self> {
-        let core = Arc::new(Core::new(faults, memory, sizes)?);
+        Self::start(Core::ours(faults, memory, sizes)?)
+    }
+
+    /// Makes one for the memory of another process, which has sent its userfaultfd and has all of it registered for missing pages of
+    /// `page` bytes. It can be restored and not saved.
+    ///
+    /// # Errors
+    /// Errors of the host.
+    pub(super) fn elsewhere(
+        faults: Userfault,
+        regions: Vec<GuestRegion>,
+        geometry: Geometry,
+        page: u64,
+    ) -> Result<Self> {
+        Self::start(Core::new(faults, regions, geometry, page, true))
+    }
+
+    fn start(core: Core) -> Result<Self> {
+        let core = Arc::new(core);
         let host = |error| Error::io("the memory of the guest cannot be watched", error);
         let bell = Arc::new(Bell::new().map_err(host)?);
         let (of, heard) = (Arc::clone(&core), Arc::clone(&bell));
@@ -487,9 +562,4 @@ impl Drop for Watch {
             tracing::error!("the thread that answers faults has ended on a mistake in this program");
         }
     }
-}
-
-/// Returns the page of a region that an offset is in.
-pub(super) fn page_of(offset: u64) -> u64 {
-    offset / PAGE * PAGE
 }

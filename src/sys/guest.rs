@@ -1,11 +1,13 @@
-//! Regions of guest memory as those see them who save and restore it: a memfd each, and where it is mapped.
+//! Regions of guest memory as those see them who save and restore it: a memfd each, and where it is mapped. Of the memory of
+//! another process there is only where it is mapped there.
 //!
 //! # Rules
-//! 1. A region is all of one memfd, mapped shared and once, for reading and writing: what is written through the mapping is in the
+//! 1. A region of this process is all of one memfd, mapped shared and once, for reading and writing: what is written through the mapping is in the
 //!    file and the other way round, and a page that the file has not is a hole that reads as zeros.
 //! 2. It keeps the mapping and the file alive. It gives nobody a reference into the memory, which guests write at any time: bytes go
 //!    in and out by pread, pwrite and userfaultfd ([`super::userfaultfd`]).
-//! 3. Reading never makes memory: a pread of a hole gives zeros and leaves it a hole, where a load through the mapping would fill it.
+//! 3. What is mapped elsewhere is reached by userfaultfd alone, through the one that its process has sent.
+//! 4. Reading never makes memory: a pread of a hole gives zeros and leaves it a hole, where a load through the mapping would fill it.
 
 #![expect(unsafe_code, reason = "advice about mapped memory")]
 
@@ -27,9 +29,17 @@ pub const PAGE: u64 = 4096;
 /// A region of guest memory. Clones are the same region.
 #[derive(Debug, Clone)]
 pub struct GuestRegion {
-    map: Arc<MmapRegion<()>>,
-    file: Arc<File>,
+    place: Place,
     address: u64,
+}
+
+/// Where a region is mapped.
+#[derive(Debug, Clone)]
+enum Place {
+    /// In this process.
+    Here { map: Arc<MmapRegion<()>>, file: Arc<File> },
+    /// In another one: its address there, and its bytes.
+    Elsewhere { at: u64, len: u64 },
 }
 
 impl GuestRegion {
@@ -58,7 +68,34 @@ impl GuestRegion {
         if map.flags() & libc::MAP_SHARED == 0 || map.prot() != libc::PROT_READ | libc::PROT_WRITE {
             return bad("it is not mapped shared, for reading and writing");
         }
-        Ok(Self { map, file, address })
+        Ok(Self { place: Place::Here { map, file }, address })
+    }
+
+    /// Makes one of memory of another process, `len` bytes that are mapped there at `at`. Nothing is known of what is there.
+    ///
+    /// # Errors
+    /// `InvalidInput` for what is not of whole pages, or not in the addresses that there are.
+    pub fn elsewhere(at: u64, len: u64, address: u64) -> io::Result<Self> {
+        let whole = [at, len, address].iter().all(|bytes| bytes.is_multiple_of(PAGE));
+        if !whole || len == 0 || at.checked_add(len).is_none() || address.checked_add(len).is_none() {
+            return Err(io::Error::from(io::ErrorKind::InvalidInput));
+        }
+        Ok(Self { place: Place::Elsewhere { at, len }, address })
+    }
+
+    /// Tells whether it is mapped in another process.
+    #[must_use]
+    pub fn is_elsewhere(&self) -> bool {
+        matches!(self.place, Place::Elsewhere { .. })
+    }
+
+    fn here(&self) -> io::Result<(&MmapRegion<()>, &File)> {
+        match &self.place {
+            Place::Here { map, file } => Ok((map, file)),
+            Place::Elsewhere { .. } => {
+                Err(io::Error::new(io::ErrorKind::Unsupported, "it is the memory of another process"))
+            }
+        }
     }
 
     /// Returns the guest address of its first byte.
@@ -70,7 +107,10 @@ impl GuestRegion {
     /// Returns its bytes.
     #[must_use]
     pub fn len(&self) -> u64 {
-        self.map.size() as u64
+        match &self.place {
+            Place::Here { map, .. } => map.size() as u64,
+            Place::Elsewhere { len, .. } => *len,
+        }
     }
 
     /// Tells whether it has none, which is never so.
@@ -79,18 +119,21 @@ impl GuestRegion {
         self.len() == 0
     }
 
-    /// Returns the address of its first byte in this process.
+    /// Returns the address of its first byte in the process that has it mapped.
     pub(super) fn mapped_at(&self) -> u64 {
-        self.map.as_ptr().addr() as u64
+        match &self.place {
+            Place::Here { map, .. } => map.as_ptr().addr() as u64,
+            Place::Elsewhere { at, .. } => *at,
+        }
     }
 
-    /// Returns where in the region an address of this process lies.
+    /// Returns where in the region an address of the process lies that has it mapped.
     #[must_use]
     pub fn offset_of(&self, mapped: u64) -> Option<u64> {
         mapped.checked_sub(self.mapped_at()).filter(|offset| *offset < self.len())
     }
 
-    /// Returns which part of the region lies in a range of addresses of this process; `None` when none does.
+    /// Returns which part of the region lies in a range of addresses of the process that has it mapped; `None` when none does.
     #[must_use]
     pub fn part_of(&self, start: u64, end: u64) -> Option<Range<u64>> {
         let at = self.mapped_at();
@@ -103,7 +146,7 @@ impl GuestRegion {
     /// # Errors
     /// `UnexpectedEof` beyond the end: the file was cut. Errors of the host.
     pub fn read(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        self.file.read_exact_at(buf, offset)
+        self.here()?.1.read_exact_at(buf, offset)
     }
 
     /// Writes through the file. The memory must not be registered for missing pages there: who waits for them is not woken.
@@ -114,7 +157,7 @@ impl GuestRegion {
         if offset.checked_add(data.len() as u64).is_none_or(|end| end > self.len()) {
             return Err(io::Error::from(io::ErrorKind::InvalidInput));
         }
-        self.file.write_all_at(data, offset)
+        self.here()?.1.write_all_at(data, offset)
     }
 
     /// Gives pages back to the host, as a balloon does: they are holes and zeros after. Who watches the memory is told before.
@@ -126,7 +169,7 @@ impl GuestRegion {
         if !inside || !offset.is_multiple_of(PAGE) || !len.is_multiple_of(PAGE) {
             return Err(io::Error::from(io::ErrorKind::InvalidInput));
         }
-        let at = self.map.as_ptr().wrapping_add(to_usize(offset));
+        let at = self.here()?.0.as_ptr().wrapping_add(to_usize(offset));
         // SAFETY: the range is mapped as long as `self` lives, and its bytes may change at any time.
         Ok(unsafe { rustix::mm::madvise(at.cast(), to_usize(len), rustix::mm::Advice::LinuxRemove) }?)
     }
@@ -136,7 +179,7 @@ impl GuestRegion {
     /// # Errors
     /// Errors of the host.
     pub fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
-        hole::next_data(&*self.file, offset)
+        hole::next_data(self.here()?.1, offset)
     }
 }
 
@@ -184,6 +227,22 @@ mod tests {
         );
         assert_eq!(regions[0].part_of(mapped - 10, mapped + 5), Some(0..5));
         assert_eq!((regions[0].offset_of(mapped - 1), regions[0].offset_of(mapped + 64 * PAGE)), (None, None));
+    }
+
+    #[test]
+    fn memory_of_another_process_is_only_a_place() {
+        let region = GuestRegion::elsewhere(1 << 40, 4 * PAGE, 8 * PAGE).unwrap();
+        assert_eq!((region.len(), region.address(), region.mapped_at()), (4 * PAGE, 8 * PAGE, 1 << 40));
+        assert_eq!(region.part_of((1 << 40) + PAGE, u64::MAX), Some(PAGE..4 * PAGE));
+        let unsupported = |error: io::Error| assert_eq!(error.kind(), io::ErrorKind::Unsupported);
+        unsupported(region.read(&mut [0], 0).unwrap_err());
+        unsupported(region.write(&[0], 0).unwrap_err());
+        unsupported(region.give_back(0, PAGE).unwrap_err());
+        unsupported(region.next_data(0).unwrap_err());
+        let end = u64::MAX - PAGE + 1;
+        for (at, len, address) in [(1, PAGE, 0), (0, 1, 0), (0, PAGE, 1), (0, 0, 0), (end, PAGE, 0), (0, PAGE, end)] {
+            GuestRegion::elsewhere(at, len, address).unwrap_err();
+        }
     }
 
     #[test]

@@ -17,6 +17,7 @@ pub mod lock;
 pub mod notify;
 pub mod open;
 pub mod pages;
+pub mod peer;
 pub mod pipe;
 pub mod process;
 pub mod ring;

@@ -2,7 +2,8 @@
 //!
 //! # Rules
 //! 1. Every call names a [`GuestRegion`] and a range inside it, so no memory but that of guests is ever filled, protected or taken.
-//!    Guest memory is only reached by volatile accesses and system calls: bytes that appear or change there surprise nobody.
+//!    Guest memory is only reached by volatile accesses and system calls: bytes that appear or change there surprise nobody. One that
+//!    another process has sent acts on the memory of that process, and takes regions of it alone.
 //! 2. Faults of the kernel count as well (KVM's, and those of system calls with a pointer into guest memory): the descriptor is
 //!    never made for user mode only.
 //! 3. `EAGAIN` from a call that changes memory means that a message about removed memory waits to be read. Who reads messages must
@@ -184,7 +185,12 @@ const _: () = assert!(cfg!(target_endian = "little"), "messages have the byte or
 pub struct Userfault {
     fd: OwnedFd,
     features: u64,
+    /// It is of another process.
+    elsewhere: bool,
 }
+
+/// What the kernel calls the file of a userfaultfd.
+const FILE: &str = "anon_inode:[userfaultfd]";
 
 impl Userfault {
     /// Makes one that reports missing pages, protected pages and removed memory.
@@ -202,7 +208,23 @@ impl Userfault {
         // Features are agreed on once for each descriptor: the one that was asked what there is is of no more use.
         let fd = open()?;
         agree(&fd, wanted)?;
-        Ok(Self { fd, features: wanted })
+        Ok(Self { fd, features: wanted, elsewhere: false })
+    }
+
+    /// Takes one that another process has made and sent. It has agreed on features itself, and registered its memory.
+    ///
+    /// # Errors
+    /// `InvalidInput` for another descriptor; errors of the host.
+    pub fn sent(fd: OwnedFd) -> io::Result<Self> {
+        let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
+        // Calls of the same numbers mean something else to another file.
+        if rustix::fs::readlink(link, Vec::new())?.to_bytes() != FILE.as_bytes() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the descriptor that was sent is no userfaultfd"));
+        }
+        rustix::fs::fcntl_setfl(&fd, rustix::fs::fcntl_getfl(&fd)? | OFlags::NONBLOCK)?;
+        // Whether it can poison is the kernel's to say; who may not ask it finds out by trying.
+        let features = open().and_then(|own| agree(&own, 0)).unwrap_or(FEATURE_POISON) & FEATURE_POISON;
+        Ok(Self { fd, features, elsewhere: true })
     }
 
     /// Returns another descriptor of it: a range of memory that is watched through either is watched through both.
@@ -210,7 +232,7 @@ impl Userfault {
     /// # Errors
     /// Errors of the host.
     pub fn try_clone(&self) -> io::Result<Self> {
-        Ok(Self { fd: self.fd.try_clone()?, features: self.features })
+        Ok(Self { fd: self.fd.try_clone()?, ..*self })
     }
 
     /// Returns one of a kernel that cannot poison pages, as those before Linux 6.6, to see what becomes of it there.
@@ -247,7 +269,7 @@ impl Userfault {
     /// `ResourceBusy` when another userfaultfd watches it; errors of the host.
     pub fn register(&self, region: &GuestRegion, offset: u64, len: u64, watched: Watched) -> io::Result<()> {
         let mode = if watched.missing { MODE_MISSING } else { 0 } | if watched.protected { MODE_WP } else { 0 };
-        let mut argument = RegisterArgument { range: range(region, offset, len), mode, ioctls: 0 };
+        let mut argument = RegisterArgument { range: self.range(region, offset, len), mode, ioctls: 0 };
         // SAFETY: the argument is the structure of this call; the range is memory of a guest.
         unsafe { call(&self.fd, REGISTER, &raw mut argument) }
     }
@@ -258,7 +280,7 @@ impl Userfault {
     /// # Errors
     /// Errors of the host.
     pub fn unregister(&self, region: &GuestRegion, offset: u64, len: u64) -> io::Result<()> {
-        let mut argument = range(region, offset, len);
+        let mut argument = self.range(region, offset, len);
         // SAFETY: as in `register`.
         unsafe { call(&self.fd, UNREGISTER, &raw mut argument) }
     }
@@ -268,7 +290,7 @@ impl Userfault {
     /// # Errors
     /// `WouldBlock` for a message that waits to be read; `NotFound` when it is not watched; errors of the host.
     pub fn protect(&self, region: &GuestRegion, offset: u64, len: u64, on: bool) -> io::Result<()> {
-        let mut argument = WriteProtectArgument { range: range(region, offset, len), mode: u64::from(on) };
+        let mut argument = WriteProtectArgument { range: self.range(region, offset, len), mode: u64::from(on) };
         // SAFETY: as in `register`.
         unsafe { call(&self.fd, WRITE_PROTECT, &raw mut argument) }
     }
@@ -276,7 +298,7 @@ impl Userfault {
     /// Puts bytes into missing pages, each as a whole and at once.
     #[must_use = "it may have stopped on the way"]
     pub fn copy(&self, region: &GuestRegion, offset: u64, data: &[u8], how: How) -> Copied {
-        let to = range(region, offset, data.len() as u64);
+        let to = self.range(region, offset, data.len() as u64);
         let mode = if how.wake { 0 } else { COPY_DONTWAKE } | if how.protect { COPY_WP } else { 0 };
         let from = data.as_ptr().expose_provenance() as u64;
         let mut argument = CopyArgument { to: to.start, from, len: to.len, mode, copied: 0 };
@@ -293,7 +315,7 @@ impl Userfault {
     /// # Errors
     /// Errors of the host.
     pub fn wake(&self, region: &GuestRegion, offset: u64, len: u64) -> io::Result<()> {
-        let mut argument = range(region, offset, len);
+        let mut argument = self.range(region, offset, len);
         // SAFETY: as in `register`.
         unsafe { call(&self.fd, WAKE, &raw mut argument) }
     }
@@ -307,9 +329,19 @@ impl Userfault {
         if !self.can_poison() {
             return Err(io::ErrorKind::Unsupported.into());
         }
-        let mut argument = PoisonArgument { range: range(region, offset, len), mode: 0, updated: 0 };
+        let mut argument = PoisonArgument { range: self.range(region, offset, len), mode: 0, updated: 0 };
         // SAFETY: as in `register`.
         unsafe { call(&self.fd, POISON, &raw mut argument) }
+    }
+}
+
+impl Userfault {
+    /// Returns the addresses of a range of a region.
+    fn range(&self, region: &GuestRegion, offset: u64, len: u64) -> RangeArgument {
+        let inside = offset.checked_add(len).is_some_and(|end| end <= region.len());
+        assert!(inside, "{len} bytes at {offset} are not in a region of {}", region.len());
+        assert_eq!(region.is_elsewhere(), self.elsewhere, "the memory of one process is not that of another");
+        RangeArgument { start: region.mapped_at() + offset, len }
     }
 }
 
@@ -317,13 +349,6 @@ impl AsFd for Userfault {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
-}
-
-/// Returns the addresses of a range of a region.
-fn range(region: &GuestRegion, offset: u64, len: u64) -> RangeArgument {
-    let inside = offset.checked_add(len).is_some_and(|end| end <= region.len());
-    assert!(inside, "{len} bytes at {offset} are not in a region of {}", region.len());
-    RangeArgument { start: region.mapped_at() + offset, len }
 }
 
 /// Makes a descriptor: by the device, which can be given away, or else by the system call, which takes CAP_SYS_PTRACE.
@@ -364,7 +389,9 @@ unsafe fn call<T>(fd: &OwnedFd, number: u32, argument: *mut T) -> io::Result<()>
     if unsafe { libc::ioctl(fd.as_raw_fd(), u64::from(number), argument) } == 0 {
         return Ok(());
     }
-    Err(io::Error::last_os_error())
+    let error = io::Error::last_os_error();
+    // The process whose memory it is has ended, and its memory with it.
+    Err(if error.raw_os_error() == Some(libc::ESRCH) { io::ErrorKind::NotFound.into() } else { error })
 }
 
 #[cfg(test)]
@@ -434,6 +461,23 @@ mod tests {
         faults.unregister(&region, 0, region.len()).unwrap();
         assert_eq!(memory.read_obj::<u64>(GuestAddress(3 * PAGE)).unwrap(), 0);
         assert_eq!(faults.protect(&region, 0, PAGE, true).unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn only_a_userfaultfd_is_taken_from_another_process() {
+        let file = rustix::fs::memfd_create("anon_inode:[userfaultfd]", MemfdFlags::CLOEXEC).unwrap();
+        assert_eq!(Userfault::sent(file).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+        let event = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap();
+        assert_eq!(Userfault::sent(event).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+        let faults = Userfault::sent(Userfault::new().unwrap().fd).unwrap();
+        assert_eq!(faults.can_poison(), Userfault::new().unwrap().can_poison());
+    }
+
+    #[test]
+    #[should_panic(expected = "the memory of one process is not that of another")]
+    fn memory_of_this_process_is_not_reached_by_what_was_sent() {
+        let (_memory, region) = memory(4);
+        Userfault::sent(Userfault::new().unwrap().fd).unwrap().wake(&region, 0, PAGE).unwrap();
     }
 
     #[test]

@@ -5,8 +5,10 @@
 //!   Absent --one CAS--> Loading ---> Filling ---> Present
 //!      ^                   |            |
 //!      +----- retry ---- Failed <-------+
+//!                          +--- poison ---> Poisoned
 //! ```
-//! Loading is reading, checking and expanding: nothing of it is in memory. Filling is putting it in, page by page. What is Present is the
+//! It is one of the memory ([`Core::geometry`]): of one page block of the checkpoint, or where pages are larger of as many as one
+//! page has, which come all at once. Loading is reading, checking and expanding: nothing of it is in memory. Filling is putting it in, page by page. What is Present is the
 //! memory's own: a page of it that is missing was taken away by somebody and is zeros.
 //!
 //! # Rules
@@ -23,7 +25,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::RestoreOptions;
-use super::cache::Cache;
+use super::cache::{Cache, Key};
 use super::order::Order;
 use super::status::{Failure, Status};
 use crate::checkpoint::{Found, PageBlock, Reader};
@@ -32,7 +34,6 @@ use crate::error::{Error, Result};
 use crate::memory::bits::Bits;
 use crate::memory::watch::Core;
 use crate::sync::{Condvar, Mutex, RwLock, RwLockWriteGuard};
-use crate::sys::guest::PAGE;
 use crate::sys::userfaultfd::How;
 use crate::units::to_usize;
 
@@ -48,6 +49,7 @@ pub(super) enum Where {
     Filling = 2,
     Present = 3,
     Failed = 4,
+    Poisoned = 5,
 }
 
 /// What a fault on a missing page is answered with.
@@ -96,6 +98,10 @@ pub(in crate::memory) struct Filling {
     removed: Bits,
     any_removed: AtomicBool,
     pages: u64,
+    /// Bytes of a page of the memory.
+    page: u64,
+    /// Page blocks of the checkpoint in one of the memory.
+    parts: u64,
     /// Page blocks that somebody asked for.
     wanted: Bits,
     /// Page blocks that are being put in.
@@ -118,9 +124,16 @@ pub(in crate::memory) struct Filling {
 
 impl Filling {
     /// Makes one of a checkpoint; `present` has the page blocks that there is nothing to bring of.
-    pub(super) fn new(reader: Reader, status: Arc<Status>, present: &Bits, options: &RestoreOptions) -> Self {
-        let geometry = reader.geometry();
-        let (blocks, pages) = (geometry.page_blocks(), geometry.page_block() as u64 / PAGE);
+    pub(super) fn new(
+        core: &Core,
+        reader: Reader,
+        status: Arc<Status>,
+        present: &Bits,
+        options: &RestoreOptions,
+    ) -> Self {
+        let geometry = &core.geometry;
+        let (blocks, pages) = (geometry.page_blocks(), geometry.page_block() as u64 / core.page);
+        let parts = parts_of(core, &reader);
         let state = |number| if present.contains(number) { Where::Present } else { Where::Absent };
         let states = (0..blocks).map(|number| AtomicU8::new(state(number) as u8)).collect();
         Self {
@@ -130,6 +143,8 @@ impl Filling {
             removed: Bits::new(blocks * pages),
             any_removed: AtomicBool::new(false),
             pages,
+            page: core.page,
+            parts,
             wanted: Bits::new(blocks),
             putting: AtomicU64::new(0),
             torn: AtomicBool::new(false),
@@ -155,7 +170,8 @@ impl Filling {
             1 => Where::Loading,
             2 => Where::Filling,
             3 => Where::Present,
-            _ => Where::Failed,
+            4 => Where::Failed,
+            _ => Where::Poisoned,
         }
     }
 
@@ -210,15 +226,31 @@ impl Filling {
         false
     }
 
-    /// Hears that somebody touches a page that is missing.
-    pub(in crate::memory) fn asked(&self, block: PageBlock, page: u64, since: Instant) -> Answer {
+    /// Returns the page block of the memory that one of the checkpoint belongs to.
+    pub(super) fn whole_of(&self, part: PageBlock) -> PageBlock {
+        PageBlock(part.0 / self.parts)
+    }
+
+    /// Returns the page blocks of the checkpoint that one of the memory is made of.
+    pub(super) fn parts(&self, block: PageBlock) -> impl Iterator<Item = PageBlock> {
+        (block.0 * self.parts..(block.0 + 1) * self.parts).map(PageBlock)
+    }
+
+    /// Tells whether a page, at this offset of its page block, was taken away.
+    fn is_removed(&self, block: PageBlock, at: u64) -> bool {
+        self.any_removed.load(Ordering::SeqCst) && self.removed.contains(block.0 * self.pages + at / self.page)
+    }
+
+    /// Hears that somebody touches a page that is missing, at this offset of its region.
+    pub(in crate::memory) fn asked(&self, core: &Core, block: PageBlock, page: u64, since: Instant) -> Answer {
         self.status.faulted(block);
         let was_wanted = self.wanted.insert(block.0);
         let now = self.at(block);
-        if now == Where::Present {
+        // A page that was taken away is zeros, whatever becomes of the rest.
+        if now == Where::Present || self.is_removed(block, page - core.span(block).offset) {
             return Answer::Zeros;
         }
-        if self.poison.load(Ordering::SeqCst) {
+        if now == Where::Poisoned || self.poison.load(Ordering::SeqCst) {
             return Answer::Poison;
         }
         match now {
@@ -252,12 +284,13 @@ impl Filling {
             let span = core.span(block);
             let (first, end) = (range.start.max(span.offset), range.end.min(span.offset + span.length as u64));
             self.any_removed.store(true, Ordering::SeqCst);
-            for page in (first..end).step_by(to_usize(PAGE)) {
-                self.removed.insert(number * self.pages + (page - span.offset) / PAGE);
+            for page in (first..end).step_by(to_usize(self.page)) {
+                self.removed.insert(number * self.pages + (page - span.offset) / self.page);
             }
-            let all = (0..span.length as u64 / PAGE).all(|page| self.removed.contains(number * self.pages + page));
+            let all = (0..span.length as u64 / self.page).all(|page| self.removed.contains(number * self.pages + page));
             // Nothing is left to bring. One that is being brought finds that out itself.
-            let failed = all && self.change(block, Where::Failed, Where::Present);
+            let could_not = |from| self.change(block, from, Where::Present);
+            let failed = all && (could_not(Where::Failed) || could_not(Where::Poisoned));
             if failed {
                 self.status.forget(block);
             }
@@ -308,10 +341,10 @@ impl Filling {
             None => put(0, whole, true),
             Some((page, since)) => {
                 let page = page - span.offset;
-                put(page, page + PAGE, true).and_then(|()| {
+                put(page, page + self.page, true).and_then(|()| {
                     self.status.waited(since.elapsed());
                     put(0, page, false)?;
-                    put(page + PAGE, whole, false)
+                    put(page + self.page, whole, false)
                 })
             }
         };
@@ -346,7 +379,7 @@ impl Filling {
             let shared = self.copies.read();
             let end = self.end_of_kept(block, at, range.end);
             if end == at {
-                at += PAGE;
+                at += self.page;
                 continue;
             }
             let how = How { wake, protect: core.protect.load(Ordering::SeqCst) };
@@ -356,7 +389,7 @@ impl Filling {
             match copied.stopped.map(|error| (error.kind(), error)) {
                 None => {}
                 Some((std::io::ErrorKind::WouldBlock, _)) => clock::sleep(AGAIN),
-                Some((std::io::ErrorKind::AlreadyExists, _)) => at += PAGE,
+                Some((std::io::ErrorKind::AlreadyExists, _)) => at += self.page,
                 // Nobody watches this memory any more, so nobody waits for it.
                 Some((std::io::ErrorKind::NotFound, _)) => return Ok(()),
                 Some((_, error)) => return Err(error),
@@ -371,21 +404,26 @@ impl Filling {
             return end;
         }
         let first = block.0 * self.pages;
-        let next = self.removed.next(first + at / PAGE);
-        next.map_or(end, |number| end.min((number - first) * PAGE))
+        let next = self.removed.next(first + at / self.page);
+        next.map_or(end, |number| end.min((number - first) * self.page))
     }
 
-    /// Reads a page block out of the checkpoint, whatever memory has.
-    pub(in crate::memory) fn fetch(&self, block: PageBlock, out: &mut [u8]) -> Result<()> {
-        match self.reader.place(block)? {
-            Found::Zero => {
-                out.fill(0);
-                Ok(())
+    /// Reads a page block out of the checkpoint, whatever memory has; returns the last storage block that it was in.
+    pub(in crate::memory) fn fetch(&self, block: PageBlock, out: &mut [u8]) -> Result<Option<Key>> {
+        let mut last = None;
+        let size = self.reader.geometry().page_block();
+        for (part, out) in self.parts(block).zip(out.chunks_mut(size)) {
+            match self.reader.place(part)? {
+                Found::Zero => out.fill(0),
+                Found::Stored { layer, stored } => {
+                    let key = (layer, stored.block);
+                    let expand = |bytes: &[u8]| self.reader.expand(part, layer, &stored, bytes, &mut *out);
+                    self.cache.with(&self.reader, key, expand)?;
+                    last = Some(key);
+                }
             }
-            Found::Stored { layer, stored } => self.cache.with(&self.reader, (layer, stored.block), |bytes| {
-                self.reader.expand(block, layer, &stored, bytes, out)
-            }),
         }
+        Ok(last)
     }
 
     /// Waits until a page block is in memory.
@@ -401,7 +439,7 @@ impl Filling {
         }
         self.status.wait_for(|| match self.at(block) {
             Where::Present => Some(Ok(())),
-            Where::Failed => self.status.why(block).map(Err),
+            Where::Failed | Where::Poisoned => self.status.why(block).map(Err),
             _ if self.poison.load(Ordering::SeqCst) || self.queue.lock().stop => {
                 Some(Err(Error::failed("the restore has ended before it was done")))
             }
@@ -431,18 +469,55 @@ impl Filling {
             if self.at(block) == Where::Present {
                 continue;
             }
-            let span = core.span(block);
-            let region = &core.regions[span.region];
-            for page in (span.offset..span.offset + span.length as u64).step_by(to_usize(PAGE)) {
-                while let Err(error) = core.faults.poison(region, page, PAGE) {
-                    if error.kind() != std::io::ErrorKind::WouldBlock {
-                        core.wake(span.region, page, PAGE);
+            if let Err(error) = self.poison_missing(core, block) {
+                tracing::error!("somebody waits for memory that will not come: {error}");
+            }
+        }
+    }
+
+    /// Makes a page block that could not be had a SIGBUS for whoever touches it, and for who waits.
+    ///
+    /// # Errors
+    /// When the host cannot do that.
+    pub(super) fn poison_one(&self, core: &Core, block: PageBlock) -> std::io::Result<()> {
+        // First, for those who touch it from now on and are not seen below.
+        self.change(block, Where::Failed, Where::Poisoned);
+        self.poison_missing(core, block)
+    }
+
+    /// As [`Self::poison_one`] for all that is not there, also what nobody waits for: nobody will answer any more.
+    ///
+    /// # Errors
+    /// When the host cannot do that.
+    pub(super) fn poison_rest(&self, core: &Core) -> std::io::Result<()> {
+        self.poison.store(true, Ordering::SeqCst);
+        let blocks = (0..core.geometry.page_blocks()).map(PageBlock);
+        blocks.filter(|block| self.at(*block) != Where::Present).try_for_each(|block| self.poison_missing(core, block))
+    }
+
+    fn poison_missing(&self, core: &Core, block: PageBlock) -> std::io::Result<()> {
+        let span = core.span(block);
+        let region = &core.regions[span.region];
+        for page in (span.offset..span.offset + span.length as u64).step_by(to_usize(self.page)) {
+            if self.is_removed(block, page - span.offset) {
+                continue;
+            }
+            while let Err(error) = core.faults.poison(region, page, self.page) {
+                match error.kind() {
+                    std::io::ErrorKind::WouldBlock => clock::sleep(AGAIN),
+                    // It is there, or not watched.
+                    std::io::ErrorKind::AlreadyExists | std::io::ErrorKind::NotFound => {
+                        core.wake(span.region, page, self.page);
                         break;
                     }
-                    clock::sleep(AGAIN);
+                    _ => {
+                        core.wake(span.region, page, self.page);
+                        return Err(error);
+                    }
                 }
             }
         }
+        Ok(())
     }
 
     /// Ends it because of a mistake in this program: who waits, and whoever touches what is missing, goes on with a SIGBUS.
@@ -494,4 +569,9 @@ impl Filling {
         self.changed.notify_all();
         self.status.stop();
     }
+}
+
+/// Returns how many page blocks of a checkpoint are in one of the memory.
+pub(super) fn parts_of(core: &Core, reader: &Reader) -> u64 {
+    (core.geometry.page_block() / reader.geometry().page_block()) as u64
 }

@@ -33,6 +33,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 pub use eager::restore_all;
+use filling::parts_of;
 pub(super) use filling::{Answer, Filling};
 use status::Status;
 pub use status::{Event, Failure, RestoreFigures};
@@ -86,6 +87,8 @@ pub struct Restorer {
     status: Arc<Status>,
     workers: Vec<JoinHandle<()>>,
     checkpoint: Uuid,
+    /// Page blocks of the checkpoint in one of the memory.
+    parts: u64,
 }
 
 impl Restorer {
@@ -96,17 +99,22 @@ impl Restorer {
     /// damaged; errors of the host.
     pub fn begin(watch: &Watch, reader: Reader, options: RestoreOptions) -> Result<Self> {
         let core = Arc::clone(watch.core());
-        can_restore_lazily(&core.faults)?;
+        // Who serves another process ends that where a page cannot be poisoned.
+        if !core.is_elsewhere() {
+            can_restore_lazily(&core.faults)?;
+        }
         check(&core, &reader)?;
         let host = |error| Error::io("the memory of the guest cannot be restored", error);
         let present = Bits::new(core.geometry.page_blocks());
-        find_zeros(&reader, &present)?;
+        find_zeros(&core, &reader, &present)?;
         let left = core.geometry.page_blocks() - present.count();
         let status = Arc::new(Status::new(&core.geometry, left));
         let checkpoint = reader.header().uuid;
-        let filling = Arc::new(Filling::new(reader, Arc::clone(&status), &present, &options));
+        let parts = parts_of(&core, &reader);
+        let filling = Arc::new(Filling::new(&core, reader, Arc::clone(&status), &present, &options));
         core.fill_from(Some(Arc::clone(&filling)));
-        let mut restorer = Self { core, filling: Arc::downgrade(&filling), status, workers: Vec::new(), checkpoint };
+        let mut restorer =
+            Self { core, filling: Arc::downgrade(&filling), status, workers: Vec::new(), checkpoint, parts };
         // From here on dropping it ends it: what is missing is a SIGBUS for who touches it.
         restorer.core.watch_missing(watched(&restorer.core, &present)).map_err(host)?;
         if options.keep_tracking {
@@ -160,6 +168,22 @@ impl Restorer {
         }
     }
 
+    /// Makes a part that could not be had a SIGBUS for whoever touches it, for owners who cannot stop their machine. All others go on.
+    ///
+    /// # Errors
+    /// When the host cannot do that.
+    pub fn poison(&self, block: PageBlock) -> std::io::Result<()> {
+        self.filling.upgrade().map_or(Ok(()), |filling| filling.poison_one(&self.core, block))
+    }
+
+    /// Makes all that is missing a SIGBUS, also for those who touch it when nobody serves it any more.
+    ///
+    /// # Errors
+    /// When the host cannot do that.
+    pub fn poison_rest(&self) -> std::io::Result<()> {
+        self.filling.upgrade().map_or(Ok(()), |filling| filling.poison_rest(&self.core))
+    }
+
     /// Waits until all memory is there.
     ///
     /// # Errors
@@ -177,7 +201,7 @@ impl Restorer {
     /// Returns what the machine touched so far, for [`Touched::store`].
     #[must_use]
     pub fn touched(&self) -> Touched {
-        self.status.touched(self.checkpoint)
+        self.status.touched(self.checkpoint, self.parts)
     }
 
     /// Stops it. Unless all memory is there, what is missing is poisoned first, and stays so: the machine is over.
@@ -224,14 +248,21 @@ pub fn can_restore_lazily(faults: &Userfault) -> Result<()> {
 
 fn check(core: &Core, reader: &Reader) -> Result<()> {
     let (ours, theirs) = (&core.geometry, reader.geometry());
-    if !ours.fits(theirs) {
+    let parts = u32::try_from(parts_of(core, reader)).unwrap_or(0);
+    let fits = match core.is_elsewhere() {
+        // Where the guest sees it is not known of such memory.
+        true => theirs.coarser(parts).is_some_and(|theirs| ours.cuts_as(&theirs)),
+        false => ours.fits(theirs),
+    };
+    if !fits {
         let what = "the checkpoint is of a machine with other memory";
         return Err(Error::usage(format!("{what}: {} bytes, not {}", theirs.memory(), ours.memory())));
     }
     if core.filling.read().is_some() {
         return Err(Error::busy("the memory of this machine is being restored already"));
     }
-    for region in &core.regions {
+    // What is there already of the memory of another process stays: nothing is put where something is.
+    for region in core.regions.iter().filter(|_| !core.is_elsewhere()) {
         let data = region.next_data(0).map_err(|error| Error::io("the memory of the guest cannot be read", error))?;
         if let Some((at, _)) = data {
             let address = region.address() + at;
@@ -243,16 +274,19 @@ fn check(core: &Core, reader: &Reader) -> Result<()> {
     Ok(())
 }
 
-/// Puts all page blocks of zeros into a set.
-fn find_zeros(reader: &Reader, zeros: &Bits) -> Result<()> {
+/// Puts all page blocks of zeros into a set: those of the memory, of which all parts are.
+fn find_zeros(core: &Core, reader: &Reader, zeros: &Bits) -> Result<()> {
+    let parts = parts_of(core, reader);
+    let mut before = 0;
     reader.layers()[0].places(PageBlock(0), reader.geometry().page_blocks(), |block, place| {
         let zero = match place {
             Place::Zero => true,
             Place::Stored(_) => false,
             Place::Parent => reader.place(block)? == Found::Zero,
         };
-        if zero {
-            zeros.insert(block.0);
+        before = if zero { before + 1 } else { 0 };
+        if (block.0 + 1).is_multiple_of(parts) && before >= parts {
+            zeros.insert(block.0 / parts);
         }
         Ok(())
     })

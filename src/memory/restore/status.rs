@@ -284,12 +284,12 @@ impl Status {
         }
     }
 
-    /// Returns what was touched so far.
-    pub(super) fn touched(&self, checkpoint: uuid::Uuid) -> Touched {
+    /// Returns what was touched so far, of which each is made of so many page blocks of the checkpoint.
+    pub(super) fn touched(&self, checkpoint: uuid::Uuid, parts: u64) -> Touched {
         let mut blocks = Vec::new();
         let mut next = 0;
         while let Some(number) = self.touched.next(next) {
-            blocks.push(PageBlock(number));
+            blocks.extend((number * parts..(number + 1) * parts).map(PageBlock));
             next = number + 1;
         }
         Touched::new(checkpoint, blocks)

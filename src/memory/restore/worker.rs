@@ -8,9 +8,9 @@ use super::cache::Key;
 use super::filling::{Demand, Filling, Rest, Where};
 use super::order::{Next, Order};
 use super::touched::Touched;
-use crate::checkpoint::{Found, PageBlock, Stored};
+use crate::checkpoint::{Found, PageBlock};
 use crate::clock::Instant;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::memory::watch::Core;
 use crate::sys::pages::Pages;
 
@@ -102,35 +102,22 @@ impl Worker<'_> {
         }
     }
 
-    /// Brings a page block, unless somebody else does or has; returns the storage block that it came from.
+    /// Brings a page block, if nobody else does; returns the last storage block that it was in.
     fn bring(&mut self, block: PageBlock, page: Option<(u64, Instant)>) -> Option<Key> {
-        if !self.filling.win(block) {
+        let filling = self.filling;
+        if !filling.win(block) {
             return None;
         }
-        match self.filling.reader.place(block) {
-            Ok(Found::Stored { layer, stored }) => {
-                self.load(block, layer, &stored, page);
-                return Some((layer, stored.block));
+        let data = &mut self.buffer[..self.core.span(block).length];
+        match filling.fetch(block, data) {
+            Ok(key) => {
+                filling.put(self.core, block, data, page);
+                key
             }
-            Ok(Found::Zero) => {
-                // Those are there from the beginning; should one not be, it is what it says.
-                self.buffer.fill(0);
-                let length = self.core.span(block).length;
-                self.filling.put(self.core, block, &self.buffer[..length], page);
+            Err(error) => {
+                filling.failed(self.core, block, error);
+                None
             }
-            Err(error) => self.filling.failed(self.core, block, error),
-        }
-        None
-    }
-
-    /// Brings a page block that was taken.
-    fn load(&mut self, block: PageBlock, layer: usize, stored: &Stored, page: Option<(u64, Instant)>) {
-        let (filling, buffer) = (self.filling, &mut self.buffer);
-        let data = &mut buffer[..self.core.span(block).length];
-        let expand = |bytes: &[u8]| filling.reader.expand(block, layer, stored, bytes, &mut *data);
-        match filling.cache.with(&filling.reader, (layer, stored.block), expand) {
-            Ok(()) => filling.put(self.core, block, data, page),
-            Err(error) => filling.failed(self.core, block, error),
         }
     }
 
@@ -146,8 +133,9 @@ impl Worker<'_> {
     /// Returns the page blocks of a storage block that are not there.
     fn contents(&self, (layer, block): Key) -> Result<Vec<PageBlock>> {
         let mut blocks = Vec::new();
-        self.filling.reader.contents(layer, block, |number, _| {
-            if self.filling.at(number) == Where::Absent {
+        self.filling.reader.contents(layer, block, |part, _| {
+            let number = self.filling.whole_of(part);
+            if self.filling.at(number) == Where::Absent && blocks.last() != Some(&number) {
                 blocks.push(number);
             }
             Ok(())
@@ -180,9 +168,9 @@ impl Worker<'_> {
 
     fn begin(&mut self, next: Next) {
         let found = match next {
-            Next::These(blocks) => Ok(blocks),
+            Next::These(parts) => Ok(parts.into_iter().map(|part| self.filling.whole_of(part)).collect()),
             Next::All(key) => self.contents(key),
-            Next::With(block) => self.beside(block),
+            Next::With(block) => Ok(self.beside(block)),
         };
         match found {
             Ok(blocks) => self.rest(Rest { blocks: blocks.into(), next: 0 }),
@@ -190,19 +178,18 @@ impl Worker<'_> {
         }
     }
 
-    /// Returns what is in the storage block of a page block; the page block alone when that is not known.
-    fn beside(&mut self, block: PageBlock) -> Result<Vec<PageBlock>> {
-        match self.filling.reader.place(block) {
-            Ok(Found::Stored { layer, stored }) => {
-                Ok(self.contents((layer, stored.block)).unwrap_or_else(|_| vec![block]))
-            }
-            Ok(Found::Zero) => Err(Error::failed("a page block of zeros is not there")),
-            Err(error) => {
-                if self.filling.win(block) {
-                    self.filling.failed(self.core, block, error.again());
-                }
-                Err(error)
-            }
+    /// Returns a page block, and what else is in the storage block of it if that is known.
+    fn beside(&self, block: PageBlock) -> Vec<PageBlock> {
+        let filling = self.filling;
+        let stored = filling.parts(block).find_map(|part| match filling.reader.place(part) {
+            Ok(Found::Stored { layer, stored }) => Some((layer, stored.block)),
+            // One that is damaged is told when it is brought.
+            Ok(Found::Zero) | Err(_) => None,
+        });
+        let mut blocks = stored.and_then(|key| self.contents(key).ok()).unwrap_or_default();
+        if !blocks.contains(&block) {
+            blocks.push(block);
         }
+        blocks
     }
 }
