@@ -8,8 +8,8 @@
 //! 3. What is written to is in `changed` before a cut looks at it: the thread of the faults lets nobody write meanwhile ([`Gate`]). It
 //!    goes on to read messages, and what it hears of removals then makes the cut fail.
 //! 4. Memory that somebody takes away counts as written. If a save has not captured it yet, the save fails.
-//! 5. The kernel tells that memory is about to be taken away, and not when it is gone; protection goes with it. So nothing is protected,
-//!    and there is no cut, between the two: who takes memory away, and who does these, keep each other out ([`Watch::give_back`]).
+//! 5. The kernel tells that memory is about to be taken away, and not when it is gone. So there is no cut between the two: who takes
+//!    memory away, and who cuts, keep each other out ([`Watch::give_back`]).
 //! 6. Memory of another process is registered by that process, and only unregistered here. Nothing is protected there.
 
 use std::io;
@@ -98,7 +98,7 @@ pub(super) struct Core {
     pub(super) open: Bits,
     /// Page blocks written since the last cut, or since tracking began.
     pub(super) changed: Bits,
-    /// Shared by those who take memory away, had alone by those who protect it.
+    /// Shared by those who take memory away, had alone by who cuts.
     pub(super) taking: RwLock<()>,
     /// Times that memory was taken away.
     pub(super) removals: AtomicU64,
@@ -239,8 +239,6 @@ impl Core {
     /// # Errors
     /// With `now`, `WouldBlock` when a message waits to be read; errors of the host.
     pub(super) fn protect_open(&self, now: bool) -> io::Result<u64> {
-        // At the cut the caller has it.
-        let _none_is_taken = (!now).then(|| self.taking.write());
         let (mut count, mut from) = (0, 0);
         while let Some(first) = self.open.next(from) {
             let span = self.span(PageBlock(first));
@@ -356,7 +354,6 @@ impl Core {
 
     /// Begins to track: all memory is protected when this returns, and what was written meanwhile is open.
     pub(super) fn track(&self) -> io::Result<()> {
-        let _none_is_taken = self.taking.write();
         let mut registered = self.registered()?;
         for run in self.whole() {
             // Where pages are missing that has to stay so; the rest is only protected.

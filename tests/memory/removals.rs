@@ -155,10 +155,13 @@ fn saves_are_right_while_memory_is_given_back_all_the_time() {
                     guest.store((first + random.below(pages)) * PAGE, random.next());
                 }
             });
-            for round in 0..32 {
+            for round in 0..20 {
                 let to = writer(&folder, &format!("n{round}"), &watch, parent.as_deref());
                 let mut saver = Saver::begin(&watch, to, keep).unwrap();
-                saver.settle().unwrap();
+                // Some meet removals that are told of and not done yet.
+                for _ in 0..5 {
+                    saver.settle().unwrap();
+                }
                 // After the cut it would fail, as it should.
                 let _none = arming.write();
                 let twin = writers.cut(&mut saver);
@@ -172,7 +175,7 @@ fn saves_are_right_while_memory_is_given_back_all_the_time() {
             }
         });
     });
-    assert!(based > 20, "{based}");
+    assert!(based > 12, "{based}");
 }
 
 fn assert_eager(folder: &Folder, of: &str, like: &Guest, twin: &[u8]) {
