@@ -229,6 +229,7 @@ fn printing_and_the_environment_are_only_in_the_command_line() {
 /// pool: there it is sockets, mounts, and what people name.
 const PAST_MEDIA: [(&str, &str); 5] = [
     ("src/disk/import/", "images of others, which are only read"),
+    ("src/checkpoint/flat.rs", "reads files of another program, outside the pool"),
     ("src/export/write.rs", "looks for and takes away a directory outside the pool; what is in it is written by media"),
     ("src/pool/lock.rs", "locks the directory before anything in it is opened"),
     ("src/pool/segment.rs", "hands on a descriptor that media opened"),
