@@ -31,7 +31,7 @@ use crate::store::{Edit, SnapshotInfo, Store, Tables};
 use crate::units::SnapshotId;
 
 /// How long a removal waits for who reads: of a file that was closed the kernel tells its mount a moment later.
-const LET_GO: Duration = Duration::from_secs(1);
+const LET_GO: Duration = Duration::from_secs(2);
 const POLL: Duration = Duration::from_millis(5);
 
 /// Locks a file that nobody may begin to read from then on; `None` when somebody still reads it.
