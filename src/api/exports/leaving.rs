@@ -103,11 +103,10 @@ impl Table {
         if found.is_empty() { Ok(()) } else { Err(under_way(&found)) }
     }
 
-    /// Returns the error for a name that stands only for something that is ending.
-    pub(super) fn is_leaving(&self, name: &str) -> Option<Error> {
+    /// Returns what is ending under a name.
+    fn leaving_as(&self, name: &str) -> Vec<Export> {
         let called = |export: &&Export| export.id.to_string() == name || export.disks.iter().any(|disk| disk == name);
-        let found: Vec<_> = self.shown_leaving().filter(called).map(|export| format!("export {}", export.id)).collect();
-        (!found.is_empty()).then(|| under_way(&found))
+        self.shown_leaving().filter(called).cloned().collect()
     }
 }
 
@@ -144,6 +143,26 @@ impl Exports {
         }
         // What a machine has come back to has ended; what it had before may not have.
         claims.iter().try_for_each(|key| self.wait_until_left(key))
+    }
+
+    /// Waits, as whoever detached it does, for what is ending under a name; `None` when nothing is.
+    pub(super) fn wait_for_leaving(&self, name: &str) -> Option<Result<Vec<Export>>> {
+        let found = self.table.lock().leaving_as(name);
+        let until = clock::now() + self.patience;
+        loop {
+            let left: Vec<_> = {
+                let table = self.table.lock();
+                let ending = found.iter().filter(|export| table.leaving.contains_key(&export.id));
+                ending.map(|export| format!("export {}", export.id)).collect()
+            };
+            if left.is_empty() {
+                return (!found.is_empty()).then_some(Ok(found));
+            }
+            if clock::now() >= until {
+                return Some(Err(under_way(&left)));
+            }
+            clock::sleep(LOOK);
+        }
     }
 
     /// Waits until nothing that a machine comes back to is ending any more.
@@ -222,6 +241,8 @@ mod tests {
     use crate::store::{InitOptions, OpenOptions, Store};
     use crate::sync::Condvar;
     use crate::vmm::Home;
+
+    const LITTLE: Duration = Duration::from_millis(50);
 
     /// Whether it is closed.
     type Gate = Arc<(Mutex<bool>, Condvar)>;
@@ -326,15 +347,15 @@ mod tests {
         }
     }
 
-    /// A pool with a disk `web` on such a host, whose exports have little patience.
-    fn slow_pool(dir: &std::path::Path) -> (Arc<Store>, Arc<Exports>, Gate) {
+    /// A pool with a disk `web` on such a host, whose exports have so much patience.
+    fn slow_pool(dir: &std::path::Path, patience: Duration) -> (Arc<Store>, Arc<Exports>, Gate) {
         let gate: Gate = Arc::default();
         let media: Arc<dyn Media> = Arc::new(Slow { inner: HostMedia::new(dir).unwrap(), gate: Arc::clone(&gate) });
         Store::init(&media, InitOptions { journal: 4 << 20, ballast: 4096, probe: false }).unwrap();
         let store = Store::open(media, OpenOptions { background: false, ..OpenOptions::default() }).unwrap();
         disk::create(&store, "web", 1 << 20).unwrap();
         let mut exports = Exports::new(&store, dir);
-        Arc::get_mut(&mut exports).unwrap().patience = Duration::from_millis(50);
+        Arc::get_mut(&mut exports).unwrap().patience = patience;
         exports.start();
         (store, exports, gate)
     }
@@ -343,7 +364,7 @@ mod tests {
     #[test]
     fn a_machine_does_not_get_a_disk_again_while_its_old_connection_has_io_under_way() {
         let dir = tempfile::tempdir().unwrap();
-        let (store, exports, gate) = slow_pool(dir.path());
+        let (store, exports, gate) = slow_pool(dir.path(), LITTLE);
         let home = Home::of(dir.path(), "toy").unwrap();
         home.make().unwrap();
         let _runs = home.lock().unwrap();
@@ -384,7 +405,7 @@ mod tests {
     #[test]
     fn an_export_is_shown_until_it_has_let_go_of_its_disk() {
         let dir = tempfile::tempdir().unwrap();
-        let (store, exports, gate) = slow_pool(dir.path());
+        let (store, exports, gate) = slow_pool(dir.path(), LITTLE);
         let disk = disk::open(&store, "web").unwrap();
         let idle = Arc::new(Mutex::new(0));
         let count = Arc::clone(&idle);
@@ -411,6 +432,34 @@ mod tests {
         wait_for(|| exports.list().unwrap().0.is_empty());
         wait_for(|| *idle.lock() == 1);
         disk.lease("another").unwrap();
+        assert_eq!(exports.detach("web").unwrap_err().kind(), Kind::NotFound);
+        exports.end();
+        store.close().unwrap();
+    }
+
+    /// The later was told that I/O is under way while the earlier still ended what it was about.
+    #[test]
+    fn who_detaches_what_another_is_detaching_waits_as_that_one_does() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, exports, gate) = slow_pool(dir.path(), Duration::from_secs(60));
+        let socket = dir.path().join("s");
+        let request = serde_json::json!({"command": "attach", "kind": "nbd", "disks": ["web"], "socket": socket});
+        exports.attach(&serde_json::from_value(request).unwrap()).unwrap();
+        let mut client = connect_and_write(&socket);
+        *gate.0.lock() = true;
+        client.write_all(&message(3, 0)).unwrap();
+        clock::sleep(Duration::from_millis(200));
+        std::thread::scope(|scope| {
+            let first = scope.spawn(|| exports.detach("web"));
+            wait_for(|| exports.list().unwrap().0[0].state == "ending");
+            let second = scope.spawn(|| exports.detach("web"));
+            clock::sleep(Duration::from_millis(200));
+            let waits = !first.is_finished() && !second.is_finished();
+            *gate.0.lock() = false;
+            gate.1.notify_all();
+            let ids = [first, second].map(|one| one.join().unwrap().unwrap()[0].id);
+            assert!(waits && ids == [1, 1], "{ids:?}");
+        });
         assert_eq!(exports.detach("web").unwrap_err().kind(), Kind::NotFound);
         exports.end();
         store.close().unwrap();

@@ -279,15 +279,18 @@ impl Exports {
                 |running: &Running| -> Vec<String> { running.served.iter().map(|one| one.name(&self.store)).collect() };
             named(&table.running.values().map(|running| (running.row.id, names(running))).collect::<Vec<_>>(), name)
         };
-        let (mut ids, kept) = {
+        let found = named(&self.table.lock());
+        if let Err(error) = &found
+            && error.kind() == Kind::NotFound
+            && let Some(ended) = self.wait_for_leaving(name)
+        {
+            return ended;
+        }
+        let mut ids = found?;
+        let kept: Vec<_> = {
             let table = self.table.lock();
-            let ids = named(&table).map_err(|error| match error.kind() {
-                Kind::NotFound => table.is_leaving(name).unwrap_or(error),
-                _ => error,
-            })?;
-            let kept = ids.iter().map(|id| &table.running[id]).filter(|running| running.persist);
-            let kept: Vec<_> = kept.map(|running| (running.row.id, holder(&running.row))).collect();
-            (ids, kept)
+            let kept = ids.iter().filter_map(|id| table.running.get(id)).filter(|running| running.persist);
+            kept.map(|running| (running.row.id, holder(&running.row))).collect()
         };
         if !kept.is_empty() {
             self.book.remove(&kept)?;
@@ -303,7 +306,7 @@ impl Exports {
         };
         if gone.is_empty() {
             // Somebody else was faster, or the server has ended.
-            return Err(self.table.lock().is_leaving(name).unwrap_or_else(|| not_attached(name)));
+            return self.wait_for_leaving(name).unwrap_or_else(|| Err(not_attached(name)));
         }
         let keys: Vec<_> = gone.iter().flat_map(Running::claims).collect();
         self.leave(gone, &keys)?;
