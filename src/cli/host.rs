@@ -134,9 +134,11 @@ fn name_of(table: &str, id: u32) -> String {
     name.map_or(number.clone(), |name| format!("{name} ({number})"))
 }
 
-/// Takes a mount away with the tool that needs no privileges.
+/// Takes a mount away with the tool that needs no privileges. Files that somebody has open keep it busy, unless its server is
+/// dead: then they are of no use to anybody, and go on giving errors.
 pub(super) fn fusermount(mount: &Path) -> Result<()> {
-    let output = Command::new("fusermount3").arg("-u").arg("--").arg(mount).output().map_err(|e| {
+    let how = if is_dead(mount) { "-uz" } else { "-u" };
+    let output = Command::new("fusermount3").arg(how).arg("--").arg(mount).output().map_err(|e| {
         Error::io("cannot run fusermount3", e).hint("install it (Debian: apt install fuse3), or run umount as root")
     })?;
     if output.status.success() {

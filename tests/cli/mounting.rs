@@ -234,12 +234,16 @@ fn what_a_killed_server_left_is_taken_away() {
     let status = it.json(&["mount", "--init", "--daemon", at]);
     let _mounted = Mounted(&it);
     it.json(&["create", "web", "-s", "1G"]);
+    // Somebody has a file open, and goes on to have it.
+    let _held = std::fs::File::open(mount.join("disks/web.raw")).unwrap();
     let pid = i32::try_from(status["pid"].as_i64().unwrap()).unwrap();
     let pid = rustix::process::Pid::from_raw(pid).unwrap();
     rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
-    // The kernel lets go of the lock and the mount some time after the signal.
+    // The kernel lets go of the lock, the socket and the mount some time after the signal.
     let begun = Instant::now();
-    while std::fs::read_dir(&mount).is_ok() && begun.elapsed() < Duration::from_secs(10) {
+    let state = || std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).ok();
+    while state().is_some_and(|stat| !stat.contains(") Z ")) {
+        assert!(begun.elapsed() < Duration::from_secs(60), "it dies");
         std::thread::sleep(Duration::from_millis(20));
     }
     assert_eq!(it.json(&["ls"])["disks"][0]["name"], "web", "opens without repair");
