@@ -134,6 +134,8 @@ impl Fio {
         self.start();
         let status = self.running.take().unwrap().wait().unwrap();
         assert!(status.success(), "fio: {}", self.log("said"));
+        // What came after the last sync of a job is not synced yet.
+        File::open(&self.disk).unwrap().sync_all().unwrap();
     }
 
     /// Lets fio read everything and check it.

@@ -19,11 +19,11 @@ afterimage vm run web --kernel /vmlinuz --initrd /guest.gz --disk root --memory 
     --cmdline "console=ttyS0 panic=-1 quiet" --detach
 wait_for web "guest: begun"
 wait_for web "count 20"
-afterimage --json vm checkpoint web --as full 2> /dev/null
+afterimage --json vm checkpoint web --as full || { log web; exit 1; }
 sleep 3
-afterimage --json vm checkpoint web --as more --incremental 2> /dev/null
+afterimage --json vm checkpoint web --as more --incremental || { log web; exit 1; }
 sleep 3
-afterimage vm stop web --force
+afterimage vm stop web --force || { log web; exit 1; }
 afterimage checkpoint ls
 afterimage vm restore web@full --as twin --detach
 afterimage vm restore web@more --detach
