@@ -11,7 +11,7 @@
 //! 3. The state of the devices is kept byte for byte, and is never looked into.
 //! 4. With a parent, a page block that is the same there is not stored again. Both are read and compared: no checksum decides.
 //! 5. The snapshots are held before there is a checkpoint, and let go of if there is none in the end. They are never removed: whoever
-//!    named them took them.
+//!    named them took them. So until it is there they are held by another tag than those that were taken for a checkpoint.
 //!
 //! # After a crash
 //! The old file or the new one, as [`super::Writer`] says. A hold without a checkpoint goes at the next opening of the pool.
@@ -28,7 +28,7 @@ use super::header::{DISKS_MAX, DiskSnapshot, STATE_MAX};
 use super::list::{self, Checkpoint};
 use super::place::{Place, Stored, is_zero};
 use super::reader::{Found, Reader};
-use super::remove::{hold, let_go};
+use super::remove::{hold, hold_packing, let_go_packing};
 use super::staging::{Pushed, Staging};
 use super::writer::{Cut, Plan, Writer};
 use crate::error::{Error, Kind, Result};
@@ -93,10 +93,13 @@ pub fn pack(store: &Arc<Store>, packing: &Packing<'_>, progress: &dyn Progress) 
     };
     work.run_all()?;
     memory.require_same()?;
-    let held = Held { store, folder: &folder, name, committed: false };
-    hold(store, name, &disks)?;
-    writer.commit(&Cut { created: memory.written(), disks, state_version: 0, state: &state })?;
-    held.keep();
+    let held = Held { store, folder: &folder, name, over: false };
+    hold_packing(store, name, &disks)?;
+    writer.commit(&Cut { created: memory.written(), disks: disks.clone(), state_version: 0, state: &state })?;
+    // It is there, whatever comes now: until the next opening the other tag does as well.
+    if let Err(error) = hold(store, name, &disks).and_then(|()| held.end()) {
+        tracing::warn!("the snapshots of the checkpoint {name} get its own tag when the pool is opened next: {error}");
+    }
     list::info(&folder, name)
 }
 
@@ -142,22 +145,24 @@ struct Held<'a> {
     store: &'a Arc<Store>,
     folder: &'a Folder,
     name: &'a Name,
-    committed: bool,
+    over: bool,
 }
 
 impl Held<'_> {
-    fn keep(mut self) {
-        self.committed = true;
+    /// Ends it when the checkpoint is there and holds them itself.
+    fn end(mut self) -> Result<()> {
+        self.over = true;
+        let_go_packing(self.store, self.name)
     }
 }
 
 impl Drop for Held<'_> {
     fn drop(&mut self) {
         // Not if the file has its name all the same: a hold too many is mended at the next opening, and one too few never is.
-        if !self.committed
+        if !self.over
             && let Err(error) = self.folder.exists(self.name).and_then(|there| match there {
                 true => Ok(()),
-                false => let_go(self.store, self.name),
+                false => let_go_packing(self.store, self.name),
             })
         {
             tracing::warn!("snapshots stay held for {}, which is not there, until the pool opens: {error}", self.name);

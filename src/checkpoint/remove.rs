@@ -7,6 +7,7 @@
 //! # Rules
 //! 1. The files are the truth. Tags are set before the file has its name, and go after the file is durably gone; so there may be a
 //!    tag too many, and never one too few.
+//!    Snapshots that somebody has named for a checkpoint have another tag until it is there: they are never removed with it.
 //! 2. At the opening of a pool ([`attend`]) tags of checkpoints that are not there, and are not being saved, go; and a checkpoint
 //!    without tags, as after a rebuild of the catalog, gets them.
 //! 3. Snapshots that were taken for a checkpoint have its name. They are removed with it only if it never was: what tells that is
@@ -98,12 +99,40 @@ fn tag(name: &Name) -> String {
     format!("{CHECKPOINT_HOLD}{name}")
 }
 
+/// Ends the tag of snapshots that somebody has named for a checkpoint that is still being packed: none of [`tag`], so that they
+/// never pass for such as were taken for it. No checkpoint can have such a name.
+const PACKING: &str = " #packing";
+
+fn packing_tag(name: &Name) -> String {
+    format!("{CHECKPOINT_HOLD}{name}{PACKING}")
+}
+
+/// As [`hold`], for as long as a checkpoint is packed and not there: [`let_go_packing`] ends it, or the next opening.
+///
+/// # Errors
+/// As [`hold`].
+pub(super) fn hold_packing(store: &Arc<Store>, name: &Name, disks: &[DiskSnapshot]) -> Result<()> {
+    hold_by(store, name, &packing_tag(name), disks)
+}
+
+/// Ends [`hold_packing`].
+///
+/// # Errors
+/// As [`let_go`].
+pub(super) fn let_go_packing(store: &Arc<Store>, name: &Name) -> Result<()> {
+    let_go_of(store, |held| *held == packing_tag(name))
+}
+
 /// Keeps the snapshots of the disks of a checkpoint from being removed and retired, durably. Called before the
 /// checkpoint is committed; once more does nothing.
 ///
 /// # Errors
 /// `NotFound` when one of them is not there, or is retired; `ReadOnly`. None is held then.
 pub fn hold(store: &Arc<Store>, name: &Name, disks: &[DiskSnapshot]) -> Result<()> {
+    hold_by(store, name, &tag(name), disks)
+}
+
+fn hold_by(store: &Arc<Store>, name: &Name, tag: &str, disks: &[DiskSnapshot]) -> Result<()> {
     change(
         store,
         |tables| {
@@ -120,8 +149,8 @@ pub fn hold(store: &Arc<Store>, name: &Name, disks: &[DiskSnapshot]) -> Result<(
             Ok(ids)
         },
         |holds| {
-            if !holds.contains(&tag(name)) {
-                holds.push(tag(name));
+            if !holds.iter().any(|held| held == tag) {
+                holds.push(tag.to_owned());
             }
         },
     )
@@ -174,12 +203,15 @@ fn remove_all(store: &Arc<Store>, snapshots: &[SnapshotInfo]) {
 /// # Errors
 /// `ReadOnly`; any error of the host.
 pub fn let_go(store: &Arc<Store>, name: &Name) -> Result<()> {
-    let tag = tag(name);
+    let_go_of(store, |held| *held == tag(name))
+}
+
+fn let_go_of(store: &Arc<Store>, which: impl Fn(&String) -> bool) -> Result<()> {
     let held = |tables: &Tables| {
-        let rows = rows(tables).filter(|(_, holds)| holds.contains(&tag));
+        let rows = rows(tables).filter(|(_, holds)| holds.iter().any(&which));
         Ok(rows.map(|(id, _)| id).collect())
     };
-    change(store, held, |holds| holds.retain(|other| *other != tag))
+    change(store, held, |holds| holds.retain(|held| !which(held)))
 }
 
 /// All snapshots that can be held, with what holds them.
@@ -254,5 +286,6 @@ fn set_right(store: &Arc<Store>) -> Result<()> {
             other => other?,
         }
     }
-    Ok(())
+    // Nothing is packed while a pool is opened, and what was has its own tags now, or is not there.
+    let_go_of(store, |held| held.starts_with(CHECKPOINT_HOLD) && held.ends_with(PACKING))
 }

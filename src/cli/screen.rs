@@ -80,8 +80,8 @@ impl Screen {
         }
     }
 
-    /// As [`Self::note`], for the last that a process says: it does not stay for a screen that takes nothing.
-    pub(super) fn last_note(self, text: &str) {
+    /// As [`Self::note`], for who cannot wait: it does not stay for a screen that takes nothing.
+    pub(super) fn brief_note(self, text: &str) {
         if !self.quiet {
             write(&mut Prompt::new(io::stderr().lock()), &format!("{text}\n"));
         }

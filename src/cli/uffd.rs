@@ -31,7 +31,8 @@ use crate::units::show_size;
 /// second time at once, and what is missing is a bus error then. If it is killed the machine waits for ever at the next page it
 /// touches: watch the connection of Firecracker, or this process. What connects and is not understood is refused, and this ends.
 ///
-/// Exits with 0 when the machine has ended, and with 5 if some of its memory could not be had.
+/// Exits with 0 when the machine has ended, with 5 if some of its memory could not be had, and with 1 if this was ended before all
+/// memory was there.
 #[derive(Debug, Args)]
 pub(super) struct ServeUffd {
     /// The checkpoint
@@ -70,8 +71,8 @@ impl ServeUffd {
 
     fn tell(&self, news: &News<'_>, screen: Screen) {
         match news {
-            News::Listens => screen.note(&format!("waiting for Firecracker on {}", self.socket.display())),
-            News::Connected { pid, layout } => screen.note(&format!(
+            News::Listens => screen.brief_note(&format!("waiting for Firecracker on {}", self.socket.display())),
+            News::Connected { pid, layout } => screen.brief_note(&format!(
                 "serving {} in {} of {} pages{}",
                 show_size(layout.geometry.memory()),
                 super::show::count(layout.regions.len() as u64, "region"),
@@ -80,11 +81,11 @@ impl ServeUffd {
             )),
             // The log has the reason.
             News::Failed(failure) => {
-                screen.note(&format!("the memory at {:#x} is a bus error for the machine", failure.address));
+                screen.brief_note(&format!("the memory at {:#x} is a bus error for the machine", failure.address));
             }
-            News::Filled => screen.note("all memory of the machine is there"),
+            News::Filled => screen.brief_note("all memory of the machine is there"),
             News::Ending(figures) => {
-                screen.note(&format!("ending when the {} page blocks that are missing are there", figures.left));
+                screen.brief_note(&format!("ending when the {} page blocks that are missing are there", figures.left));
             }
         }
     }

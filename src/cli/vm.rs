@@ -335,7 +335,7 @@ pub(super) fn start(home: &Home, life: Life, pool: &Path, global: &Global, scree
     drop(server);
     drop(disks);
     let ending = ending?;
-    screen.last_note(&ending.to_string());
+    screen.brief_note(&ending.to_string());
     Ok(match ending {
         Ending::PowerOff | Ending::Reboot => 0,
         Ending::Stopped => POWER_CUT,

@@ -368,7 +368,7 @@ fn adopt_into(
     // By id, as everywhere.
     let (first, second) = if hidden < disk { (&source, &target) } else { (&target, &source) };
     let mut orders = (first.order(), second.order());
-    let gates = (store.flush_and_stop(first, &mut orders.0)?, store.flush_and_stop(second, &mut orders.1)?);
+    let gates = store.flush_and_stop_all([(first, &mut orders.0), (second, &mut orders.1)])?;
     let ended = target.line();
     let own = Stretch { branch: ended.branch, after: Epoch(ended.epoch.0 - 1), upto: ended.epoch };
     let unwritten = store.indexed_chunks(&[own])?.is_empty();

@@ -10,7 +10,7 @@
 //! ```
 //!
 //! The first flush only makes the rest short. Who waits for the stop itself, as a virtual machine that stands still for it
-//! does, has flushed before and leaves it out ([`take_at_once`]).
+//! does, has flushed before and leaves it out, but for what an earlier process left unsynced ([`take_at_once`]).
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

@@ -141,8 +141,7 @@ impl Verifier {
             cursor.used = self.turn;
             if let Err(error) = self.walk(segment, cursor, chunk) {
                 if error.lacks_descriptors() {
-                    // Nothing is wrong with the seal: it is asked again.
-                    cursor.last = None;
+                    // Nothing is wrong with the seal: it is asked again, and goes back then.
                     self.loaded.remove(&segment);
                     failed = Some(error);
                     break;

@@ -160,14 +160,15 @@ fn fail(what: &str, error: impl Into<redb::Error>) -> Error {
     let error = Error::new(kind, format!("cannot {what} the catalog: {error}"));
     if ended {
         error.because(Ended).hint(
-            "try again: it is opened anew after the host had no room; if that does not help, see the log of the server",
+            "try again: after a write that found no room it is opened anew; after a read that failed the server has to be ended \
+             and started again, and its log says more",
         )
     } else {
         error
     }
 }
 
-/// Why a view cannot be read: an I/O of somebody else has failed, and the database is opened anew.
+/// Why a view cannot be read: an I/O of somebody else has failed. After a fold without room the database is opened anew.
 #[derive(Debug)]
 struct Ended;
 

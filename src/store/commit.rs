@@ -187,15 +187,30 @@ impl Store {
     /// # Errors
     /// As [`Store::flush`].
     pub fn flush_and_stop<'a>(&self, head: &'a Head, order: &mut Order) -> Result<RwLockWriteGuard<'a, ()>> {
-        for _ in 1..STOPS_MAX {
-            self.flush_ordered(head, order)?;
-            let gate = head.gate.write();
-            if head.dirty_chunks() == 0 {
-                return Ok(gate);
+        let gates = self.flush_and_stop_all([(head, order)])?;
+        let [gate] = gates;
+        Ok(gate)
+    }
+
+    /// As [`Store::flush_and_stop`], of disks in the order of their ids: none is stopped while another one is flushed.
+    ///
+    /// # Errors
+    /// As [`Store::flush`].
+    pub fn flush_and_stop_all<'a, const N: usize>(
+        &self,
+        mut disks: [(&'a Head, &mut Order); N],
+    ) -> Result<[RwLockWriteGuard<'a, ()>; N]> {
+        let mut tries = 0;
+        loop {
+            for (head, order) in &mut disks {
+                self.flush_ordered(head, order)?;
+            }
+            let gates = disks.each_ref().map(|(head, _)| head.gate.write());
+            tries += 1;
+            if tries == STOPS_MAX || disks.iter().all(|(head, _)| head.dirty_chunks() == 0) {
+                return Ok(gates);
             }
         }
-        self.flush_ordered(head, order)?;
-        Ok(head.gate.write())
     }
 
     /// Returns how many bytes of copies a flush submits at most; 0 where the journal is too small for that.

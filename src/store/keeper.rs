@@ -143,8 +143,10 @@ impl Store {
             return Ok(false);
         }
         let fold = |store: &Self| {
-            let due = store.ledger.journal_percent() >= FOLD_AT || store.ledger.is_littered();
-            Ok(due && store.fold()?)
+            let must = store.ledger.journal_percent() >= FOLD_AT;
+            // That is for speed only: what is kept for those that must is not spent on it.
+            let has_room = || store.space().is_ok_and(|space| space.free > store.low_water(space));
+            Ok((must || store.ledger.is_littered() && has_room()) && store.fold()?)
         };
         let punch = |store: &Self| {
             let punched = store.punch_step(true)? > 0;

@@ -86,7 +86,7 @@ impl Layers {
 pub struct Ledger {
     pub(super) layers: Mutex<Layers>,
     writer: Mutex<Writing>,
-    catalog: Mutex<Option<Catalog>>,
+    pub(super) catalog: Mutex<Option<Catalog>>,
     poison: RwLock<Option<String>>,
     settle: RwLock<Option<Settle>>,
     when_full: RwLock<Option<WhenFull>>,
@@ -330,8 +330,7 @@ impl Ledger {
         Ok(true)
     }
 
-    /// Moves everything durable into the catalog. Returns whether there was anything and it could be: after a fold that
-    /// found no room there is none as long as somebody reads the catalog as it was before.
+    /// Moves everything durable into the catalog. Returns whether there was anything.
     ///
     /// # Errors
     /// `NoSpace` when the host has no room, also after [`Ledger::on_full`]: the rows stay in memory and in the journal, and a

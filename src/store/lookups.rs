@@ -179,15 +179,19 @@ impl Ledger {
         }
     }
 
-    /// Waits until there is another view than this; false when none comes.
+    /// Waits until there is another view than this; false when none comes: without a fold under way nobody opens the database
+    /// anew, as after a read that has failed.
     fn is_replaced(&self, view: &Arc<View>) -> bool {
         let begun = clock::now();
-        while Arc::ptr_eq(&self.layers.lock().view, view) {
-            if self.poisoned().is_some() || begun.elapsed() > WAIT_MAX {
+        loop {
+            let folds = self.catalog.try_lock().is_none();
+            if !Arc::ptr_eq(&self.layers.lock().view, view) {
+                return true;
+            }
+            if !folds || self.poisoned().is_some() || begun.elapsed() > WAIT_MAX {
                 return false;
             }
             clock::sleep(PAUSE);
         }
-        true
     }
 }

@@ -331,8 +331,9 @@ impl Store {
     }
 
     /// Makes everything durable, folds the journal, and marks the pool as closed in order. Later changes are refused.
-    /// A pool that refuses writes is only let go of, and one on a host without room for the fold opens by replay. Whoever still writes is refused before the last flush: what came
-    /// after it would be blocks that no entry names, in segments that count as swept.
+    /// A pool that refuses writes is only let go of, and one on a host without room for the fold opens by replay. Whoever
+    /// still writes is refused before the last flush: what came after it would be blocks that no entry names, in segments that
+    /// count as swept.
     ///
     /// # Errors
     /// Any error of the host; the pool then opens by replay.

@@ -328,7 +328,10 @@ impl Tree {
                 let mut entries = Vec::new();
                 for name in folder.names()?.into_iter().filter(|name| name.machine() == machine) {
                     // It may have gone meanwhile.
-                    let Ok(looked) = folder.look(&name).and_then(|file| look(&name, file)) else { continue };
+                    let looked = match folder.look(&name).and_then(|file| look(&name, file)) {
+                        Err(error) if error.kind() == Kind::NotFound => continue,
+                        looked => looked?,
+                    };
                     let node = Node::Checkpoint(self.checkpoints.number(&name, looked.uuid()));
                     entries.push(Entry { node, name: name.name().to_owned() });
                 }

@@ -101,15 +101,12 @@ impl Cpus {
 
     /// Lets them run, unless the guest is stuck: that it stays, or the page would never be asked for again.
     pub(super) fn run(&self) {
-        if self.stuck().is_none() {
-            self.shared.want(Wanted::Run);
-        }
+        self.shared.run(false);
     }
 
     /// Lets them run; one that was stuck tries again.
     pub(super) fn retry(&self) {
-        self.shared.state.lock().stuck = None;
-        self.shared.want(Wanted::Run);
+        self.shared.run(true);
     }
 
     /// Stops them for want of a page, and returns at once.
@@ -197,6 +194,18 @@ impl Shared {
         if wanted != Wanted::Run {
             self.kicks.iter().for_each(|kick| kick.now());
         }
+    }
+
+    /// In one step: a page that is lost meanwhile makes the guest stand still for good.
+    fn run(&self, retry: bool) {
+        let mut state = self.state.lock();
+        if retry {
+            state.stuck = None;
+        }
+        if state.stuck.is_none() && state.wanted != Wanted::End {
+            state.wanted = Wanted::Run;
+        }
+        self.changed.notify_all();
     }
 
     fn end(&self, ending: Ending) {

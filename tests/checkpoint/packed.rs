@@ -311,17 +311,19 @@ fn a_crash_leaves_a_checkpoint_with_its_hold_or_none() {
         for seed in 0..3 {
             let mut pool = pool(seed * 1000 + countdown);
             pool.media.crash_after(countdown);
-            let packed = checkpoint::pack(&pool.store, &files.packing(&paths, "fc@a"), &Silent).is_ok();
+            let packed = checkpoint::pack(&pool.store, &files.packing(&paths, "fc@s"), &Silent).is_ok();
             let down = pool.media.is_down();
             pool.media.crash();
             pool.store = Pool::open(&pool.media);
             checkpoint::attend(&pool.store);
-            let there = folder(&pool).exists(&name("fc@a")).unwrap();
+            let there = folder(&pool).exists(&name("fc@s")).unwrap();
+            // It has the name of the checkpoint, and was not taken for it.
+            pool.store.snapshot_info("d", "s").expect("what somebody has named stays");
             assert!(there || !packed, "crash after {countdown}, seed {seed}");
-            let expected: &[&str] = if there { &["checkpoint fc@a"] } else { &[] };
+            let expected: &[&str] = if there { &["checkpoint fc@s"] } else { &[] };
             assert_eq!(holds(&pool), expected, "crash after {countdown}, seed {seed}");
             if there {
-                compare(&folder(&pool), "fc@a", |_| 1);
+                compare(&folder(&pool), "fc@s", |_| 1);
             }
             ends[usize::from(there)] += usize::from(down);
             all_down &= down;

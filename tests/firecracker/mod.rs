@@ -350,11 +350,7 @@ fn what_is_damaged_is_a_bus_error_and_the_rest_is_served() {
     player.exit();
     let (code, answer, said) = handler.end();
     assert_eq!((code, answer["failed"].as_u64(), answer["killed"].as_bool()), (5, Some(1), Some(false)), "{said}");
-    assert!(
-        said.contains("checksum") && said.contains(&format!("{at:#x}")) && said.contains("a.ckpt")
-            || said.contains("fc@a"),
-        "{said}"
-    );
+    assert!(said.contains("checksum") && said.contains(&format!("{at:#x}")) && said.contains("fc@a"), "{said}");
 }
 
 #[test]

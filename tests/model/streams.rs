@@ -386,6 +386,7 @@ impl Run {
             it.bytes.truncate(len);
         }
         let after = if cut || fate == Fate::Refused { self.twin.clone() } else { whole };
+        // With the background at work the I/O that fails may be anybody's.
         if self.next(4) == 0 && !self.in_background {
             let n = 1 + self.next(60);
             self.media.crash_after(n);

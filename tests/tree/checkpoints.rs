@@ -272,7 +272,7 @@ fn many_read_at_once_and_all_see_the_same() {
                 let pages = expected.len() / 4096;
                 for step in 0..400 {
                     let at = (step * 797 + worker * 131) % pages * 4096;
-                    let len = (1 + step % 40 * 4096 / 4096) * 4096;
+                    let len = (1 + step % 40) * 4096;
                     let end = (at + len).min(expected.len());
                     let mut seen = vec![0; end - at];
                     file.read_exact_at(&mut seen, at as u64).unwrap();

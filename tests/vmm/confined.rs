@@ -157,7 +157,8 @@ fn a_machine_of_another_user_runs_reboots_and_keeps_its_disk() {
     assert_eq!(place.vm(&["resume", "toy"])["vm"]["definition"]["user"], "nobody");
     assert_eq!(fs::metadata(place.file("toy", "vm.json")).unwrap().uid(), 0);
     place.vm(&["stop", "toy", "--force"]);
-    assert_eq!(child.wait().unwrap().code(), Some(7), "ended without its consent");
+    // It may just have ended itself, to begin anew.
+    assert!(matches!(child.wait().unwrap().code(), Some(0 | 7)));
     assert!(fs::read(&disk).unwrap()[3 * 512..4 * 512].iter().any(|byte| *byte != 0));
     // Sockets that it could not remove are in nobody's way.
     let output = place.0.command(&["vm", "start", "toy", "--detach"]).output().unwrap();

@@ -13,7 +13,8 @@
 //!    cannot do that the machine is killed: it would wait for ever, or go on with something else.
 //! 4. Memory that the machine gives back (its balloon) is zeros from then on, never what the checkpoint has.
 //! 5. When all memory is there the checkpoint is closed, and nothing is watched any more. This process stays until the machine ends.
-//! 6. Asked to end ([`Stop`]) before all is there, it ends when all is; asked twice, what is missing is a SIGBUS.
+//! 6. Asked to end ([`Stop`]) before all is there, it ends when all is that can be had; asked twice, at once. What is missing is a
+//!    SIGBUS then.
 //!
 //! Memory of another process is reached by the userfaultfd that it sent and by nothing else: see [`crate::sys::userfaultfd`].
 //!
@@ -44,6 +45,8 @@ use handshake::Message;
 
 /// How often it is looked whether this is to end.
 const LOOK: Duration = Duration::from_millis(100);
+/// How long a process may take to end that has no memory any more.
+const LAST_BREATH: Duration = Duration::from_secs(1);
 /// How long a connection may take to say what it has to.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -138,12 +141,18 @@ pub fn serve(order: &Serve<'_>) -> Result<Served> {
     let faults = Userfault::sent(descriptor).map_err(|error| Error::io("what connected is not served", error))?;
     (order.news)(&News::Connected { pid: peer.number(), layout: &layout });
     let (page_size, regions) = (layout.page, layout.regions.len());
-    // It cannot do without its memory any more, and nobody else can give it.
-    let lost = |error: Error| peer.kill(&error.to_string()).err().unwrap_or(error);
-    let watch = Watch::elsewhere(faults, layout.regions, layout.geometry, layout.page).map_err(lost)?;
     let options = RestoreOptions { touched, ..RestoreOptions::default() };
-    let restorer = Restorer::begin(&watch, reader, options).map_err(lost)?;
-    let mut served = Served { pid: peer.number(), page_size, regions, killed: false, figures: restorer.figures() };
+    let begun = Watch::elsewhere(faults, layout.regions, layout.geometry, layout.page)
+        .and_then(|watch| Restorer::begin(&watch, reader, options).map(|restorer| (watch, restorer)));
+    let mut served =
+        Served { pid: peer.number(), page_size, regions, killed: false, figures: RestoreFigures::default() };
+    let (_watch, restorer) = match begun {
+        Ok(begun) => begun,
+        // Of a process that is gone the kernel says that it has no memory.
+        Err(_) if peer.has_ended(LAST_BREATH) => return Ok(served),
+        // It cannot do without its memory any more, and nobody else can give it.
+        Err(error) => return Err(peer.kill(&error.to_string()).err().unwrap_or(error)),
+    };
     let ended = attend(order, &peer, &restorer, &mut served.killed);
     if let Err(error) = restorer.touched().store(order.folder, order.name) {
         tracing::debug!("what the machine touched first is not noted: {error}");
@@ -242,7 +251,9 @@ fn attend(order: &Serve<'_>, peer: &Peer, restorer: &Restorer, killed: &mut bool
         match (order.stop)() {
             Stop::No => {}
             _ if filled => return Ok(()),
-            Stop::Now => return cut_off(peer, restorer, killed),
+            // What could not be had does not come any more.
+            Stop::Soon if ending && !is_coming(restorer) => return Err(cut_off(peer, restorer)?),
+            Stop::Now => return Err(cut_off(peer, restorer)?),
             Stop::Soon if ending => {}
             Stop::Soon => {
                 ending = true;
@@ -266,8 +277,7 @@ fn attend(order: &Serve<'_>, peer: &Peer, restorer: &Restorer, killed: &mut bool
                 }
             }
             Event::Broken(error) => {
-                tracing::error!("{error}");
-                cut_off(peer, restorer, killed)?;
+                cut_off(peer, restorer)?;
                 return Err(error);
             }
             Event::Stopped => return Err(Error::failed("memory is not filled any more")),
@@ -276,12 +286,17 @@ fn attend(order: &Serve<'_>, peer: &Peer, restorer: &Restorer, killed: &mut bool
     Ok(())
 }
 
-/// Lets go of a machine of which not all memory is there.
-fn cut_off(peer: &Peer, restorer: &Restorer, killed: &mut bool) -> Result<()> {
+/// Tells whether there is memory that is missing and may still come.
+fn is_coming(restorer: &Restorer) -> bool {
+    let figures = restorer.figures();
+    figures.left > figures.failed
+}
+
+/// Lets go of a machine of which not all memory is there; returns what to say of that.
+fn cut_off(peer: &Peer, restorer: &Restorer) -> Result<Error> {
     let left = restorer.figures().left;
     if let Err(error) = restorer.poison_rest() {
         peer.kill(&error.to_string())?;
-        *killed = true;
     }
-    Err(Error::failed(format!("it was ended before all memory was there: {left} page blocks are missing for good")))
+    Ok(Error::failed(format!("it was ended before all memory was there: {left} page blocks are missing for good")))
 }

@@ -499,10 +499,15 @@ impl Filling {
         let span = core.span(block);
         let region = &core.regions[span.region];
         for page in (span.offset..span.offset + span.length as u64).step_by(to_usize(self.page)) {
-            if self.is_removed(block, page - span.offset) {
-                continue;
-            }
-            while let Err(error) = core.faults.poison(region, page, self.page) {
+            loop {
+                // Looked at each time, as where pages are put: what is taken away meanwhile has to be zeros.
+                let shared = self.copies.read();
+                if self.is_removed(block, page - span.offset) {
+                    break;
+                }
+                let poisoned = core.faults.poison(region, page, self.page);
+                drop(shared);
+                let Err(error) = poisoned else { break };
                 match error.kind() {
                     std::io::ErrorKind::WouldBlock => clock::sleep(AGAIN),
                     // It is there, or not watched.

@@ -52,7 +52,7 @@ pub enum Event {
 }
 
 /// How a restore is going.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct RestoreFigures {
     /// All memory is there, and the checkpoint is closed.
